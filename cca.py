@@ -1,0 +1,208 @@
+"""CCA, Compressed Convolutional Attention: attention done entirely inside a compressed latent.
+
+The idea. Ordinary attention projects a token of width E up to full-size queries, keys and values. CCA projects it
+DOWN (8B model: 2048 -> query latent 1024, key and value latents 256 each) and never comes back up before attention is
+over, so that parameters, attention FLOPs and the KV cache all shrink by the same factor. What the small latents lose
+in expressiveness, two tiny causal convolutions, a query-key mean and a delayed half of the values give back.
+
+For a token x_t (already RMS-normed), after the CCA paper (arXiv 2510.04476, II-B and listing A.1):
+
+    1. project        q~ = W_Q x,   k~ = W_K x
+    2. convolve       [q; k] = conv_grouped(conv_depthwise([q~; k~]))      both causal, kernel 2
+    3. QK-mean        m_q = (q~ + k~ of the head's KV group) / 2,  m_k = mean of m_q over the group's query heads
+                      q += m_q,  k += m_k
+    4. norm           q <- sqrt(d) q / |q|,   k <- T sqrt(d) k / |k|       T: one learned number for each KV head
+    5. RoPE           rotates the first half of each head's dims
+    6. value shift    v_t = [W_V1 x_t ; W_V2 x_{t-1}]                      x_{-1} = 0
+    7. attend         softmax(q k^T / sqrt(d)) v, causal, then W_O back to width E
+
+T itself scales the keys, not exp(T) as in the paper: this keeps the logits bounded (ZAYA1-8B report, 2605.05365, App. C).
+
+Legend:  B batch   S sequence (new tokens)   P positions held by the cache   E residual width
+         Hq, Hk query / KV heads   G = Hq / Hk query heads a KV head   d head dim   C = (Hq + Hk) d conv channels
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ---- step 2: the two convolutions, written as what they are: this token's term plus the previous token's ----
+
+def conv_depthwise(x, weight, bias):
+    """y_t = w_0 x_{t-1} + w_1 x_t + b, each channel by itself. x (B, S+1, C) -> (B, S, C). weight (C, 1, 2), bias (C)."""
+    w_prev, w_now = weight[:, 0].unbind(-1)                         # (C) each
+    return x[:, :-1] * w_prev + (x[:, 1:] * w_now + bias)
+
+
+def conv_grouped(x, weight, bias):
+    """y_t = W_0 x_{t-1} + W_1 x_t + b inside each head. x (B, S+1, C) -> (B, S, C). weight (C, d, 2), bias (C)."""
+    C, d, _ = weight.shape
+    H = C // d                                                      # one group a head: channels mix within it only
+    x = torch.cat([x[:, :-1], x[:, 1:]], -1).unflatten(-1, (2, H, d))               # (B, S, 2, H, d): x_{t-1}, x_t
+    w = weight.view(H, d, d, 2)                                     # (head, out, in, time)
+    return torch.einsum('bsthi,hoit->bsho', x, w).flatten(-2) + bias
+
+
+# ---- step 3 ----
+
+def qk_mean(q, k):
+    """Means of the PRE-convolution latents. q (B, S, Hq, d), k (B, S, Hk, d) -> m_q, m_k of the same shapes."""
+    Hq, Hk = q.shape[2], k.shape[2]
+    m_q = (q + k.repeat_interleave(Hq // Hk, dim=2)) / 2            # query head h belongs to KV head h // G
+    m_k = m_q.unflatten(2, (Hk, Hq // Hk)).mean(3)
+    return m_q, m_k
+
+
+# ---- step 4 ----
+
+def qk_norm(q, k, temperature):
+    """q to length sqrt(d), k to length T sqrt(d), in float32. q (B, S, Hq, d), k (B, S, Hk, d), temperature (Hk)."""
+    scale = q.shape[-1] ** 0.5
+    eps = torch.finfo(q.dtype).eps                                  # a zero vector stays zero instead of 0 / 0
+    q = q * (scale / q.norm(dim=-1, keepdim=True).clamp_min(eps))
+    k = k * (scale / k.norm(dim=-1, keepdim=True).clamp_min(eps) * temperature[:, None])
+    return q, k
+
+
+# ---- step 5 ----
+
+def rope_table(positions, dim, base):
+    """cos and sin of position * base^(-2i / dim) for i < dim / 2. positions (..., S) int -> two (..., S, dim / 2) float32."""
+    frequency = base ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angle = positions[..., None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rope(x, cos, sin):
+    """Rotate pairs (x_i, x_{i + n}) by their angle; dims past 2n pass unrotated. x (B, S, H, d), cos and sin (B, S, n)."""
+    n = cos.shape[-1]
+    cos, sin = cos[..., None, :], sin[..., None, :]                 # (B, S, 1, n): the same for every head
+    a, b, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+class CCA(nn.Module):
+    """The attention of layer `layer`. forward: x (B, S, E) -> (B, S, E), causal."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        E, d, self.Hq, self.Hk = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
+        C = (self.Hq + self.Hk) * d
+        self.layer = layer
+        self.q_proj = nn.Linear(E, self.Hq * d, bias=False)                    # W_Q
+        self.k_proj = nn.Linear(E, self.Hk * d, bias=False)                    # W_K
+        self.v_proj = nn.Linear(E, self.Hk * d // 2, bias=False)               # W_V1, sees this token
+        self.v_proj_delayed = nn.Linear(E, self.Hk * d // 2, bias=False)       # W_V2, sees the token before
+        self.o_proj = nn.Linear(self.Hq * d, E, bias=False)                    # W_O
+        self.conv_depthwise_weight = nn.Parameter(torch.empty(C, 1, 2))        # the layouts of nn.Conv1d:
+        self.conv_depthwise_bias = nn.Parameter(torch.empty(C))                # (out, in of the group, time)
+        self.conv_grouped_weight = nn.Parameter(torch.empty(C, d, 2))
+        self.conv_grouped_bias = nn.Parameter(torch.empty(C))
+        self.temperature = nn.Parameter(torch.empty(self.Hk))                  # T
+
+    def forward(self, x, cos, sin, cache=None):
+        """x (B, S, E); cos, sin (B or 1, S, n) from rope_table; cache: a Cache whose begin() was called, or None."""
+        B, S, _ = x.shape
+        Hq, Hk = self.Hq, self.Hk
+        # 1. Down into the latents.
+        qk = torch.cat([self.q_proj(x), self.k_proj(x)], -1)                   # (B, S, C), [q~; k~]
+        v_now, v_delayed = self.v_proj(x), self.v_proj_delayed(x)              # (B, S, Hk d / 2) each
+        # What came before this chunk: zeros at the start of a sequence, else the cache's constant-size state.
+        # Padding BEFORE the first convolution means that its bias also lands on the padded position.
+        if cache is None:
+            qk_past, v_past = qk.new_zeros(B, 2, qk.shape[-1]), v_delayed.new_zeros(B, 1, v_delayed.shape[-1])
+        else:
+            qk_past, v_past = cache.conv[self.layer].to(qk.dtype), cache.value[self.layer].to(v_delayed.dtype)
+        qk_padded = torch.cat([qk_past, qk], 1)                                # (B, S + 2, C)
+        v_padded = torch.cat([v_past, v_delayed], 1)                           # (B, S + 1, Hk d / 2)
+        # 2. Two kernels of 2 eat the two columns of padding.
+        mixed = conv_depthwise(qk_padded, self.conv_depthwise_weight, self.conv_depthwise_bias)        # (B, S + 1, C)
+        mixed = conv_grouped(mixed, self.conv_grouped_weight, self.conv_grouped_bias)                  # (B, S, C)
+        # 3 to 5 in float32 (report, IV-D): here small errors would bend every attention logit.
+        heads = lambda t: t.float().unflatten(-1, (Hq + Hk, -1)).split([Hq, Hk], dim=2)  # (B, S, Hq, d), (B, S, Hk, d)
+        (q, k), (m_q, m_k) = heads(mixed), qk_mean(*heads(qk))
+        q, k = qk_norm(q + m_q, k + m_k, self.temperature.float())
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        # 6. Values: half of the latent sees this token, the other half the one before. 2 KV heads: one head each.
+        v = torch.cat([v_now, v_padded[:, :-1]], -1).unflatten(-1, (Hk, -1))   # (B, S, Hk, d)
+        # 7. Attend in the latent: (B, H, S, d) is the layout of scaled_dot_product_attention.
+        q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+        mask = None
+        if cache is not None:
+            cache.remember(self.layer, qk_padded, v_padded)
+            k, v, mask = *cache.append(self.layer, k, v), cache.mask           # now (B, Hk, P, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True,
+                                           is_causal=mask is None and S > 1)   # scale 1 / sqrt(d) is its default
+        return self.o_proj(y.transpose(1, 2).flatten(-2))                      # (B, S, Hq d) -> (B, S, E)
+
+
+class Cache:
+    """All that generation must keep of the past, preallocated for every layer.
+
+        k, v   (layers, B, Hk, capacity, d)   the compressed keys (normed, rotated) and values
+        conv   (layers, B, 2, C) float32      the last two columns of [q~; k~] before the convolutions
+        value  (layers, B, 1, Hk d / 2) f32   the last token's delayed value, which belongs to the next token
+
+    Only k and v grow with the context, by 2 Hk d numbers a token and layer: 512 in the 8B model against 4096 for full
+    attention. Rows may have different lengths: `lengths` counts the tokens each row holds. A forward goes
+    begin(S, n_new) once -> remember(layer, ...), append(layer, ...) in each layer -> end() once.
+    """
+
+    def __init__(self, config, batch_size, capacity, device=None, dtype=torch.float32):
+        L, Hk, d = config.n_layer, config.n_kv_head, config.head_dim
+        zeros = lambda *shape, dtype: torch.zeros(L, batch_size, *shape, device=device, dtype=dtype)
+        self.k, self.v = zeros(Hk, capacity, d, dtype=dtype), zeros(Hk, capacity, d, dtype=dtype)
+        self.conv = zeros(2, (config.n_head + Hk) * d, dtype=torch.float32)
+        self.value = zeros(1, Hk * d // 2, dtype=torch.float32)
+        self.lengths = [0] * batch_size                        # plain ints: no question to the GPU is needed to know them
+
+    def begin(self, S, n_new=None):
+        """S columns of new tokens arrive, of which row b's first n_new[b] are real (default all S). Returns the new
+        tokens' positions, (B or 1, S) int64, and prepares `mask`: which cached positions each new token may see.
+        Raises ValueError if a row would outgrow the capacity."""
+        self.n_new = [S] * len(self.lengths) if n_new is None else list(n_new)
+        self.P = max(length + n for length, n in zip(self.lengths, self.n_new))
+        if self.P > self.k.shape[3]:
+            raise ValueError(f'the cache holds {self.k.shape[3]} positions, this forward needs {self.P}: '
+                             'make it with a larger capacity')
+        device = self.k.device
+        # Rows in step (same length, no padding) need no index arithmetic, and often no mask.
+        self.in_step = len(set(self.lengths)) == 1 and all(n == S for n in self.n_new)
+        start = torch.tensor(self.lengths[:1] if self.in_step else self.lengths, device=device)     # (1) or (B)
+        positions = start[:, None] + torch.arange(S, device=device)                                 # (B or 1, S)
+        if self.in_step and (S == 1 or self.lengths[0] == 0):
+            self.mask = None                                   # one token sees all; a fresh prefill is plainly causal
+        else:                                                  # a token sees itself and what lies before it
+            self.mask = (torch.arange(self.P, device=device) <= positions[..., None])[:, None]      # (B or 1, 1, S, P)
+        if not self.in_step:
+            self.last = torch.tensor(self.n_new, device=device)                                     # (B)
+            self.row, self.column = (torch.arange(S, device=device) < self.last[:, None]).nonzero(as_tuple=True)
+            self.target = positions[self.row, self.column]     # real token (row, column) goes to this cache position
+        return positions
+
+    def remember(self, layer, qk_padded, v_padded):
+        """Keep the newest two qk columns and the newest delayed value of qk_padded (B, S + 2, C), v_padded (B, S + 1, .)."""
+        if self.in_step:
+            self.conv[layer], self.value[layer] = qk_padded[:, -2:], v_padded[:, -1:]
+        else:                                                  # with the past in front, row b's newest sits at n_new[b]
+            b = torch.arange(len(self.last), device=self.last.device)
+            self.conv[layer] = qk_padded[b[:, None], self.last[:, None] + torch.arange(2, device=b.device)].float()
+            self.value[layer] = v_padded[b, self.last][:, None].float()
+
+    def append(self, layer, k, v):
+        """Store the new k and v (B, Hk, S, d); return all of them, (B, Hk, P, d) views."""
+        for store, new in (self.k[layer], k), (self.v[layer], v):
+            if self.in_step:
+                store[:, :, self.lengths[0]:self.P] = new
+            else:                                              # padding is not written, so it can never be seen
+                store[self.row, :, self.target] = new[self.row, :, self.column].to(store.dtype)
+        return self.k[layer, :, :, :self.P].to(k.dtype), self.v[layer, :, :, :self.P].to(v.dtype)
+
+    def end(self):
+        self.lengths = [length + n for length, n in zip(self.lengths, self.n_new)]
+
+    def keep(self, rows):
+        """Keep only these rows (a list of ints), in this order: finished rows leave the batch."""
+        index = torch.tensor(rows, device=self.k.device)
+        self.k, self.v, self.conv, self.value = (t[:, index] for t in (self.k, self.v, self.conv, self.value))
+        self.lengths = [self.lengths[row] for row in rows]

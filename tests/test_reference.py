@@ -1,0 +1,200 @@
+"""The oracle: `transformers`' ZayaForCausalLM, tiny and with every number random, against ours loaded from its files."""
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common import randomize, tokens
+from model import Zaya, ZayaConfig, checkpoint_name, sizes
+
+transformers = pytest.importorskip('transformers')
+safetensors = pytest.importorskip('safetensors.torch')
+
+SHAPES = {                                      # query heads, KV heads, head dim, experts, layers
+    'the 8B proportions': dict(num_attention_heads=8, num_key_value_heads=2, head_dim=16, num_experts=16),
+    'one KV head': dict(num_attention_heads=4, num_key_value_heads=1, head_dim=8, num_experts=4),
+    'four KV heads': dict(num_attention_heads=8, num_key_value_heads=4, head_dim=8, num_experts=5),
+    'three KV heads, no grouping': dict(num_attention_heads=3, num_key_value_heads=3, head_dim=12, num_experts=3),
+}
+
+
+def make_reference(folder, seed=1, dtype=torch.float32, shards=None, **shape):
+    config = transformers.ZayaConfig(**dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, moe_intermediate_size=24,
+                                            router_hidden_size=16, max_position_embeddings=128, pad_token_id=0,
+                                            bos_token_id=1, eos_token_id=2) | shape)
+    reference = randomize(transformers.ZayaForCausalLM(config), seed).to(dtype).eval()
+    for layer in reference.model.layers:        # .to() rounded these, a released checkpoint keeps them in float32
+        layer.mlp.gate.balancing_biases = layer.mlp.gate.balancing_biases.float()
+        layer.mlp.gate.balancing_biases[-1] = layer.mlp.gate.balancing_biases.max()     # 'skip' must win now and then
+    reference.save_pretrained(folder, **({'max_shard_size': shards} if shards else {}))
+    return reference
+
+
+@pytest.fixture(scope='module', params=SHAPES)
+def pair(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('reference')
+    return make_reference(folder, **SHAPES[request.param]), Zaya.from_pretrained(folder)
+
+
+def assert_close(ours, theirs):
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('B, S', [(1, 1), (2, 2), (3, 17), (2, 64)])
+def test_logits_equal_the_reference(pair, B, S):
+    reference, model = pair
+    idx = tokens(B, S, vocab_size=97)
+    assert_close(model(idx)[0], reference(idx).logits)
+
+
+@torch.no_grad()
+def test_skip_class_takes_part_in_these_tests(pair):
+    _, model = pair
+    classes = []
+    hooks = [r.register_forward_hook(lambda module, args, out: classes.append(out[0])) for r in model.routers]
+    model(tokens(4, 64, vocab_size=97))
+    for hook in hooks:
+        hook.remove()
+    share = (torch.stack(classes) == model.config.n_expert).float().mean()
+    assert 0 < share < 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('chunks', [[1] * 9, [5, 4], [1, 7, 1], [2, 3, 1, 1, 2]])
+def test_cached_logits_equal_the_reference(pair, chunks):
+    reference, model = pair
+    idx = tokens(2, sum(chunks), vocab_size=97)
+    cache = model.make_cache(2, sum(chunks))
+    ours = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, 1)], 1)
+    assert_close(ours, reference(idx).logits)
+    past, theirs = transformers.DynamicCache(config=reference.config), []       # and their cached path agrees as well
+    for part in idx.split(1, 1):
+        theirs.append(reference(part, past_key_values=past, use_cache=True).logits)
+    assert_close(ours, torch.cat(theirs, 1))
+
+
+@pytest.mark.parametrize('S', [1, 33])
+def test_gradients_equal_the_reference(pair, S):
+    reference, model = pair
+    # No token 0: the reference gives the embedding of its padding token no gradient.
+    idx, targets = 1 + tokens(2, S, vocab_size=96), tokens(2, S, seed=1, vocab_size=97)
+    reference.zero_grad()
+    model.zero_grad()
+    theirs = torch.nn.functional.cross_entropy(reference(idx).logits.flatten(0, 1), targets.flatten())
+    _, ours = model(idx, targets)
+    assert_close(ours, theirs)
+    theirs.backward()
+    ours.backward()
+    grads = {name: p.grad for name, p in reference.named_parameters()}
+    for name, p in model.named_parameters():
+        theirs = grads[checkpoint_name(name)]
+        assert (p.grad - theirs).norm() <= 1e-3 * theirs.norm() + 1e-7, name
+
+
+def test_counts_equal_the_reference_at_8b():
+    with torch.device('meta'):
+        reference = transformers.ZayaForCausalLM(transformers.ZayaConfig())
+    count = sum(p.numel() for p in reference.parameters())
+    n = sizes(ZayaConfig.zaya1_8b())
+    assert n['total'] == count == 8_840_488_784
+    assert n['active'] == 753_608_528
+    assert n['mha_kv_bytes'] == 8 * n['kv_bytes']
+
+
+# ---- files ----
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('shards', [None, '50KB'])
+def test_save_pretrained_writes_the_same_bits(tmp_path, dtype, shards):
+    make_reference(tmp_path / 'a', dtype=dtype, shards=shards)
+    assert os.path.exists(tmp_path / 'a' / 'model.safetensors.index.json') == bool(shards)
+    Zaya.from_pretrained(tmp_path / 'a').save_pretrained(tmp_path / 'b')
+    before = {}
+    for file in (tmp_path / 'a').glob('*.safetensors'):
+        before |= safetensors.load_file(file)
+    after = safetensors.load_file(tmp_path / 'b' / 'model.safetensors')
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype, name
+        assert before[name].view(torch.uint8).equal(after[name].view(torch.uint8)), name
+    if not shards:                              # one file: equal to the last byte
+        assert (tmp_path / 'a/model.safetensors').read_bytes() == (tmp_path / 'b/model.safetensors').read_bytes()
+
+
+@torch.no_grad()
+def test_transformers_loads_what_we_write(pair, tmp_path):
+    model = copy.deepcopy(pair[1])
+    for router in model.routers:                # the reference loads any skip bias as the released one, -1
+        router.balancing_bias[-1] = -1.0
+    model.save_pretrained(tmp_path)
+    again = transformers.ZayaForCausalLM.from_pretrained(tmp_path)
+    idx = tokens(2, 9, vocab_size=97)
+    assert_close(model(idx)[0], again(idx).logits)
+
+
+def edit_weights(folder, change):
+    path = folder / 'model.safetensors'
+    tensors = safetensors.load_file(path)
+    change(tensors)
+    safetensors.save_file(tensors, path)
+
+
+def edit_config(folder, **changes):
+    path = folder / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(path, size):
+    with open(path, 'r+b') as file:
+        file.truncate(size)
+
+
+BROKEN = {
+    'unknown tensor surplus.weight': lambda f: edit_weights(f, lambda t: t.update({'surplus.weight': torch.zeros(1)})),
+    'the first is model.norm.weight': lambda f: edit_weights(f, lambda t: t.pop('model.norm.weight')),
+    'model.norm.weight has shape': lambda f: edit_weights(f, lambda t: t.update({'model.norm.weight': torch.zeros(3)})),
+    'model.safetensors: cannot be read': lambda f: truncate(f / 'model.safetensors', 100_000),
+    "no sliding-window layers": lambda f: edit_config(f, layer_types=['hybrid', 'hybrid_sliding', 'hybrid']),
+    'sliding_window is 128': lambda f: edit_config(f, sliding_window=128),
+    'attention_bias is True': lambda f: edit_config(f, attention_bias=True),
+    "model_type is 'llama'": lambda f: edit_config(f, model_type='llama'),
+    'config.json: is not valid JSON': lambda f: truncate(f / 'config.json', 50),
+    'config.json: cannot be read': lambda f: (f / 'config.json').unlink(),
+    'weights file model.safetensors is missing': lambda f: (f / 'model.safetensors').unlink(),
+    'n_head (7) must be a multiple': lambda f: edit_config(f, num_attention_heads=7),
+}
+
+
+@pytest.mark.parametrize('message', BROKEN)
+def test_a_broken_folder_gets_one_clear_error(tmp_path, message):
+    make_reference(tmp_path)
+    BROKEN[message](tmp_path)
+    with pytest.raises(ValueError) as error:
+        Zaya.from_pretrained(tmp_path)
+    assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    make_reference(tmp_path, shards='50KB')
+    shard = sorted(tmp_path.glob('*.safetensors'))[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=shard.name):
+        Zaya.from_pretrained(tmp_path)
+
+
+def test_loading_needs_little_more_memory_than_the_model(tmp_path):
+    """bf16 weights of about 220 MB: a fresh process must not grow by twice that."""
+    make_reference(tmp_path, dtype=torch.bfloat16, vocab_size=2000, hidden_size=512, moe_intermediate_size=1024,
+                   num_experts=16, num_hidden_layers=4)
+    size = os.path.getsize(tmp_path / 'model.safetensors')
+    assert size > 150e6
+    program = ('import resource, sys, torch, safetensors.torch; from model import Zaya\n'
+               'peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n'
+               'before = peak(); Zaya.from_pretrained(sys.argv[1]); print(peak() - before)')
+    out = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 1.5 * size
