@@ -20,6 +20,8 @@ Legend:  B batch   S sequence   E residual width   N experts   F expert width   
 import json
 import math
 import os
+import sys
+import zipfile
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -53,14 +55,14 @@ class ZayaConfig:
         for name in ('vocab_size', 'context', 'n_layer', 'n_embd', 'n_head', 'n_kv_head', 'head_dim', 'n_expert',
                      'expert_dim', 'router_dim'):
             if getattr(self, name) < 1:
-                raise ValueError(f'config: {name} is {getattr(self, name)}, it must be at least 1')
+                raise ValueError(f'{name} is {getattr(self, name)}, it must be at least 1')
         if self.n_head % self.n_kv_head:
-            raise ValueError(f'config: n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})')
+            raise ValueError(f'n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})')
         if self.n_kv_head * self.head_dim % 2:
-            raise ValueError(f'config: n_kv_head * head_dim ({self.n_kv_head} * {self.head_dim}) must be even: '
+            raise ValueError(f'n_kv_head * head_dim ({self.n_kv_head} * {self.head_dim}) must be even: '
                              'half of the values come from the token before')
         if not 0 < self.rope_fraction <= 1 or self.rope_dim % 2:
-            raise ValueError(f'config: rope_fraction * head_dim ({self.rope_fraction} * {self.head_dim}) must be an '
+            raise ValueError(f'rope_fraction * head_dim ({self.rope_fraction} * {self.head_dim}) must be an '
                              'even number of dims, they are rotated in pairs')
 
     @property
@@ -215,10 +217,11 @@ class Zaya(nn.Module):
     @torch.no_grad()
     def initialize(self):
         """All initialisation: matrices and convolutions normal(0, init_std), biases 0, scales and temperatures 1,
-        balancing biases 0 except 'skip', whose -1 makes it lose against any probability."""
+        balancing biases 0 except 'skip', whose -1 makes it lose against any probability. The router's matrices are
+        larger, so that its first probabilities differ from token to token: else all tokens choose alike."""
         for name, p in self.named_parameters():
             if p.ndim > 1:
-                nn.init.normal_(p, std=self.config.init_std)
+                nn.init.normal_(p, std=p.shape[-1] ** -0.5 if 'router' in name else self.config.init_std)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
             else:
@@ -470,6 +473,43 @@ def sizes(config):
     return {'total': total, 'active': total - embedding - experts + experts // config.n_expert,
             'kv_bytes': 2 * config.n_layer * 2 * config.n_kv_head * config.head_dim,
             'mha_kv_bytes': 2 * config.n_layer * 2 * config.n_embd}
+
+
+# ---- checkpoints of a training run: a folder with ckpt.pt and, as long as it lasts, the one before it ----
+
+def save_checkpoint(folder, state):
+    """Write `state` (tensors, numbers, strings, lists and dicts of them) so that a crash at any moment leaves a whole
+    checkpoint behind: into a temporary file, onto the disk (fsync), and only then under its name. Raises OSError."""
+    new, current, previous = (os.path.join(folder, name) for name in ('ckpt.tmp', 'ckpt.pt', 'ckpt_previous.pt'))
+    try:
+        with open(new, 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:                                       # a full disk, Ctrl-C: leave no half file behind
+        if os.path.exists(new):
+            os.remove(new)
+        raise
+    if os.path.exists(current):
+        os.replace(current, previous)
+    os.replace(new, current)                                    # killed before this line: ckpt_previous.pt is whole
+
+
+def load_checkpoint(folder, device='cpu'):
+    """The newest undamaged checkpoint of a run folder, or None if it has none at all. A damaged file is reported and
+    its predecessor used. Raises ValueError if every one there is damaged."""
+    paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt_previous.pt')]
+    paths = [path for path in paths if os.path.exists(path)]
+    for path in paths:
+        try:
+            with zipfile.ZipFile(path) as archive:              # torch.save writes a zip, whose checksums torch.load skips
+                if (part := archive.testzip()) is not None:
+                    raise ValueError(f'its part {part} is corrupt')
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:                              # whatever a damaged file makes the readers say
+            print(f'{path} is damaged ({error}): not used', file=sys.stderr)
+    if paths:
+        raise ValueError(f'{folder}: every checkpoint is damaged ({", ".join(paths)}); remove them to start anew')
 
 
 if __name__ == '__main__':

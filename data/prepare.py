@@ -1,0 +1,105 @@
+"""From documents to token files: split, train the tokenizer, encode, write. Both prepare scripts call this.
+
+A folder that is ready holds
+
+    train.bin, val.bin   token ids and nothing else, little endian; every document ends in <|endoftext|>
+    bpe.json             the tokenizer
+    meta.json            vocab_size, dtype, and the tokens, bytes and files of each split
+
+meta.json is written last, so that a folder without it is known to be unfinished.
+"""
+
+import hashlib
+import io
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from data.tokenizer import encode_bytes, gpt2_encoding, save_tokenizer, train_bpe
+
+VAL_PERCENT = 5
+
+
+def prepare(documents, out, vocab_size, tokenizer="bpe"):
+    """Writes train.bin, val.bin, bpe.json and meta.json into the folder out.
+
+    documents: list of (name, bytes), held in memory; vocab_size: of the BPE trained on the train split;
+    tokenizer: "bpe", or "gpt2" for that ready vocabulary. Raises ValueError if there is too little text.
+    """
+    start = time.time()
+    splits = split_documents(documents)
+    for split, docs in splits.items():
+        print(f"{split}: {len(docs):,} files, {sum(len(data) for _, data in docs):,} bytes")
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "meta.json").unlink(missing_ok=True)    # from here on, the folder is unfinished
+    if tokenizer == "gpt2":
+        enc = gpt2_encoding()
+    else:
+        # Bytes that are not UTF-8 teach nothing here; encode_bytes keeps them when the files are written.
+        enc = train_bpe((chunk.decode("utf-8", "replace") for _, data in splits["train"]
+                         for chunk in line_chunks(data)), vocab_size)
+    save_tokenizer(out / "bpe.json", enc)
+    print(f"bpe.json: {enc.n_vocab:,} tokens, ready at {time.time() - start:.1f} s")
+
+    dtype = token_dtype(enc.n_vocab)
+    meta = {"vocab_size": enc.n_vocab, "dtype": dtype.name}
+    for split, docs in splits.items():
+        n_tokens, n_bytes = 0, 0
+        with open(out / f"{split}.bin", "wb") as file:
+            for _, data in docs:
+                for chunk in line_chunks(data):
+                    ids = encode_bytes(enc, chunk)
+                    file.write(np.array(ids, dtype).tobytes())
+                    n_tokens += len(ids)
+                file.write(np.array([enc.eot_token], dtype).tobytes())
+                n_tokens += 1
+                n_bytes += len(data)
+        meta[split] = {"tokens": n_tokens, "bytes": n_bytes, "files": len(docs)}
+        print(f"{split}.bin: {n_tokens:,} tokens of {dtype.name}, {n_bytes / n_tokens:.2f} bytes per token, "
+              f"ready at {time.time() - start:.1f} s")
+
+    (out / "meta.json.tmp").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    os.replace(out / "meta.json.tmp", out / "meta.json")
+
+
+def split_documents(documents):
+    """{"train": [...], "val": [...]}, neither empty, about VAL_PERCENT of the documents in val.
+
+    A hash of its name places a document, so that adding one moves no other (unless a split was empty).
+    A single document is cut instead: its last lines, at least VAL_PERCENT of it, are val.
+    """
+    documents = sorted((name, data) for name, data in documents if data)
+    if not documents:
+        raise ValueError("there is no text to prepare: no files were found, or all are empty")
+    if len(documents) == 1:
+        name, data = documents[0]
+        if len(data) < 2:
+            raise ValueError(f"{name} has a single byte: too short to split into train and val")
+        cut = max(1, len(data) * (100 - VAL_PERCENT) // 100)
+        cut = data.rfind(b"\n", 0, cut) + 1 or cut
+        return {"train": [(name, data[:cut])], "val": [(name, data[cut:])]}
+
+    def place(document):                           # 0..99, evenly, and the same on every machine
+        return int(hashlib.sha256(document[0].encode("utf-8", "surrogateescape")).hexdigest(), 16) % 100
+
+    n_val = sum(place(document) < VAL_PERCENT for document in documents)
+    n_val = min(max(n_val, 1), len(documents) - 1)
+    documents.sort(key=place)
+    return {"train": sorted(documents[n_val:]), "val": sorted(documents[:n_val])}
+
+
+def line_chunks(data):
+    """Cuts bytes after whole lines, about 1 MB each, so that a file of gigabytes is not encoded at once."""
+    lines = io.BytesIO(data)
+    while chunk := lines.readlines(1 << 20):
+        yield b"".join(chunk)
+
+
+def token_dtype(vocab_size):
+    """The smallest unsigned integer that holds every id: 2 bytes a token for most vocabularies."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")

@@ -1,0 +1,47 @@
+"""Token files from the source of Python's own standard library: about 10 MB of real code and prose that is
+already on the machine, so nothing is downloaded.
+
+    python data/stdlib/prepare.py [--out=DIR] [--vocab_size=N]
+
+Another Python version gives other text, and so another vocabulary and slightly different losses.
+"""
+
+import argparse
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for `data.prepare`
+from data.prepare import prepare
+
+# Folders and files that are not the library (installed packages), would drown it (half of all bytes are
+# tests), or are tables rather than code (character maps, HTML entities).
+SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "entities.py"}
+# What a program wrote says so near the top. `configuration generated` is sysconfig's record of one build.
+GENERATED = re.compile(rb"(auto-?|is |automatically |configuration )generated", re.IGNORECASE)
+
+
+def stdlib_documents(root):
+    """[(relative path, bytes)] of the .py files under root worth learning from, sorted by path."""
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if SKIP.isdisjoint(name.parts):
+            data = path.read_bytes().replace(b"\r\n", b"\n")  # the same bytes on Windows
+            if not GENERATED.search(data[:300]):
+                documents.append((name.as_posix(), data))
+    if not documents:
+        raise ValueError(f"no Python source under {root}: this Python came without its library's source")
+    return documents
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Writes token files of Python's standard library.")
+    parser.add_argument("--out", default=Path(__file__).parent, help="folder to write (default: data/stdlib)")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="size of the vocabulary (default: 4096)")
+    args = parser.parse_args()
+    try:
+        prepare(stdlib_documents(Path(sysconfig.get_path("stdlib"))), args.out, args.vocab_size)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

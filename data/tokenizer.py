@@ -1,0 +1,198 @@
+"""Byte-level byte pair encoding (BPE): text to integers and back.
+
+A vocabulary starts as the 256 single bytes, so any data at all can be written in it. Training then
+repeats one step: find the pair of neighbouring tokens that occurs most often, and make it one new token.
+Common words end up as one token, rare ones as a few (Sennrich et al. 2016; on bytes: GPT-2, 2019).
+
+Training is here, in plain Python; encoding is left to `tiktoken`, which replays the merges much faster.
+"""
+
+import base64
+import heapq
+import json
+import re
+from collections import Counter, defaultdict
+
+import regex
+import tiktoken
+
+# Text is first cut into pieces, and no token crosses a cut: otherwise ` the` would be learned once more
+# for every sign that can follow it. At each position the first alternative that matches is taken. None
+# looks ahead or backtracks, so tiktoken's cutting takes linear time, whatever the text.
+PATTERN = "|".join([
+    r"[^\r\n\p{L}\p{N}]?\p{L}+",                   # a word and the one sign before it: ` if`, `.append`
+    r"\p{N}{1,3}",                                 # digits in threes: long numbers share their tokens
+    r" ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?",       # punctuation; at the end of a line the newline and the
+                                                   # next line's indentation too: `):\n    ` is one token
+    r"\s*[\r\n][ \t]*",                            # blank lines, then the indentation that follows
+    r"\s+",                                        # spaces and tabs inside a line
+])
+
+# Tokens that no text contains: `encode_ordinary` spells these strings out in plain tokens, so a document
+# cannot forge one. Their ids follow those of the ordinary tokens: enc.encode_single_token("<|user|>").
+SPECIAL_TOKENS = [
+    "<|endoftext|>",                               # ends each document of the training files
+    "<|user|>",                                    # a user's turn begins
+    "<|assistant|>",                               # the model's turn begins
+    "<|end|>",                                     # a turn ends
+    "<think>",                                     # reasoning begins; the answer comes after
+    "</think>",                                    # reasoning ends
+]
+
+MAX_PIECE = 64    # bytes; longer pieces (base64, DNA) are cut for training: a merge rewrites whole pieces
+
+
+def train_bpe(texts, vocab_size):
+    """Learns a vocabulary of vocab_size tokens: 256 bytes, then merges, then SPECIAL_TOKENS.
+
+    texts: iterable of str. Returns a tiktoken.Encoding, smaller than vocab_size (and says so) if the texts
+    run out of pairs that repeat. The same texts always give the same vocabulary.
+    Raises ValueError if vocab_size has no room for the bytes and the special tokens.
+
+    Counting all pairs anew for each merge would cost (corpus x merges). Three things make it fast:
+      - equal pieces are stored once, with their count: 10 MB of source has only some 70,000 unique pieces;
+      - a merge touches only the pieces that contain its pair (`where`), and only their pairs are recounted;
+      - the commonest pair is taken from a heap. Old entries are not removed from it when a count changes,
+        but recognised when they come out on top ("lazy deletion").
+    """
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size is {vocab_size}, but the bytes and special tokens need {smallest}")
+
+    pieces = Counter()
+    for text in texts:
+        pieces.update(regex.findall(PATTERN, text))
+    words, counts = [], []                         # a piece as a list of tokens; how often it occurs
+    for piece, count in pieces.items():
+        piece = piece.encode("utf-8")
+        for i in range(0, len(piece), MAX_PIECE):
+            words.append(list(piece[i:i + MAX_PIECE]))
+            counts.append(count)
+
+    pair_counts = Counter()                        # (left, right) -> occurrences in the corpus
+    where = defaultdict(set)                       # (left, right) -> the words it occurs in, or once did
+    for w, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += counts[w]
+            where[pair].add(w)
+    # Smallest entry first: the highest count, and among equal counts the pair with the smallest ids.
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+
+    tokens = [bytes([b]) for b in range(256)]      # tokens[id]: the bytes it stands for
+    while len(tokens) < vocab_size - len(SPECIAL_TOKENS) and heap:
+        negative_count, pair = heapq.heappop(heap)
+        count = pair_counts[pair]
+        if count < 2:                              # a pair seen once is no pattern
+            continue
+        if count != -negative_count:               # stale; an old pair's count only falls: put it back lower
+            heapq.heappush(heap, (-count, pair))
+            continue
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        fresh = set()                              # pairs that contain the new token
+        for w in where.pop(pair):
+            merged = merge(words[w], pair, new)
+            for old in zip(words[w], words[w][1:]):
+                pair_counts[old] -= counts[w]
+            for now in zip(merged, merged[1:]):
+                pair_counts[now] += counts[w]
+                if new in now:
+                    where[now].add(w)
+                    fresh.add(now)
+            words[w] = merged
+        for now in fresh:
+            heapq.heappush(heap, (-pair_counts[now], now))
+
+    enc = make_encoding(PATTERN, tokens, SPECIAL_TOKENS)
+    if enc.n_vocab < vocab_size:
+        print(f"no pair repeats any more: the vocabulary has {enc.n_vocab} tokens, not {vocab_size}")
+    return enc
+
+
+def merge(word, pair, new):
+    """Replaces pair by the token new in a list of tokens, from left to right."""
+    merged, i = [], 0
+    while i < len(word):
+        if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return merged
+
+
+def make_encoding(pattern, tokens, special_tokens):
+    """A tiktoken.Encoding from the cutting pattern, the tokens' bytes in order of rank, and special names.
+
+    tiktoken keeps no list of merges: it joins the neighbours whose joint bytes have the lowest rank. That is
+    the same thing, because in BPE no two pairs ever make the same bytes.
+    """
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    special = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
+    return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def gpt2_encoding():
+    """GPT-2's vocabulary (downloaded by tiktoken, then cached) with our special tokens after its 50257 ranks.
+
+    `<|endoftext|>` keeps GPT-2's own id, 50256. Raises ValueError if the download fails.
+    """
+    try:
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot download the gpt2 vocabulary ({type(error).__name__}): "
+                         "connect once, or use the default --tokenizer=bpe") from None
+    special = {"<|endoftext|>": gpt2.eot_token}
+    special |= {name: gpt2.n_vocab + i for i, name in enumerate(SPECIAL_TOKENS[1:])}
+    return tiktoken.Encoding("gpt2", pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
+                             special_tokens=special)
+
+
+def encode_bytes(enc, data):
+    """Encodes any bytes, valid UTF-8 or not, so that enc.decode_bytes(encode_bytes(enc, data)) == data.
+
+    tiktoken encodes str only. "surrogateescape" decodes an invalid byte to a code point that no valid text
+    contains; we cut the text there and give that byte its own token. Returns a list of int.
+    """
+    parts = re.split("([\udc80-\udcff])", data.decode("utf-8", "surrogateescape"))
+    ids = enc.encode_ordinary(parts[0])
+    for invalid, text in zip(parts[1::2], parts[2::2]):
+        ids.append(enc.encode_single_token(invalid.encode("utf-8", "surrogateescape")))
+        ids.extend(enc.encode_ordinary(text))
+    return ids
+
+
+def save_tokenizer(path, enc):
+    """Writes an encoding of train_bpe or gpt2_encoding as JSON; load_tokenizer reads it."""
+    if enc.name == "gpt2":
+        content = {"encoding": "gpt2"}
+    else:
+        n_ordinary = enc.n_vocab - len(enc.special_tokens_set)
+        content = {
+            "pattern": enc._pat_str,
+            "tokens": [base64.b64encode(enc.decode_single_token_bytes(i)).decode("ascii")
+                       for i in range(n_ordinary)],
+            "special_tokens": sorted(enc.special_tokens_set, key=enc.encode_single_token),
+        }
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=0)
+
+
+def load_tokenizer(path):
+    """The encoding in a file of save_tokenizer. Raises ValueError if the file is missing or damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if content == {"encoding": "gpt2"}:
+            enc = None
+        else:
+            tokens = [base64.b64decode(token, validate=True) for token in content["tokens"]]
+            if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
+                raise ValueError("the tokens are not 256 bytes and different merges")
+            enc = make_encoding(content["pattern"], tokens, content["special_tokens"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is missing or damaged ({type(error).__name__}): write it again with "
+                         "`python data/stdlib/prepare.py`, or data/text/prepare.py for your own text") from None
+    return enc or gpt2_encoding()

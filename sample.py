@@ -1,0 +1,194 @@
+"""Sample from a trained model: `python sample.py --ckpt=RUN_OR_HF_FOLDER --prompt='def '`, interactive without --prompt.
+
+Generation has two phases. Prefill: all prompts go through the model at once and fill the cache (cca.py). Decode: one
+token a row and step, each step a forward over that token alone, which the cache makes equal to a forward over
+everything so far. Prompts may differ in length, and a row that has finished leaves the batch.
+"""
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+import configurator
+from data.tokenizer import load_tokenizer
+from model import Zaya, ZayaConfig, load_checkpoint, read_json
+
+
+def pick_device(name):
+    """'auto' or the name of a torch device -> torch.device. Raises ValueError if it is not there."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device=cpu') from None
+    return torch.device(name)
+
+
+def sample_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Draw one token a row. logits (B, V), u (B) uniform in [0, 1) -> (B) int64.
+
+    The inverse-CDF method: lay the probabilities end to end, likeliest first, and take the token that u falls on. One
+    number a row decides, so rows are independent. Before that, unlikely tokens can be dropped: all but the top_k
+    likeliest (0: keep all); the tail beyond a total probability of top_p; those below min_p times the likeliest.
+    temperature 0 takes the likeliest token.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)         # (B, V) each
+    keep = (probs.cumsum(-1) - probs < top_p) & (probs >= min_p * probs[:, :1])     # before a token lies less than top_p
+    if top_k:
+        keep[:, top_k:] = False
+    keep[:, 0] = True                                           # the likeliest always stays
+    cdf = (probs * keep).cumsum(-1)
+    chosen = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)                     # first with cdf > u
+    chosen = chosen.minimum(keep.sum(-1, keepdim=True) - 1)     # rounding must not carry u past the last kept token
+    return token.gather(1, chosen)[:, 0]
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=(), seed=0, stream=None):
+    """prompts: lists of token ids, of any lengths -> the new tokens of each, as lists.
+
+    A row ends after max_new_tokens, or with the first token in `stop`, which is its last token then. Each row has a
+    random generator of its own, made from (seed, row number): its tokens do not depend on its neighbours. stream(row,
+    token), if given, is called for every new token. The options of sampling are those of sample_tokens.
+    Raises ValueError for an empty prompt, a token outside the vocabulary, and what does not fit the context.
+    """
+    config = model.config
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f'prompt {row} is empty: give at least one token')
+        if not all(0 <= token < config.vocab_size for token in prompt):
+            raise ValueError(f'prompt {row} holds a token outside the vocabulary of {config.vocab_size}')
+        if len(prompt) + max_new_tokens > config.context:
+            raise ValueError(f'prompt {row} has {len(prompt)} tokens; with {max_new_tokens} new ones that is more than '
+                             f'the context of {config.context}')
+    outputs = [[] for _ in prompts]
+    if not prompts or max_new_tokens < 1:
+        return outputs
+    was_training = model.training
+    model.eval()
+    # Every row draws all its random numbers now, from its own generator.
+    u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))
+                     for row in range(len(prompts))]).to(model.device)                          # (B, max_new_tokens)
+    lengths = [len(prompt) for prompt in prompts]
+    idx = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=model.device)
+    cache = model.make_cache(len(prompts), max(lengths) + max_new_tokens)
+    rows = list(range(len(prompts)))                            # row numbers of those still in the batch
+    logits, _ = model(idx, cache=cache, n_new=lengths, last_only=True)                          # prefill, (B, 1, V)
+    for t in range(max_new_tokens):
+        next_tokens = sample_tokens(logits[:, 0], u[rows, t], temperature, top_k, top_p, min_p)
+        alive = []
+        for i, token in enumerate(next_tokens.tolist()):
+            outputs[rows[i]].append(token)
+            if stream:
+                stream(rows[i], token)
+            if token not in stop:
+                alive.append(i)
+        if not alive or t == max_new_tokens - 1:
+            break
+        if len(alive) < len(rows):                              # the finished rows leave
+            rows = [rows[i] for i in alive]
+            next_tokens = next_tokens[alive]
+            cache.keep(alive)
+        logits, _ = model(next_tokens[:, None], cache=cache)                                    # decode, (B, 1, V)
+    model.train(was_training)
+    return outputs
+
+
+@dataclass
+class SampleConfig:
+    ckpt: str = 'runs/small'        # a run folder of train.py, or a folder in the released layout
+    prompt: str = ''                # without one, prompts are read from the terminal
+    max_new_tokens: int = 200
+    num_samples: int = 1            # samples of the same prompt, drawn together in one batch
+    temperature: float = 1.0        # below 1: safer, above 1: wilder, 0: always the likeliest token
+    top_k: int = 0                  # see sample_tokens
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    device: str = 'auto'
+
+    def __post_init__(self):
+        for key, low, high in (('max_new_tokens', 1, 10**9), ('num_samples', 1, 10**6), ('temperature', 0, 1e9),
+                               ('top_k', 0, 10**9), ('top_p', 0, 1), ('min_p', 0, 1), ('seed', 0, 2**31)):
+            if not low <= getattr(self, key) <= high:
+                raise ValueError(f'{key} is {getattr(self, key)}, it must lie between {low} and {high:g}')
+
+
+def load(folder, device):
+    """A run folder or a released one -> model (in eval mode), encode(text) -> ids, decode(ids) -> text, stop ids.
+    Raises ValueError if the folder is neither."""
+    if not os.path.isdir(folder):
+        raise ValueError(f'{folder}: no such folder; train a model first (make demo), or name another with --ckpt')
+    if os.path.exists(os.path.join(folder, 'config.json')):     # the released layout
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError("a released folder needs the package tokenizers: pip install 'nanozaya[hf]'") from None
+        model = Zaya.from_pretrained(folder, device)
+        path = os.path.join(folder, 'tokenizer.json')
+        try:
+            tokenizer = Tokenizer.from_file(path)
+        except Exception as error:                              # tokenizers raises plain Exception
+            raise ValueError(f'{path}: cannot be read ({error})') from None
+        eos = read_json(os.path.join(folder, 'config.json')).get('eos_token_id')
+        stop = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        return (model, lambda text: tokenizer.encode(text).ids,
+                lambda ids: tokenizer.decode(ids, skip_special_tokens=False), stop)
+    checkpoint = load_checkpoint(folder, device)
+    if checkpoint is None:
+        raise ValueError(f'{folder}: holds neither a checkpoint of train.py (ckpt.pt) nor a released model (config.json)')
+    model = Zaya(ZayaConfig(**checkpoint['model_config'])).to(device).eval()
+    model.load_state_dict(checkpoint['model'])
+    tokenizer = load_tokenizer(os.path.join(folder, 'bpe.json'))
+    return model, tokenizer.encode_ordinary, tokenizer.decode, [tokenizer.eot_token]
+
+
+def complete(model, encode, decode, stop, prompt, config):
+    """Print config.num_samples continuations of `prompt`: a single one as it comes, several one after the other."""
+    ids = encode(prompt)
+    room = model.config.context - len(ids)
+    if ids and room < 1:
+        raise ValueError(f'the prompt has {len(ids)} tokens, and the context {model.config.context}: shorten it')
+    if room < config.max_new_tokens:
+        print(f'(the context has room for {room} new tokens only)', file=sys.stderr)
+    so_far, shown = [], 0
+
+    def stream(row, token):
+        """Print what is new of the text. A character may span several tokens: wait until it is whole."""
+        nonlocal shown
+        so_far.append(token)
+        text = decode(so_far)
+        if not text.endswith('\ufffd'):
+            print(text[shown:], end='', flush=True)
+            shown = len(text)
+
+    single = config.num_samples == 1
+    if single:
+        print(prompt, end='', flush=True)
+    samples = generate(model, [ids] * config.num_samples, min(room, config.max_new_tokens), config.temperature, config.top_k,
+                       config.top_p, config.min_p, stop, config.seed, stream if single else None)
+    print() if single else print(*(f'--- sample {i}\n{prompt}{decode(new)}' for i, new in enumerate(samples)), sep='\n')
+
+
+if __name__ == '__main__':
+    try:
+        config, = configurator.read(sys.argv[1:], SampleConfig)
+        model_and_tokenizer = load(config.ckpt, pick_device(config.device))
+        if any(argument.startswith('--prompt=') for argument in sys.argv):
+            complete(*model_and_tokenizer, config.prompt, config)
+        else:
+            print('Type a prompt and Enter; end with Ctrl-D.', file=sys.stderr)
+            while True:
+                prompt = input('> ' if sys.stdin.isatty() else '')
+                try:
+                    complete(*model_and_tokenizer, prompt, config)
+                except ValueError as error:                     # this prompt was no good, the next may be
+                    print(f'sample.py: {error}', file=sys.stderr)
+    except (ValueError, OSError) as error:
+        sys.exit(f'sample.py: {error}')
+    except (EOFError, KeyboardInterrupt):
+        print()

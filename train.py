@@ -1,0 +1,305 @@
+"""Train a ZAYA1 model: `python train.py config/NAME.py --key=value`.
+
+One optimizer step: `grad_accum` micro-batches forward and backward; clip the gradient; Muon and AdamW step (optim.py);
+then the Balancer nudges every router's bias by what the experts got in this global batch (router.py). Nothing else in
+ZAYA1 needs a special trainer: no auxiliary loss, no capacity limit, no dropped tokens.
+
+The run folder `out_dir` holds all of a run: ckpt.pt and ckpt_previous.pt, log.csv (one line every `log_every` steps), and
+the tokenizer. Run the same command again, after a crash or a kill, and training goes on where the last checkpoint was;
+on a CPU its losses are bit for bit those of a run that was never interrupted.
+
+Several GPUs: `torchrun --nproc_per_node=8 train.py config/NAME.py`; each process takes grad_accum / 8 of the micro-batches.
+"""
+import contextlib
+import csv
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import configurator
+from data.loader import TokenLoader
+from data.tokenizer import load_tokenizer
+from model import Zaya, ZayaConfig, load_checkpoint, save_checkpoint, sizes
+from optim import make_optimizers
+from router import Balancer, load_entropy
+from sample import generate, pick_device
+
+
+@dataclass
+class TrainConfig:
+    """Every setting of a run besides the model's sizes (ZayaConfig in model.py)."""
+    out_dir: str = 'runs/small'     # the run folder
+    dataset: str = 'data/stdlib'    # a folder that data/*/prepare.py wrote
+    # one optimizer step sees batch_size * context * grad_accum tokens
+    batch_size: int = 16            # sequences in a micro-batch
+    grad_accum: int = 1             # micro-batches a step, over all processes together
+    max_steps: int = 1000
+    # learning rate: up in warmup_steps, flat, then linearly down to min_lr over the last decay_fraction of the steps
+    lr: float = 3e-3                # for Muon and AdamW alike (optim.py says why one value fits both)
+    min_lr: float = 3e-4
+    warmup_steps: int = 50
+    decay_fraction: float = 0.5
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0          # largest norm of the whole gradient; 0: never clip
+    balancer: str = 'pid'           # 'pid' (ZAYA1), 'sign' (DeepSeek's), 'none': see router.py
+    balancer_lr: float = 1e-3
+    eval_every: int = 100           # steps between evaluations, each with a sample of text
+    eval_batches: int = 20          # micro-batches of held-out data, the same ones each time
+    sample_tokens: int = 100        # length of that sample; 0: none
+    checkpoint_every: int = 100
+    log_every: int = 10             # steps between lines of log.csv
+    seed: int = 0
+    device: str = 'auto'            # 'auto': cuda (also AMD's ROCm), else mps, else cpu
+    dtype: str = 'auto'             # of the matrix products: 'auto' is bfloat16 on cuda, float32 elsewhere
+    compile: bool = False           # torch.compile: slow to start, faster after
+    wandb: bool = False             # also log to Weights & Biases (pip install wandb)
+
+    def __post_init__(self):
+        for key in ('batch_size', 'grad_accum', 'max_steps', 'eval_every', 'eval_batches', 'checkpoint_every', 'log_every'):
+            if getattr(self, key) < 1:
+                raise ValueError(f'{key} is {getattr(self, key)}, it must be at least 1')
+        for key in ('lr', 'min_lr', 'warmup_steps', 'weight_decay', 'grad_clip', 'balancer_lr', 'sample_tokens', 'seed'):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f'{key} is {getattr(self, key)}, it must not be negative')
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f'decay_fraction is {self.decay_fraction}, it must lie between 0 and 1')
+        for key, choices in (('balancer', ('pid', 'sign', 'none')), ('dtype', ('auto', 'float32', 'bfloat16'))):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key} is {getattr(self, key)!r}, use one of {', '.join(choices)}")
+
+
+# Dense bf16 peak of a few GPUs in FLOP/s, from their data sheets, for the model FLOPs utilisation (MFU).
+PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'MI300X': 1307e12, 'MI325X': 1307e12, '4090': 165e12}
+
+
+def lr_at(step, config):
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, a plateau, linear decay to min_lr."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    left = (config.max_steps - step) / max(1, config.decay_fraction * config.max_steps)    # 1 where the decay begins
+    return config.min_lr + (config.lr - config.min_lr) * min(1, left)
+
+
+def flops_per_token(model_config):
+    """Of a training step, 6 for each parameter at work (2 forward, 4 backward), the output head among them, and 6 for
+    each dim of a query head and each position attended to (on average half the context; q k^T and probabilities times v)."""
+    c = model_config
+    attention = 2 * c.n_layer * c.n_head * c.head_dim * c.context / 2
+    return 6 * (sizes(c)['active'] + c.vocab_size * c.n_embd + attention)
+
+
+@torch.no_grad()
+def evaluate(model, loader, n_batches, autocast):
+    """Mean loss over the first n_batches batches, and the RMS of the residual stream after each layer, both float lists."""
+    squares = []                                                # [layer 0, layer 1, ..., layer 0, ...] over the batches
+    hooks = [layer.register_forward_hook(lambda module, args, out: squares.append(out[0].float().square().mean()))
+             for layer in model.layers]
+    model.eval()
+    losses = []
+    for index in range(n_batches):
+        x, y = (t.to(model.device) for t in loader.batch(index))
+        with autocast:
+            losses.append(model(x, y)[1])
+    model.train()
+    for hook in hooks:
+        hook.remove()
+    rms = torch.stack(squares).view(n_batches, -1).mean(0).sqrt()
+    return torch.stack(losses).mean().item(), rms.tolist()
+
+
+def write_log(path, rows, columns, keep_until=None):
+    """Append rows (dicts) to log.csv. keep_until: first drop what a killed run logged after that step."""
+    kept = []
+    if keep_until is not None and os.path.exists(path):
+        with open(path, newline='') as file:
+            # A kill may have cut the last line short; such a line lies after the checkpoint, and goes.
+            kept = [row for row in csv.DictReader(file) if (row['step'] or '').isdigit() and int(row['step']) <= keep_until]
+    with open(path, 'a' if keep_until is None else 'w', newline='') as file:
+        writer = csv.DictWriter(file, columns, extrasaction='ignore')
+        if keep_until is not None:
+            writer.writeheader()
+        writer.writerows(kept + rows)
+
+
+def train(config, model_config):
+    """Run or continue the training of `config` (TrainConfig) and `model_config` (ZayaConfig). Returns the last logged
+    losses as {step: loss}. Raises ValueError for settings, data or checkpoints that do not fit."""
+    # 1. Processes and devices. Under torchrun every process runs all of this; rank 0 alone speaks and writes.
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = pick_device(config.device)
+    if world > 1:
+        if device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    if config.grad_accum % world:
+        raise ValueError(f'grad_accum ({config.grad_accum}) must be a multiple of the {world} processes')
+    say = tqdm.write if rank == 0 else lambda text: None        # tqdm's print keeps the progress bar in one piece
+    dtype = {'auto': 'bfloat16' if device.type == 'cuda' else 'float32'}.get(config.dtype, config.dtype)
+    autocast = torch.autocast(device.type, torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
+
+    # 2. Data. The data decides the vocabulary.
+    loader = TokenLoader(config.dataset, 'train', config.batch_size, model_config.context, config.seed)
+    val_loader = TokenLoader(config.dataset, 'val', config.batch_size, model_config.context, config.seed)
+    tokenizer = load_tokenizer(os.path.join(config.dataset, 'bpe.json'))
+    if model_config.vocab_size not in (ZayaConfig.vocab_size, loader.vocab_size):
+        raise ValueError(f'vocab_size is {model_config.vocab_size}, but {config.dataset} has {loader.vocab_size}: leave it out')
+    model_config = replace(model_config, vocab_size=loader.vocab_size)
+
+    # 3. Model, optimizers, balancer.
+    torch.manual_seed(config.seed)                              # the same weights in every process
+    model = Zaya(model_config).to(device)
+    optimizers = make_optimizers(model, config.lr, config.weight_decay)
+    balancer = Balancer(model.routers, config.balancer, config.balancer_lr)
+    step = 0
+    # 4. Continue a run, if the folder holds one.
+    os.makedirs(config.out_dir, exist_ok=True)
+    checkpoint = load_checkpoint(config.out_dir, device)
+    if checkpoint is not None:
+        for key, value in asdict(model_config).items():
+            if checkpoint['model_config'].get(key) != value:
+                raise ValueError(f"{key} is {value}, but {config.out_dir} was trained with "
+                                 f"{checkpoint['model_config'].get(key)}: use it, or another out_dir")
+        changed = [f'{key} {checkpoint["config"].get(key)} -> {value}' for key, value in asdict(config).items()
+                   if checkpoint['config'].get(key) != value]
+        model.load_state_dict(checkpoint['model'])
+        for optimizer, state in zip(optimizers, checkpoint['optimizers']):
+            optimizer.load_state_dict(state)
+        balancer.load_state_dict(checkpoint['balancer'])
+        step = checkpoint['step']
+        torch.set_rng_state(checkpoint['rng'].cpu())
+        if device.type == 'cuda':
+            torch.cuda.set_rng_state(checkpoint['rng_cuda'].cpu(), device)
+        say(f'continuing {config.out_dir} at step {step} of {config.max_steps}'
+            + (f'; changed: {", ".join(changed)}' if changed else ''))
+    if rank == 0:
+        shutil.copy(os.path.join(config.dataset, 'bpe.json'), config.out_dir)   # sample.py finds it with the weights
+
+    def save():
+        if rank == 0:
+            save_checkpoint(config.out_dir, {
+                'model': model.state_dict(), 'optimizers': [o.state_dict() for o in optimizers],
+                'balancer': balancer.state_dict(), 'step': step, 'config': asdict(config),
+                'model_config': asdict(model_config), 'rng': torch.get_rng_state(),
+                'rng_cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None})
+
+    # 5. The log.
+    L = model_config.n_layer
+    columns = ['step', 'tokens', 'loss', 'val_loss', 'grad_norm', 'lr', 'tokens_per_s', 'mfu', 'entropy',
+               *(f'entropy_{layer}' for layer in range(L)), *(f'residual_{layer}' for layer in range(L))]
+    log_path = os.path.join(config.out_dir, 'log.csv')
+    if rank == 0:
+        write_log(log_path, [], columns, keep_until=step)
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+    n, tokens_per_step = sizes(model_config), config.batch_size * model_config.context * config.grad_accum
+    say(f'{n["total"]:,} parameters, {n["active"]:,} active a token (without the embedding), on {name} in {dtype}'
+        f'{" x " + str(world) if world > 1 else ""}; data: {loader.n_tokens:,} tokens, {tokens_per_step:,} a step, '
+        f'{config.max_steps * tokens_per_step / loader.n_tokens:.2f} epochs')
+    wandb = None
+    if config.wandb and rank == 0:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError('wandb is not installed: pip install wandb, or leave --wandb out') from None
+        wandb.init(project='nanozaya', name=os.path.basename(config.out_dir), config=asdict(config) | asdict(model_config))
+
+    def evaluation():
+        """Held-out loss and residual sizes; rank 0 also shows what the model would write."""
+        val_loss, rms = evaluate(model, val_loader, config.eval_batches, autocast)
+        say(f'step {step}: val loss {val_loss:.4f}')
+        if config.sample_tokens and rank == 0:
+            prompt = [tokenizer.eot_token]                      # what a document begins after
+            with autocast:
+                text = generate(model, [prompt], min(config.sample_tokens, model_config.context - 1), seed=step)[0]
+            say('    ' + tokenizer.decode(text).strip().replace('\n', '\n    '))
+        return {'val_loss': val_loss} | {f'residual_{layer}': value for layer, value in enumerate(rms)}
+
+    # 6. The loop.
+    model.train()
+    forward = torch.compile(model) if config.compile else model
+    if world > 1:       # buffers are the balancer's business: it sums the loads over ranks and moves all biases alike
+        forward = DistributedDataParallel(forward, broadcast_buffers=False)
+    if step == 0:                                               # before any learning: val loss is near ln(vocab_size)
+        row = {'step': 0, 'tokens': 0} | evaluation()
+        if rank == 0:
+            write_log(log_path, [row], columns)
+    history, bad_in_a_row, steps, seconds = {}, 0, 0, 0.0       # steps and seconds since the last line of the log
+    bar = tqdm(total=config.max_steps, initial=step, disable=rank != 0, dynamic_ncols=True, mininterval=1, unit='step')
+    while step < config.max_steps:
+        began = time.time()
+        lr = lr_at(step, config)
+        loss = torch.zeros((), device=device)
+        n_micro = config.grad_accum // world
+        for micro in range(n_micro):
+            # Which data comes is a function of the step alone: no loader state to save, no overlap between ranks.
+            x, y = (t.to(device) for t in loader.batch(step * config.grad_accum + micro * world + rank))
+            last = micro == n_micro - 1                         # DDP averages gradients over ranks in the last backward
+            with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
+                with autocast:
+                    _, micro_loss = forward(x, y)
+                (micro_loss / n_micro).backward()
+            loss += micro_loss.detach() / n_micro
+        if world > 1:
+            dist.all_reduce(loss, dist.ReduceOp.AVG if device.type == 'cuda' else dist.ReduceOp.SUM)
+            loss /= 1 if device.type == 'cuda' else world       # gloo cannot average
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+        if finite:
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group['lr'] = lr
+                optimizer.step()
+        fractions = balancer.step(update=finite)                # (layers, N); clears the counts in any case
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        step, steps, seconds = step + 1, steps + 1, seconds + time.time() - began
+        bad_in_a_row = 0 if finite else bad_in_a_row + 1
+        if not finite:
+            say(f'step {step}: loss {loss.item()}, gradient norm {norm.item()}: not finite, step skipped')
+            if bad_in_a_row == 10:
+                raise ValueError(f'ten steps in a row had no finite loss or gradient; the last good checkpoint is kept in '
+                                 f'{config.out_dir}. Try a smaller lr (now {config.lr}) or dtype=float32')
+
+        done = step == config.max_steps
+        row = evaluation() if step % config.eval_every == 0 or done else {}
+        if step % config.log_every == 0 or row:
+            entropy = load_entropy(fractions)
+            speed = steps * tokens_per_step / seconds           # of training alone, evaluations not counted
+            row |= {'step': step, 'tokens': step * tokens_per_step, 'loss': loss.item(), 'grad_norm': norm.item(), 'lr': lr,
+                    'tokens_per_s': round(speed), 'mfu': peak and speed * flops_per_token(model_config) / peak / world,
+                    'entropy': entropy.mean().item()} | {f'entropy_{i}': e.item() for i, e in enumerate(entropy)}
+            steps, seconds = 0, 0.0
+            history[step] = row['loss']
+            if rank == 0:
+                write_log(log_path, [row], columns)
+                bar.set_postfix_str(f'loss {row["loss"]:.3f}, {speed:,.0f} tok/s, load entropy {row["entropy"]:.3f}')
+            if wandb:
+                wandb.log(row, step=step)
+        bar.update()
+        # Only a run whose last step was good is worth keeping.
+        if (step % config.checkpoint_every == 0 or done) and finite:
+            save()
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+    return history
+
+
+if __name__ == '__main__':
+    try:
+        train(*configurator.read(sys.argv[1:], TrainConfig, ZayaConfig))
+    except (ValueError, OSError) as error:
+        sys.exit(f'train.py: {error}')
+    except torch.OutOfMemoryError as error:
+        sys.exit(f'train.py: out of memory; try a smaller batch_size with a larger grad_accum ({str(error).splitlines()[0]})')
+    except KeyboardInterrupt:
+        sys.exit('train.py: stopped; run the same command again to go on from the last checkpoint')
