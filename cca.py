@@ -26,6 +26,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def wide(x):
+    """x in float32, the least precision that the delicate steps below are done in (report, IV-D); float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # ---- step 2: the two convolutions, written as what they are: this token's term plus the previous token's ----
 
 def conv_depthwise(x, weight, bias):
@@ -118,10 +123,10 @@ class CCA(nn.Module):
         # 2. Two kernels of 2 eat the two columns of padding.
         mixed = conv_depthwise(qk_padded, self.conv_depthwise_weight, self.conv_depthwise_bias)        # (B, S + 1, C)
         mixed = conv_grouped(mixed, self.conv_grouped_weight, self.conv_grouped_bias)                  # (B, S, C)
-        # 3 to 5 in float32 (report, IV-D): here small errors would bend every attention logit.
-        heads = lambda t: t.float().unflatten(-1, (Hq + Hk, -1)).split([Hq, Hk], dim=2)  # (B, S, Hq, d), (B, S, Hk, d)
+        # 3 to 5 in float32: here small errors would bend every attention logit.
+        heads = lambda t: wide(t).unflatten(-1, (Hq + Hk, -1)).split([Hq, Hk], dim=2)  # (B, S, Hq, d), (B, S, Hk, d)
         (q, k), (m_q, m_k) = heads(mixed), qk_mean(*heads(qk))
-        q, k = qk_norm(q + m_q, k + m_k, self.temperature.float())
+        q, k = qk_norm(q + m_q, k + m_k, wide(self.temperature))
         q, k = rope(q, cos, sin), rope(k, cos, sin)
         # 6. Values: half of the latent sees this token, the other half the one before. 2 KV heads: one head each.
         v = torch.cat([v_now, v_padded[:, :-1]], -1).unflatten(-1, (Hk, -1))   # (B, S, Hk, d)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cca import CCA, Cache, rope_table
+from cca import CCA, Cache, rope_table, wide
 from router import Router
 
 
@@ -96,9 +96,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x = x.float()
+        x = wide(x)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * self.weight.float()).to(self.weight.dtype)
+        return (x * wide(self.weight)).to(self.weight.dtype)
 
 
 class ResidualScaling(nn.Module):
@@ -112,7 +112,7 @@ class ResidualScaling(nn.Module):
         self.branch_bias = nn.Parameter(torch.zeros(dim))       # b_f
 
     def forward(self, x, f):
-        return (x + self.residual_bias) * self.residual_scale + (f.float() + self.branch_bias) * self.branch_scale
+        return (x + self.residual_bias) * self.residual_scale + (wide(f) + self.branch_bias) * self.branch_scale
 
 
 class Experts(nn.Module):
@@ -248,7 +248,7 @@ class Zaya(nn.Module):
         # Positions are the same for every row unless a cache holds rows of different lengths: (1 or B, S).
         positions = torch.arange(S, device=idx.device)[None] if cache is None else cache.begin(S, n_new)
         cos, sin = rope_table(positions, self.config.rope_dim, self.config.rope_base)      # (1 or B, S, rope_dim / 2)
-        x = ((self.embedding(idx) + self.embedding_bias) * self.embedding_scale).float()   # (B, S, E) float32
+        x = wide((self.embedding(idx) + self.embedding_bias) * self.embedding_scale)       # (B, S, E) float32
         r = None                                                # the router state climbs the layers beside x
         for layer in self.layers:
             x, r = layer(x, r, cos, sin, cache)
@@ -259,7 +259,7 @@ class Zaya(nn.Module):
         if cache is not None:
             cache.end()
         with torch.autocast(idx.device.type, enabled=False):    # head and loss in float32 (report, IV-D)
-            logits = F.linear(x.float(), self.embedding.weight.float())                    # (B, S, V)
+            logits = F.linear(wide(x), wide(self.embedding.weight))                        # (B, S, V)
             loss = None
             if targets is not None:
                 loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)

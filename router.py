@@ -21,6 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from cca import wide
+
 
 def choose(probs, bias):
     """Top-1 under the balancing bias. probs (..., M) float32, bias (M) -> expert (...) int64, weight (...) float32."""
@@ -32,12 +34,13 @@ class Router(nn.Module):
     """The router of layer `layer`. forward: x (B, S, E) and the layer below's state -> expert, weight, state."""
 
     def __init__(self, config, layer):
+        from model import RMSNorm                                               # here, since model.py imports this file
         super().__init__()
         E, R, self.n_expert = config.n_embd, config.router_dim, config.n_expert
         M = self.n_expert + config.skip_expert
         self.down_proj = nn.Linear(E, R)
         self.eda_scale = nn.Parameter(torch.ones(R)) if layer > 0 else None     # gamma
-        self.norm = nn.RMSNorm(R, config.norm_eps)                           # RMSNorm of model.py, torch's own
+        self.norm = RMSNorm(R, config.norm_eps)
         self.fc1 = nn.Linear(R, R)
         self.fc2 = nn.Linear(R, R)
         self.out_proj = nn.Linear(R, M, bias=False)
@@ -53,7 +56,7 @@ class Router(nn.Module):
             r = r + self.eda_scale * r_below
         h = F.gelu(self.fc1(self.norm(r)))
         h = F.gelu(self.fc2(h))
-        probs = self.out_proj(h).float().softmax(-1)                            # s_l (B, S, M), float32
+        probs = wide(self.out_proj(h)).softmax(-1)                              # s_l (B, S, M), float32
         expert, weight = choose(probs, self.balancing_bias)
         if self.training:
             self.load += F.one_hot(expert.flatten(), len(self.load)).sum(0)     # no bincount: it would wait for the GPU

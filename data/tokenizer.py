@@ -185,14 +185,12 @@ def load_tokenizer(path):
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        if content == {"encoding": "gpt2"}:
-            enc = None
-        else:
+        if content != {"encoding": "gpt2"}:
             tokens = [base64.b64decode(token, validate=True) for token in content["tokens"]]
             if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
                 raise ValueError("the tokens are not 256 bytes and different merges")
-            enc = make_encoding(content["pattern"], tokens, content["special_tokens"])
+            return make_encoding(content["pattern"], tokens, content["special_tokens"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is missing or damaged ({type(error).__name__}): write it again with "
-                         "`python data/stdlib/prepare.py`, or data/text/prepare.py for your own text") from None
-    return enc or gpt2_encoding()
+        raise ValueError(f"{path} is missing or damaged ({type(error).__name__}): run `python data/stdlib/"
+                         "prepare.py`, or data/text/prepare.py for your own text") from None
+    return gpt2_encoding()

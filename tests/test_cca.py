@@ -1,0 +1,213 @@
+"""Invariants of CCA (cca.py), piece by piece, then of the whole layer and its cache."""
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, strategies as st
+
+from cca import CCA, conv_depthwise, conv_grouped, qk_mean, qk_norm, rope, rope_table
+from common import randomize, tiny_config, tiny_model, tokens
+
+heads = st.sampled_from([(4, 1, 8), (4, 2, 8), (6, 3, 4), (2, 2, 12)])          # Hq, Hk, d
+seeds = st.integers(0, 10**6)
+
+
+def random(*shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def layer(Hq, Hk, d, seed=0, dtype=torch.float32):
+    return randomize(CCA(tiny_config(n_head=Hq, n_kv_head=Hk, head_dim=d), 0), seed).to(dtype)
+
+
+def run(cca, x):
+    return cca(x, *rope_table(torch.arange(x.shape[1])[None], 2, 10_000.0))
+
+
+def check_causal(f, x, t):
+    """Changing x at time t changes f(x) at t, and nothing before."""
+    changed = x.clone()
+    changed[:, t] += 1
+    a, b = f(x), f(changed)
+    assert torch.equal(a[:, :t], b[:, :t])
+    assert not torch.equal(a[:, t], b[:, t])
+
+
+# ---- causality ----
+
+@given(st.integers(1, 12), st.data(), seeds)
+def test_convolutions_are_causal(S, data, seed):
+    t = data.draw(st.integers(0, S - 1))
+    x = random(2, S, 12, seed=seed)
+    pad = lambda x: F.pad(x, (0, 0, 1, 0))
+    check_causal(lambda x: conv_depthwise(pad(x), random(12, 1, 2, seed=1), random(12, seed=2)), x, t)
+    check_causal(lambda x: conv_grouped(pad(x), random(12, 4, 2, seed=1), random(12, seed=2)), x, t)
+
+
+@given(heads, st.integers(1, 12), st.data(), seeds)
+def test_cca_is_causal(shape, S, data, seed):
+    cca = layer(*shape, seed)
+    check_causal(lambda x: run(cca, x), random(2, S, 32, seed=seed), data.draw(st.integers(0, S - 1)))
+
+
+@given(st.integers(1, 12), st.data(), seeds)
+def test_the_whole_model_is_causal(S, data, seed):
+    model, idx, t = tiny_model(seed), tokens(2, S, seed=seed), data.draw(st.integers(0, S - 1))
+    changed = idx.clone()
+    changed[:, t] = (changed[:, t] + 1) % 50
+    with torch.no_grad():
+        a, b = model(idx)[0], model(changed)[0]
+    assert (a[:, :t] - b[:, :t]).abs().max() < 1e-5 if t else True              # expert slices change size: not bit-equal
+    assert (a[:, t] - b[:, t]).abs().max() > 1e-4
+
+
+# ---- convolutions ----
+
+@given(heads, st.integers(1, 9), seeds)
+def test_convolutions_equal_conv1d_over_two_padded_zeros(shape, S, seed):
+    Hq, Hk, d = shape
+    C = (Hq + Hk) * d
+    x = F.pad(random(2, S, C, seed=seed), (0, 0, 2, 0))
+    w1, b1 = random(C, 1, 2, seed=seed + 1), random(C, seed=seed + 2)
+    w2, b2 = random(C, d, 2, seed=seed + 3), random(C, seed=seed + 4)
+    ours = conv_grouped(conv_depthwise(x, w1, b1), w2, b2)
+    theirs = F.conv1d(F.conv1d(x.mT, w1, b1, groups=C), w2, b2, groups=Hq + Hk).mT
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@given(heads, st.integers(1, 9), seeds)
+def test_the_two_convolutions_are_one_of_kernel_3_and_a_constant(shape, S, seed):
+    Hq, Hk, d = shape
+    C = (Hq + Hk) * d
+    x = F.pad(random(2, S, C, seed=seed, dtype=torch.float64), (0, 0, 2, 0))
+    w1, b1, w2, b2 = (random(*s, seed=seed + i, dtype=torch.float64) for i, s in enumerate([(C, 1, 2), (C,), (C, d, 2), (C,)]))
+    two = conv_grouped(conv_depthwise(x, w1, b1), w2, b2)
+    a = w1[:, 0].view(Hq + Hk, 1, d, 2).expand(-1, d, -1, -1).reshape(C, d, 2)  # depthwise taps of each input channel
+    w3 = torch.stack([w2[..., 0] * a[..., 0],                                   # reaches x_{t-2}
+                      w2[..., 0] * a[..., 1] + w2[..., 1] * a[..., 0],          # x_{t-1}
+                      w2[..., 1] * a[..., 1]], -1)                              # x_t
+    b3 = b2 + (w2.sum(-1) * b1.view(Hq + Hk, 1, d).expand(-1, d, -1).reshape(C, d)).sum(-1)
+    torch.testing.assert_close(two, F.conv1d(x.mT, w3, b3, groups=Hq + Hk).mT)
+
+
+# ---- QK-mean, norm, RoPE, value shift ----
+
+@given(heads, seeds)
+def test_qk_mean_is_the_paper_s_head_by_head(shape, seed):
+    Hq, Hk, d = shape
+    q, k = random(2, 3, Hq, d, seed=seed), random(2, 3, Hk, d, seed=seed + 1)
+    m_q, m_k = qk_mean(q, k)
+    G = Hq // Hk
+    for h in range(Hq):
+        torch.testing.assert_close(m_q[:, :, h], (q[:, :, h] + k[:, :, h // G]) / 2)
+    for h in range(Hk):
+        torch.testing.assert_close(m_k[:, :, h], sum(m_q[:, :, h * G + i] for i in range(G)) / G)
+
+
+@given(heads, seeds)
+def test_norms_are_sqrt_d_and_t_sqrt_d(shape, seed):
+    Hq, Hk, d = shape
+    T = random(Hk, seed=seed)
+    q, k = qk_norm(random(2, 3, Hq, d, seed=seed), random(2, 3, Hk, d, seed=seed + 1), T)
+    torch.testing.assert_close(q.norm(dim=-1), torch.full((2, 3, Hq), d ** 0.5))
+    torch.testing.assert_close(k.norm(dim=-1), (T.abs() * d ** 0.5).expand(2, 3, Hk))
+
+
+def test_norm_of_zero_is_zero():
+    q, k = qk_norm(torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 1, 8), torch.ones(1))
+    assert q.eq(0).all() and k.eq(0).all()
+
+
+@given(st.integers(0, 10**5), seeds)
+def test_rope_keeps_norms_and_the_unrotated_dims(position, seed):
+    x = random(2, 3, 4, 16, seed=seed)
+    y = rope(x, *rope_table(position + torch.arange(3)[None], 8, 10_000.0))
+    torch.testing.assert_close(x.norm(dim=-1), y.norm(dim=-1))
+    assert torch.equal(x[..., 8:], y[..., 8:])
+    assert not torch.equal(x[:, 1:, :, :8], y[:, 1:, :, :8])
+
+
+@given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500), seeds)
+def test_rope_depends_on_distance_only(m, n, shift, seed):
+    q, k = random(1, 1, 1, 8, seed=seed), random(1, 1, 1, 8, seed=seed + 1)
+    at = lambda x, position: rope(x, *rope_table(torch.tensor([[position]]), 8, 10_000.0))
+    dot = lambda a, b: (at(q, a) * at(k, b)).sum()
+    torch.testing.assert_close(dot(m, n), dot(m + shift, n + shift), atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_with_two_kv_heads_one_value_head_sees_this_token_and_one_the_token_before(monkeypatch):
+    cca, x = layer(2, 2, 8), random(1, 5, 32, seed=1)
+    cca.o_proj = torch.nn.Identity()
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, **_: v)      # lay the values bare
+    y = run(cca, x)
+    assert torch.equal(y[..., :8], cca.v_proj(x))
+    assert torch.equal(y[:, 1:, 8:], cca.v_proj_delayed(x)[:, :-1])
+    assert y[:, 0, 8:].eq(0).all()
+
+
+def test_gradients_of_cca_are_right():
+    cca = layer(4, 2, 4, dtype=torch.float64)
+    names, parameters = zip(*cca.named_parameters())
+    table = rope_table(torch.arange(5)[None], 2, 10_000.0)
+
+    def f(x, *values):
+        return torch.func.functional_call(cca, dict(zip(names, values)), (x, *table))
+    x = random(1, 5, 32, seed=3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(f, (x, *(p.detach().clone().requires_grad_() for p in parameters)), fast_mode=True)
+
+
+# ---- the cache ----
+
+chunkings = st.lists(st.integers(1, 7), min_size=1, max_size=6)
+
+
+@torch.no_grad()
+@given(chunkings, st.sampled_from([(4, 1), (4, 2), (4, 4)]), seeds)
+def test_cached_forward_equals_the_full_forward_for_any_split(chunks, shape, seed):
+    model, idx = tiny_model(seed, n_head=shape[0], n_kv_head=shape[1]), tokens(2, sum(chunks), seed=seed)
+    cache = model.make_cache(2, sum(chunks))
+    logits = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, 1)], 1)
+    full = model(idx)[0]
+    assert (logits - full).abs().max() < 1e-4
+    assert logits.argmax(-1).equal(full.argmax(-1))
+
+
+@torch.no_grad()
+@given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any), min_size=1, max_size=4), seeds)
+def test_rows_of_different_lengths_get_what_they_get_alone(steps, seed):
+    """Each step gives row b n_new[b] tokens, some none at all, the rest of the chunk being padding of random ids."""
+    model, past = tiny_model(seed), [[], [], []]
+    cache = model.make_cache(3, 5 * len(steps))
+    for i, n_new in enumerate(steps):
+        idx = tokens(3, max(n_new), seed=seed + i)
+        logits, _ = model(idx, cache=cache, n_new=n_new)
+        for b, n in enumerate(n_new):
+            past[b] += idx[b, :n].tolist()
+            if n:
+                alone = model(torch.tensor([past[b]]))[0][0, -n:]
+                assert (logits[b, :n] - alone).abs().max() < 1e-4
+    assert cache.lengths == [len(p) for p in past]
+
+
+@torch.no_grad()
+def test_rows_that_leave_do_not_disturb_the_others():
+    model, idx = tiny_model(), tokens(3, 9)
+    cache = model.make_cache(3, 9)
+    model(idx[:, :4], cache=cache)
+    cache.keep([2, 0])
+    logits = torch.cat([model(idx[[2, 0], t:t + 1], cache=cache)[0] for t in range(4, 9)], 1)
+    assert (logits - model(idx[[2, 0]])[0][:, 4:]).abs().max() < 1e-4
+
+
+def test_cache_holds_nothing_but_the_compressed_state():
+    config = tiny_config()
+    cache = tiny_model().make_cache(2, 10)
+    L, d, Hq, Hk = config.n_layer, config.head_dim, config.n_head, config.n_kv_head
+    stored = sum(t.numel() for t in vars(cache).values() if torch.is_tensor(t))
+    assert stored == 2 * L * (10 * 2 * Hk * d + 2 * (Hq + Hk) * d + Hk * d // 2)
+
+
+def test_a_full_cache_says_so():
+    model = tiny_model()
+    with pytest.raises(ValueError, match='capacity'):
+        model(tokens(1, 5), cache=model.make_cache(1, 4))

@@ -1,0 +1,159 @@
+"""Invariants of the model (model.py) besides its equality to the reference."""
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, strategies as st
+
+from common import randomize, tiny_config, tiny_model, tokens
+from model import Experts, ResidualScaling, RMSNorm, Zaya, ZayaConfig, grouped_products, sizes, sliced_products, swiglu
+
+seeds = st.integers(0, 10**6)
+
+
+def sorted_tokens(seed, T=40, **changes):
+    """x (T, E), count (N) of a random routing in which an expert may well have no token at all."""
+    g = torch.Generator().manual_seed(seed)
+    experts = randomize(Experts(tiny_config(**changes)), seed)
+    expert = torch.randint(experts.gate_up.shape[0], (T,), generator=g) * torch.randint(2, (T,), generator=g)
+    return experts, torch.randn(T, 32, generator=g), expert, torch.rand(T, generator=g)
+
+
+@given(seeds, st.integers(1, 40), st.booleans())
+def test_dispatch_equals_the_dense_one_hot_formula(seed, T, skip):
+    experts, x, expert, weight = sorted_tokens(seed, T)
+    N = len(experts.gate_up)
+    if skip:
+        expert = torch.where(torch.arange(T) % 3 == 0, N, expert)               # class N: no expert at all
+    h = torch.einsum('te,nfe->tnf', x, experts.gate_up)                         # every token through every expert
+    y = torch.einsum('tnf,nef->tne', swiglu(h), experts.down)
+    dense = torch.einsum('tn,t,tne->te', F.one_hot(expert, N + 1)[:, :N].float(), weight, y)
+    torch.testing.assert_close(experts(x, expert, weight), dense, atol=1e-5, rtol=1e-4)
+
+
+@given(seeds)
+def test_grouped_products_equal_sliced_products_with_their_gradients(seed):
+    experts, x, expert, _ = sorted_tokens(seed)
+    count = torch.bincount(expert, minlength=len(experts.gate_up))
+    results = []
+    for products in (sliced_products, grouped_products):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, experts.gate_up, experts.down)]
+        y = products(*leaves, count)
+        y.square().sum().backward()
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_residual_scaling_at_init_is_the_plain_residual():
+    x, f = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    assert torch.equal(ResidualScaling(8)(x, f), x + f)
+
+
+@given(seeds)
+def test_residual_scaling_is_equation_6(seed):
+    s, (x, f) = randomize(ResidualScaling(8), seed), torch.randn(2, 2, 3, 8, generator=torch.Generator().manual_seed(seed))
+    expected = s.residual_scale * x + s.residual_scale * s.residual_bias + s.branch_scale * f + s.branch_scale * s.branch_bias
+    torch.testing.assert_close(s(x, f), expected)
+
+
+@given(seeds, st.floats(1e-3, 1e3))
+def test_rms_norm_has_unit_rms_and_forgets_the_scale(seed, scale):
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
+    y = RMSNorm(64, 1e-12)(x * scale)
+    torch.testing.assert_close(y.square().mean(-1), torch.ones(5))
+    torch.testing.assert_close(y, F.rms_norm(x, (64,), eps=1e-12), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@given(st.permutations(range(5)), seeds)
+def test_permuting_the_batch_permutes_the_output(order, seed):
+    model, idx = tiny_model(seed), tokens(5, 7, seed=seed)
+    torch.testing.assert_close(model(idx)[0][order], model(idx[order])[0], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@given(seeds)
+def test_the_loss_is_the_mean_over_scored_targets(seed):
+    model, idx, targets = tiny_model(seed), tokens(2, 9, seed=seed), tokens(2, 9, seed=seed + 1)
+    targets[0, 3:] = -1
+    logits, loss = model(idx, targets)
+    logp = logits.log_softmax(-1).gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+    torch.testing.assert_close(loss, -logp[targets >= 0].mean())
+
+
+def test_a_fresh_model_guesses_evenly():
+    torch.manual_seed(0)
+    model = Zaya(ZayaConfig.small())
+    idx = tokens(2, 64, vocab_size=4096)
+    assert abs(model(idx, idx.roll(1))[1].item() - torch.tensor(4096.0).log().item()) < 0.1
+
+
+@torch.no_grad()
+def test_last_only_gives_each_row_s_last_real_logits():
+    model, idx = tiny_model(), tokens(3, 6)
+    assert torch.allclose(model(idx, last_only=True)[0], model(idx)[0][:, -1:], atol=1e-5)
+    n_new = [2, 6, 4]
+    full = model(idx)[0]
+    last = model(idx, cache=model.make_cache(3, 6), n_new=n_new, last_only=True)[0]
+    for b, n in enumerate(n_new):
+        assert torch.allclose(last[b, 0], full[b, n - 1], atol=1e-4)
+
+
+def test_the_numbers_of_section_iv_d_are_float32_under_bf16():
+    """Residual stream, router probabilities, logits, loss and the cache's state stay float32 in a bf16 model and under
+    autocast; the matrix products are bf16."""
+    for autocast in (False, True):
+        model = tiny_model()
+        model = model if autocast else model.bfloat16()
+        seen = {}
+        layer = model.layers[1]
+        layer.register_forward_hook(lambda m, args, out: seen.update(stream=out[0].dtype))
+        layer.moe.router.register_forward_hook(lambda m, args, out: seen.update(weight=out[1].dtype))
+        layer.attn.o_proj.register_forward_hook(lambda m, args, out: seen.update(attention=out.dtype))
+        idx = tokens(2, 8)
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            logits, loss = model(idx, idx)
+            cache = model.make_cache(2, 8)
+            model(idx, cache=cache)
+        assert {seen['stream'], seen['weight'], logits.dtype, loss.dtype, cache.conv.dtype, cache.value.dtype} == {torch.float32}
+        assert seen['attention'] == torch.bfloat16
+
+
+def test_bf16_is_close_to_float32():
+    idx = tokens(2, 16)
+    with torch.no_grad():
+        exact, rounded = tiny_model()(idx)[0], tiny_model().bfloat16()(idx)[0]
+    assert (exact - rounded).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize('idx, message', [(tokens(1, 65), '1 to 64 tokens'), (tokens(1, 1)[:, :0], '1 to 64 tokens')])
+def test_too_long_and_empty_sequences_are_refused(idx, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(idx)
+    model = tiny_model()
+    cache = model.make_cache(1, 100)
+    model(tokens(1, 64), cache=cache)
+    with pytest.raises(ValueError, match='after 64 in the cache'):
+        model(tokens(1, 1), cache=cache)
+
+
+@pytest.mark.parametrize('bad', [dict(n_head=5), dict(n_layer=0), dict(head_dim=7, n_kv_head=1), dict(rope_fraction=0.4)])
+def test_impossible_sizes_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        tiny_config(**bad)
+
+
+def test_sizes_count_what_is_there():
+    config = tiny_config()
+    n = sizes(config)
+    model = Zaya(config)
+    assert n['total'] == sum(p.numel() for p in model.parameters())
+    idle = sum(p.numel() for layer in model.layers for p in layer.moe.experts.parameters()) * 3 // 4
+    assert n['active'] == n['total'] - 50 * 32 - idle
+    assert n['kv_bytes'] == 2 * 2 * 3 * 2 * 8
+
+
+def test_export_without_the_skip_class_is_refused(tmp_path):
+    pytest.importorskip('safetensors')
+    with pytest.raises(ValueError, match='skip'):
+        tiny_model().save_pretrained(tmp_path)

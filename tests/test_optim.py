@@ -1,0 +1,70 @@
+"""Invariants of the optimizers (optim.py)."""
+import torch
+from hypothesis import given, strategies as st
+
+from common import tiny_model
+from optim import Muon, make_optimizers, orthogonalize
+
+shapes = st.sampled_from([(8, 8), (16, 64), (64, 16), (32, 48), (3, 20, 30), (1, 7)])
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(shapes, st.integers(0, 10**6))
+def test_the_update_has_singular_values_near_1(shape, seed):
+    s = torch.linalg.svdvals(orthogonalize(random(*shape, seed=seed), rounds=10))
+    assert s.min() > 0.6 and s.max() < 1.3
+
+
+@given(shapes, st.integers(0, 10**6))
+def test_the_update_keeps_the_singular_vectors(shape, seed):
+    G = random(*shape, seed=seed)
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    middle = U.mT @ orthogonalize(G) @ Vh.mT                    # diagonal in G's own basis
+    off = middle - torch.diag_embed(middle.diagonal(dim1=-2, dim2=-1))
+    assert off.abs().max() < 1e-3
+
+
+@given(st.integers(0, 10**6))
+def test_each_expert_of_a_stack_is_a_matrix_of_its_own(seed):
+    G = random(4, 12, 20, seed=seed) * torch.tensor([1e-3, 1.0, 10.0, 1e3])[:, None, None]
+    torch.testing.assert_close(orthogonalize(G), torch.stack([orthogonalize(g) for g in G]), atol=1e-5, rtol=1e-4)
+
+
+def test_muon_equals_torch_s_own():
+    """torch.optim.Muon rounds to bfloat16 inside, on every device: hence the tolerance."""
+    for shape in (24, 24), (16, 40), (40, 16):
+        ours, theirs = (torch.nn.Parameter(random(*shape)) for _ in range(2))
+        a = Muon([ours], lr=0.05, weight_decay=0.1)
+        b = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.95, adjust_lr_fn='match_rms_adamw')
+        for step in range(5):
+            ours.grad, theirs.grad = random(*shape, seed=step + 1), random(*shape, seed=step + 1)
+            a.step()
+            b.step()
+        moved = (theirs - random(*shape)).norm()
+        assert (ours - theirs).norm() < 0.02 * moved
+
+
+def test_an_update_has_adamw_s_rms():
+    p = torch.nn.Parameter(torch.zeros(256, 64))
+    p.grad = random(256, 64)
+    Muon([p], lr=1.0, weight_decay=0).step()
+    assert 0.14 < p.detach().square().mean().sqrt() < 0.26      # 0.2, up to the spread of the singular values
+
+
+def test_every_parameter_has_exactly_one_optimizer_and_matrices_have_muon():
+    model = tiny_model()
+    muon, adamw = ([p for group in o.param_groups for p in group['params']] for o in make_optimizers(model, 1e-3))
+    assert len({*map(id, muon), *map(id, adamw)}) == len(muon) + len(adamw) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    for p in muon:
+        assert p.ndim >= 2 and 'embedding' not in names[id(p)] and 'conv' not in names[id(p)]
+    for p in adamw:
+        assert p.ndim == 1 or 'embedding' in names[id(p)] or 'conv' in names[id(p)]
+
+
+def test_vectors_do_not_decay():
+    for group in make_optimizers(tiny_model(), 1e-3)[1].param_groups:
+        assert all((p.ndim > 1) == (group['weight_decay'] > 0) for p in group['params'])
