@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import operator
 import re
+import textwrap
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv}
@@ -17,21 +18,30 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 def value_of(node):
     """The value of a syntax tree made of literals and arithmetic on numbers. Raises ValueError for anything else."""
     match node:
-        case ast.Constant(value=bool() | int() | float() | str()):
-            return node.value
+        case ast.Constant(value=bool() | int() | float() | str() as value):
+            pass
         case ast.List(elts=items):
-            return [value_of(item) for item in items]
-        case ast.UnaryOp(op=ast.USub(), operand=operand) if isinstance(value := value_of(operand), (int, float)):
-            return -value
+            value = [value_of(item) for item in items]
+        case ast.UnaryOp(op=ast.USub(), operand=operand) if type(value := value_of(operand)) in (int, float):
+            value = -value
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             left, right = value_of(left), value_of(right)
             if not all(type(side) in (int, float) for side in (left, right)):
                 raise ValueError('arithmetic works on numbers only')
             try:
-                return OPERATORS[type(op)](left, right)
+                value = OPERATORS[type(op)](left, right)
             except ArithmeticError as error:
                 raise ValueError(str(error)) from None
-    raise ValueError(f'{ast.unparse(node)} is neither a literal nor arithmetic on literals')
+        case _:
+            raise ValueError(f'{source(node)} is neither a literal nor arithmetic on literals')
+    if type(value) is int and not -2**63 <= value < 2**63:      # also keeps 9 * 9 * 9 * ... from growing without end
+        raise ValueError('a whole number must fit into 64 bits')
+    return value
+
+
+def source(node):
+    """A syntax tree as source again, for an error message: one line, not too long."""
+    return textwrap.shorten(ast.unparse(node), 60, placeholder=' ...')
 
 
 def assignments(path):
@@ -45,6 +55,8 @@ def assignments(path):
         raise ValueError(f'{path}, line {error.lineno}: {error.msg}') from None
     except ValueError as error:                                 # not UTF-8, or a NUL byte
         raise ValueError(f'{path}: {error}') from None
+    except (RecursionError, MemoryError):                       # how ast.parse gives up on thousands of brackets or signs
+        raise ValueError(f'{path}: an expression is too deeply nested') from None
     found = []
     for statement in tree.body:
         where = f'{path}, line {statement.lineno}'
@@ -54,10 +66,12 @@ def assignments(path):
                     found.append((key, value_of(node), where))
                 except ValueError as error:
                     raise ValueError(f'{where}: {key}: {error}') from None
+                except RecursionError:
+                    raise ValueError(f'{where}: {key}: the expression is too deeply nested') from None
             case ast.Expr(value=ast.Constant(value=str())):     # a docstring
                 pass
             case _:
-                raise ValueError(f'{where}: only `key = value` lines are read, this is `{ast.unparse(statement)}`')
+                raise ValueError(f'{where}: only `key = value` lines are read, this is `{source(statement)}`')
     return found
 
 
@@ -80,7 +94,7 @@ def read(arguments, *classes):
             raise ValueError(f'{argument}: write --key=value')
         try:
             value = text if kinds.get(key) is str else value_of(ast.parse(text.strip(), mode='eval').body)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             value = text                                        # the type check below says what was expected
         found.append((key, value, argument))
     values = {}

@@ -20,6 +20,7 @@ Legend:  B batch   S sequence   E residual width   N experts   F expert width   
 import json
 import math
 import os
+import pickle
 import sys
 import zipfile
 from dataclasses import asdict, dataclass, fields
@@ -112,7 +113,9 @@ class ResidualScaling(nn.Module):
         self.branch_bias = nn.Parameter(torch.zeros(dim))       # b_f
 
     def forward(self, x, f):
-        return (x + self.residual_bias) * self.residual_scale + (wide(f) + self.branch_bias) * self.branch_scale
+        constant = self.residual_bias * self.residual_scale + self.branch_bias * self.branch_scale     # (E)
+        x = torch.addcmul(constant, x, self.residual_scale)     # multiplied out: two passes over the stream, not four
+        return torch.addcmul(x, wide(f), self.branch_scale)
 
 
 class Experts(nn.Module):
@@ -479,20 +482,35 @@ def sizes(config):
 
 def save_checkpoint(folder, state):
     """Write `state` (tensors, numbers, strings, lists and dicts of them) so that a crash at any moment leaves a whole
-    checkpoint behind: into a temporary file, onto the disk (fsync), and only then under its name. Raises OSError."""
+    checkpoint behind: into a temporary file, onto the disk (fsync), and only then under its name. Raises OSError if
+    the disk is full, say; the checkpoints already there are then untouched."""
     new, current, previous = (os.path.join(folder, name) for name in ('ckpt.tmp', 'ckpt.pt', 'ckpt_previous.pt'))
     try:
         with open(new, 'wb') as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:                                       # a full disk, Ctrl-C: leave no half file behind
+    except BaseException as error:                              # a full disk, Ctrl-C: leave no half file behind
         if os.path.exists(new):
             os.remove(new)
+        if isinstance(error, (OSError, RuntimeError)):          # torch reports a failed write as either of them
+            cause = error if isinstance(error, OSError) else error.__context__
+            raise OSError(f'{new}: cannot be written ({getattr(cause, "strerror", None) or error})') from None
         raise
-    if os.path.exists(current):
+    if os.path.exists(current) and damage(current) is None:     # a damaged one must not push out a good one
         os.replace(current, previous)
     os.replace(new, current)                                    # killed before this line: ckpt_previous.pt is whole
+
+
+def damage(path):
+    """What is wrong with a file that save_checkpoint wrote, or None. torch.save writes a zip archive with a checksum for
+    each part; torch.load ignores them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+            return part and f'its part {part} is corrupt'
+    except Exception as error:                                  # whatever a damaged file makes zipfile say
+        return str(error)
 
 
 def load_checkpoint(folder, device='cpu'):
@@ -501,13 +519,13 @@ def load_checkpoint(folder, device='cpu'):
     paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt_previous.pt')]
     paths = [path for path in paths if os.path.exists(path)]
     for path in paths:
+        what = damage(path)
         try:
-            with zipfile.ZipFile(path) as archive:              # torch.save writes a zip, whose checksums torch.load skips
-                if (part := archive.testzip()) is not None:
-                    raise ValueError(f'its part {part} is corrupt')
-            return torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:                              # whatever a damaged file makes the readers say
-            print(f'{path} is damaged ({error}): not used', file=sys.stderr)
+            if what is None:
+                return torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError:                          # weights_only: nothing in the file is ever executed
+            what = 'it holds more than tensors and plain values'
+        print(f'{path} is damaged ({what}): not used', file=sys.stderr)
     if paths:
         raise ValueError(f'{folder}: every checkpoint is damaged ({", ".join(paths)}); remove them to start anew')
 

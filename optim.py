@@ -25,9 +25,12 @@ def orthogonalize(G, rounds=5):
     if tall:                                                # the shorter side first: X X^T is then the smaller product
         X = X.mT
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)      # Frobenius >= spectral norm: all s in [0, 1]
+    shape, X = X.shape, X.reshape(-1, *X.shape[-2:])        # a single matrix is a stack of one
     for _ in range(rounds):
         S = X @ X.mT
-        X = A * X + (B * S + C * S @ S) @ X
+        P = torch.baddbmm(S, S, S, beta=B, alpha=C)         # B S + C S S
+        X = torch.baddbmm(X, P, X, beta=A)                  # A X + P X
+    X = X.view(shape)
     return (X.mT if tall else X).to(G.dtype)
 
 

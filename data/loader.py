@@ -18,10 +18,10 @@ class TokenLoader:
     The N tokens are cut into ceil((N - 1) / context) windows: window w has tokens[w*context : (w+1)*context]
     as inputs and the same shifted by one as targets. The last window may be short; it is filled up with
     input 0 and target -1, which the loss must ignore. So in one epoch every token but the very first
-    (nothing precedes it) is a target exactly once. Each epoch visits the windows in another order.
+    (nothing precedes it) is a target exactly once. Each epoch visits the windows in another
+    order; a batch that reaches the end of one goes on with the next, so no window is left out.
 
-    Attributes: meta (the content of meta.json), vocab_size, n_tokens, n_windows, and batches_per_epoch,
-    rounded up: the last batch of an epoch goes on with the first windows of the next.
+    Attributes: meta (the content of meta.json), vocab_size, n_tokens, n_windows.
     Raises ValueError, naming the file, if the data is missing, unfinished or damaged.
     """
 
@@ -49,7 +49,6 @@ class TokenLoader:
         self.tokens = np.memmap(self.path, dtype, mode="r")  # read from disk as needed, never as a whole
 
         self.n_windows = -(-(self.n_tokens - 1) // context)  # rounded up
-        self.batches_per_epoch = -(-self.n_windows // batch_size)
         self.epoch = self.order = None             # the epoch visited last, and its order of the windows
 
     def batch(self, index):

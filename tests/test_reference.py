@@ -91,9 +91,11 @@ def test_gradients_equal_the_reference(pair, S):
     theirs.backward()
     ours.backward()
     grads = {name: p.grad for name, p in reference.named_parameters()}
+    # The small absolute term: with S = 1 the softmax over a single key makes q and k's true gradients 0, plus rounding.
+    rounding = 1e-7 * torch.stack([g.norm() for g in grads.values()]).norm()
     for name, p in model.named_parameters():
         theirs = grads[checkpoint_name(name)]
-        assert (p.grad - theirs).norm() <= 1e-3 * theirs.norm() + 1e-7, name
+        assert (p.grad - theirs).norm() <= 1e-3 * theirs.norm() + rounding, name
 
 
 def test_counts_equal_the_reference_at_8b():
