@@ -52,7 +52,8 @@ def assignments(path):
     except OSError as error:
         raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
     except SyntaxError as error:
-        raise ValueError(f'{path}, line {error.lineno}: {error.msg}') from None
+        where = f'{path}, line {error.lineno}' if error.lineno else path
+        raise ValueError(f'{where}: {error.msg}') from None
     except ValueError as error:                                 # not UTF-8, or a NUL byte
         raise ValueError(f'{path}: {error}') from None
     except (RecursionError, MemoryError):                       # how ast.parse gives up on thousands of brackets or signs

@@ -525,6 +525,8 @@ def load_checkpoint(folder, device='cpu'):
                 return torch.load(path, map_location=device, weights_only=True)
         except pickle.UnpicklingError:                          # weights_only: nothing in the file is ever executed
             what = 'it holds more than tensors and plain values'
+        except Exception as error:                              # whatever else a damaged file makes torch say
+            what = error
         print(f'{path} is damaged ({what}): not used', file=sys.stderr)
     if paths:
         raise ValueError(f'{folder}: every checkpoint is damaged ({", ".join(paths)}); remove them to start anew')

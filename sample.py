@@ -20,8 +20,8 @@ def pick_device(name):
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:        # torch has no one way to say no
         raise ValueError(f'device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device=cpu') from None
     return torch.device(name)
 
@@ -70,31 +70,34 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         return outputs
     was_training = model.training
     model.eval()
-    # Every row draws all its random numbers now, from its own generator.
-    u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))
-                     for row in range(len(prompts))]).to(model.device)                          # (B, max_new_tokens)
-    lengths = [len(prompt) for prompt in prompts]
-    idx = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=model.device)
-    cache = model.make_cache(len(prompts), max(lengths) + max_new_tokens)
-    rows = list(range(len(prompts)))                            # row numbers of those still in the batch
-    logits, _ = model(idx, cache=cache, n_new=lengths, last_only=True)                          # prefill, (B, 1, V)
-    for t in range(max_new_tokens):
-        next_tokens = sample_tokens(logits[:, 0], u[rows, t], temperature, top_k, top_p, min_p)
-        alive = []
-        for i, token in enumerate(next_tokens.tolist()):
-            outputs[rows[i]].append(token)
-            if stream:
-                stream(rows[i], token)
-            if token not in stop:
-                alive.append(i)
-        if not alive or t == max_new_tokens - 1:
-            break
-        if len(alive) < len(rows):                              # the finished rows leave
-            rows = [rows[i] for i in alive]
-            next_tokens = next_tokens[alive]
-            cache.keep(alive)
-        logits, _ = model(next_tokens[:, None], cache=cache)                                    # decode, (B, 1, V)
-    model.train(was_training)
+    try:
+        # Every row draws all its random numbers now, from its own generator.
+        u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))
+                         for row in range(len(prompts))]).to(model.device)                      # (B, max_new_tokens)
+        lengths = [len(prompt) for prompt in prompts]
+        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
+        idx = torch.tensor(padded, device=model.device)
+        cache = model.make_cache(len(prompts), max(lengths) + max_new_tokens)
+        rows = list(range(len(prompts)))                        # row numbers of those still in the batch
+        logits, _ = model(idx, cache=cache, n_new=lengths, last_only=True)                      # prefill, (B, 1, V)
+        for t in range(max_new_tokens):
+            next_tokens = sample_tokens(logits[:, 0], u[rows, t], temperature, top_k, top_p, min_p)
+            alive = []
+            for i, token in enumerate(next_tokens.tolist()):
+                outputs[rows[i]].append(token)
+                if stream:
+                    stream(rows[i], token)
+                if token not in stop:
+                    alive.append(i)
+            if not alive or t == max_new_tokens - 1:
+                break
+            if len(alive) < len(rows):                          # the finished rows leave
+                rows = [rows[i] for i in alive]
+                next_tokens = next_tokens[alive]
+                cache.keep(alive)
+            logits, _ = model(next_tokens[:, None], cache=cache)                                # decode, (B, 1, V)
+    finally:                                                    # also if stream raises, or Ctrl-C comes
+        model.train(was_training)
     return outputs
 
 
@@ -171,14 +174,17 @@ def complete(model, encode, decode, stop, prompt, config):
         print(prompt, end='', flush=True)
     samples = generate(model, [ids] * config.num_samples, min(room, config.max_new_tokens), config.temperature, config.top_k,
                        config.top_p, config.min_p, stop, config.seed, stream if single else None)
-    print() if single else print(*(f'--- sample {i}\n{prompt}{decode(new)}' for i, new in enumerate(samples)), sep='\n')
+    if single:
+        print(decode(samples[0])[shown:])                       # the sample may end inside a character
+    else:
+        print(*(f'--- sample {i}\n{prompt}{decode(new)}' for i, new in enumerate(samples)), sep='\n')
 
 
 if __name__ == '__main__':
     try:
         config, = configurator.read(sys.argv[1:], SampleConfig)
         model_and_tokenizer = load(config.ckpt, pick_device(config.device))
-        if any(argument.startswith('--prompt=') for argument in sys.argv):
+        if config.prompt or '--prompt=' in sys.argv:            # an empty prompt on purpose gets its error
             complete(*model_and_tokenizer, config.prompt, config)
         else:
             print('Type a prompt and Enter; end with Ctrl-D.', file=sys.stderr)

@@ -82,10 +82,9 @@ PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'MI300X': 1307e12,
 
 def lr_at(step, config):
     """Learning rate of optimizer step `step` (from 0): linear warm-up, a plateau, linear decay to min_lr."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
     left = (config.max_steps - step) / max(1, config.decay_fraction * config.max_steps)    # 1 where the decay begins
-    return config.min_lr + (config.lr - config.min_lr) * min(1, left)
+    decayed = config.min_lr + (config.lr - config.min_lr) * min(1, left)
+    return min(decayed, config.lr * (step + 1) / max(1, config.warmup_steps))      # a short run may decay before it is warm
 
 
 def flops_per_token(model_config):
@@ -99,6 +98,7 @@ def flops_per_token(model_config):
 @torch.no_grad()
 def evaluate(model, loader, n_batches, autocast):
     """Mean loss over the first n_batches batches, and the RMS of the residual stream after each layer, both float lists."""
+    n_batches = min(n_batches, max(1, loader.n_windows // loader.batch_size))   # no window twice
     squares = []                                                # [layer 0, layer 1, ..., layer 0, ...] over the batches
     hooks = [layer.register_forward_hook(lambda module, args, out: squares.append(out[0].float().square().mean()))
              for layer in model.layers]
@@ -116,17 +116,21 @@ def evaluate(model, loader, n_batches, autocast):
 
 
 def write_log(path, rows, columns, keep_until=None):
-    """Append rows (dicts) to log.csv. keep_until: first drop what a killed run logged after that step."""
+    """Append rows (dicts) to log.csv. keep_until: begin the file anew, with its rows up to that step only: what a killed
+    run logged after its last checkpoint goes."""
+    if keep_until is None:
+        with open(path, 'a', newline='') as file:
+            csv.DictWriter(file, columns).writerows(rows)
+        return
     kept = []
-    if keep_until is not None and os.path.exists(path):
-        with open(path, newline='') as file:
-            # A kill may have cut the last line short; such a line lies after the checkpoint, and goes.
-            kept = [row for row in csv.DictReader(file) if (row['step'] or '').isdigit() and int(row['step']) <= keep_until]
-    with open(path, 'a' if keep_until is None else 'w', newline='') as file:
+    if os.path.exists(path):
+        with open(path, newline='') as file:                    # a kill or a full disk may have cut the last line short
+            kept = [row for row in csv.DictReader(file) if None not in row.values() and int(row['step']) <= keep_until]
+    with open(path + '.tmp', 'w', newline='') as file:
         writer = csv.DictWriter(file, columns, extrasaction='ignore')
-        if keep_until is not None:
-            writer.writeheader()
+        writer.writeheader()
         writer.writerows(kept + rows)
+    os.replace(path + '.tmp', path)                             # a kill before this line leaves the old log whole
 
 
 def train(config, model_config):
@@ -171,9 +175,9 @@ def train(config, model_config):
         changed = [f'{key} {checkpoint["config"].get(key)} -> {value}' for key, value in asdict(config).items()
                    if checkpoint['config'].get(key) != value]
         model.load_state_dict(checkpoint['model'])
-        for optimizer, state in zip(optimizers, checkpoint['optimizers']):
-            optimizer.load_state_dict(state)
-        balancer.load_state_dict(checkpoint['balancer'])
+        # Of their state dicts take what was learned (momenta), not the old settings: those may have been changed.
+        for thing, saved in zip([*optimizers, balancer], [*checkpoint['optimizers'], checkpoint['balancer']]):
+            thing.load_state_dict(thing.state_dict() | {'state': saved['state']})
         step = checkpoint['step']
         torch.set_rng_state(checkpoint['rng'].cpu())
         if device.type == 'cuda':
@@ -197,7 +201,7 @@ def train(config, model_config):
                *(f'entropy_{layer}' for layer in range(L)), *(f'residual_{layer}' for layer in range(L))]
     log_path = os.path.join(config.out_dir, 'log.csv')
     if rank == 0:
-        write_log(log_path, [], columns, keep_until=step)
+        write_log(log_path, [], columns, keep_until=step if checkpoint else -1)     # a new run begins with a new log
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
     n, tokens_per_step = sizes(model_config), config.batch_size * model_config.context * config.grad_accum
@@ -299,7 +303,7 @@ if __name__ == '__main__':
         train(*configurator.read(sys.argv[1:], TrainConfig, ZayaConfig))
     except (ValueError, OSError) as error:
         sys.exit(f'train.py: {error}')
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         sys.exit(f'train.py: out of memory; try a smaller batch_size with a larger grad_accum ({str(error).splitlines()[0]})')
     except KeyboardInterrupt:
         sys.exit('train.py: stopped; run the same command again to go on from the last checkpoint')

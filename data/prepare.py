@@ -23,7 +23,7 @@ from data.tokenizer import encode_bytes, gpt2_encoding, save_tokenizer, train_bp
 VAL_PERCENT = 5
 
 
-def prepare(documents, out, vocab_size, tokenizer="bpe"):
+def prepare(documents, out, vocab_size, tokenizer='bpe'):
     """Writes train.bin, val.bin, bpe.json and meta.json into the folder out.
 
     documents: list of (name, bytes), held in memory; vocab_size: of the BPE trained on the train split;
@@ -32,25 +32,27 @@ def prepare(documents, out, vocab_size, tokenizer="bpe"):
     start = time.time()
     splits = split_documents(documents)
     for split, docs in splits.items():
-        print(f"{split}: {len(docs):,} files, {sum(len(data) for _, data in docs):,} bytes")
+        print(f'{split}: {len(docs):,} files, {sum(len(data) for _, data in docs):,} bytes')
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").unlink(missing_ok=True)    # from here on, the folder is unfinished
-    if tokenizer == "gpt2":
+    (out / 'meta.json').unlink(missing_ok=True)    # from here on, the folder is unfinished
+    if tokenizer == 'gpt2':
         enc = gpt2_encoding()
     else:
         # Bytes that are not UTF-8 teach nothing here; encode_bytes keeps them when the files are written.
-        enc = train_bpe((chunk.decode("utf-8", "replace") for _, data in splits["train"]
+        enc = train_bpe((chunk.decode('utf-8', 'replace') for _, data in splits['train']
                          for chunk in line_chunks(data)), vocab_size)
-    save_tokenizer(out / "bpe.json", enc)
-    print(f"bpe.json: {enc.n_vocab:,} tokens, ready at {time.time() - start:.1f} s")
+    save_tokenizer(out / 'bpe.json', enc)
+    print(f'bpe.json: {enc.n_vocab:,} tokens, ready at {time.time() - start:.1f} s')
 
     dtype = token_dtype(enc.n_vocab)
-    meta = {"vocab_size": enc.n_vocab, "dtype": dtype.name}
+    meta = {'vocab_size': enc.n_vocab, 'dtype': dtype.name}
     for split, docs in splits.items():
         n_tokens, n_bytes = 0, 0
-        with open(out / f"{split}.bin", "wb") as file:
+        path = out / f'{split}.bin'
+        path.unlink(missing_ok=True)               # a run that still reads the old file keeps it; writing over it
+        with open(path, 'wb') as file:             # would pull the memory map from under that run
             for _, data in docs:
                 for chunk in line_chunks(data):
                     ids = encode_bytes(enc, chunk)
@@ -59,12 +61,12 @@ def prepare(documents, out, vocab_size, tokenizer="bpe"):
                 file.write(np.array([enc.eot_token], dtype).tobytes())
                 n_tokens += 1
                 n_bytes += len(data)
-        meta[split] = {"tokens": n_tokens, "bytes": n_bytes, "files": len(docs)}
-        print(f"{split}.bin: {n_tokens:,} tokens of {dtype.name}, {n_bytes / n_tokens:.2f} bytes per token, "
-              f"ready at {time.time() - start:.1f} s")
+        meta[split] = {'tokens': n_tokens, 'bytes': n_bytes, 'files': len(docs)}
+        print(f'{split}.bin: {n_tokens:,} tokens of {dtype.name}, {n_bytes / n_tokens:.2f} bytes per token, '
+              f'ready at {time.time() - start:.1f} s')
 
-    (out / "meta.json.tmp").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    os.replace(out / "meta.json.tmp", out / "meta.json")
+    (out / 'meta.json.tmp').write_text(json.dumps(meta, indent=2) + '\n', encoding='utf-8')
+    os.replace(out / 'meta.json.tmp', out / 'meta.json')
 
 
 def split_documents(documents):
@@ -75,31 +77,31 @@ def split_documents(documents):
     """
     documents = sorted((name, data) for name, data in documents if data)
     if not documents:
-        raise ValueError("there is no text to prepare: no files were found, or all are empty")
+        raise ValueError('there is no text to prepare: no files were found, or all are empty')
     if len(documents) == 1:
         name, data = documents[0]
         if len(data) < 2:
-            raise ValueError(f"{name} has a single byte: too short to split into train and val")
+            raise ValueError(f'{name} has a single byte: too short to split into train and val')
         cut = max(1, len(data) * (100 - VAL_PERCENT) // 100)
-        cut = data.rfind(b"\n", 0, cut) + 1 or cut
-        return {"train": [(name, data[:cut])], "val": [(name, data[cut:])]}
+        cut = data.rfind(b'\n', 0, cut) + 1 or cut
+        return {'train': [(name, data[:cut])], 'val': [(name, data[cut:])]}
 
     def place(document):                           # 0..99, evenly, and the same on every machine
-        return int(hashlib.sha256(document[0].encode("utf-8", "surrogateescape")).hexdigest(), 16) % 100
+        return int(hashlib.sha256(document[0].encode('utf-8', 'surrogateescape')).hexdigest(), 16) % 100
 
     n_val = sum(place(document) < VAL_PERCENT for document in documents)
     n_val = min(max(n_val, 1), len(documents) - 1)
     documents.sort(key=place)
-    return {"train": sorted(documents[n_val:]), "val": sorted(documents[:n_val])}
+    return {'train': sorted(documents[n_val:]), 'val': sorted(documents[:n_val])}
 
 
 def line_chunks(data):
     """Cuts bytes after whole lines, about 1 MB each, so that a file of gigabytes is not encoded at once."""
     lines = io.BytesIO(data)
     while chunk := lines.readlines(1 << 20):
-        yield b"".join(chunk)
+        yield b''.join(chunk)
 
 
 def token_dtype(vocab_size):
     """The smallest unsigned integer that holds every id: 2 bytes a token for most vocabularies."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    return np.dtype('<u2' if vocab_size <= 1 << 16 else '<u4')

@@ -19,24 +19,24 @@ import tiktoken
 # Text is first cut into pieces, and no token crosses a cut: otherwise ` the` would be learned once more
 # for every sign that can follow it. At each position the first alternative that matches is taken. None
 # looks ahead or backtracks, so tiktoken's cutting takes linear time, whatever the text.
-PATTERN = "|".join([
-    r"[^\r\n\p{L}\p{N}]?\p{L}+",                   # a word and the one sign before it: ` if`, `.append`
-    r"\p{N}{1,3}",                                 # digits in threes: long numbers share their tokens
-    r" ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?",       # punctuation; at the end of a line the newline and the
+PATTERN = '|'.join([
+    r'[^\r\n\p{L}\p{N}]?\p{L}+',                   # a word and the one sign before it: ` if`, `.append`
+    r'\p{N}{1,3}',                                 # digits in threes: long numbers share their tokens
+    r' ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?',       # punctuation; at the end of a line the newline and the
                                                    # next line's indentation too: `):\n    ` is one token
-    r"\s*[\r\n][ \t]*",                            # blank lines, then the indentation that follows
-    r"\s+",                                        # spaces and tabs inside a line
+    r'\s*[\r\n][ \t]*',                            # blank lines, then the indentation that follows
+    r'\s+',                                        # spaces and tabs inside a line
 ])
 
 # Tokens that no text contains: `encode_ordinary` spells these strings out in plain tokens, so a document
 # cannot forge one. Their ids follow those of the ordinary tokens: enc.encode_single_token("<|user|>").
 SPECIAL_TOKENS = [
-    "<|endoftext|>",                               # ends each document of the training files
-    "<|user|>",                                    # a user's turn begins
-    "<|assistant|>",                               # the model's turn begins
-    "<|end|>",                                     # a turn ends
-    "<think>",                                     # reasoning begins; the answer comes after
-    "</think>",                                    # reasoning ends
+    '<|endoftext|>',                               # ends each document of the training files
+    '<|user|>',                                    # a user's turn begins
+    '<|assistant|>',                               # the model's turn begins
+    '<|end|>',                                     # a turn ends
+    '<think>',                                     # reasoning begins; the answer comes after
+    '</think>',                                    # reasoning ends
 ]
 
 MAX_PIECE = 64    # bytes; longer pieces (base64, DNA) are cut for training: a merge rewrites whole pieces
@@ -57,14 +57,14 @@ def train_bpe(texts, vocab_size):
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size is {vocab_size}, but the bytes and special tokens need {smallest}")
+        raise ValueError(f'vocab_size is {vocab_size}, but the bytes and special tokens need {smallest}')
 
     pieces = Counter()
     for text in texts:
         pieces.update(regex.findall(PATTERN, text))
     words, counts = [], []                         # a piece as a list of tokens; how often it occurs
     for piece, count in pieces.items():
-        piece = piece.encode("utf-8")
+        piece = piece.encode('utf-8')
         for i in range(0, len(piece), MAX_PIECE):
             words.append(list(piece[i:i + MAX_PIECE]))
             counts.append(count)
@@ -106,7 +106,7 @@ def train_bpe(texts, vocab_size):
 
     enc = make_encoding(PATTERN, tokens, SPECIAL_TOKENS)
     if enc.n_vocab < vocab_size:
-        print(f"no pair repeats any more: the vocabulary has {enc.n_vocab} tokens, not {vocab_size}")
+        print(f'no pair repeats any more: the vocabulary has {enc.n_vocab} tokens, not {vocab_size}')
     return enc
 
 
@@ -131,7 +131,7 @@ def make_encoding(pattern, tokens, special_tokens):
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     special = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
-    return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def gpt2_encoding():
@@ -140,13 +140,13 @@ def gpt2_encoding():
     `<|endoftext|>` keeps GPT-2's own id, 50256. Raises ValueError if the download fails.
     """
     try:
-        gpt2 = tiktoken.get_encoding("gpt2")
+        gpt2 = tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot download the gpt2 vocabulary ({type(error).__name__}): "
-                         "connect once, or use the default --tokenizer=bpe") from None
-    special = {"<|endoftext|>": gpt2.eot_token}
+        raise ValueError(f'cannot download the gpt2 vocabulary ({type(error).__name__}): '
+                         'connect once, or use the default --tokenizer=bpe') from None
+    special = {'<|endoftext|>': gpt2.eot_token}
     special |= {name: gpt2.n_vocab + i for i, name in enumerate(SPECIAL_TOKENS[1:])}
-    return tiktoken.Encoding("gpt2", pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
+    return tiktoken.Encoding('gpt2', pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
                              special_tokens=special)
 
 
@@ -156,41 +156,41 @@ def encode_bytes(enc, data):
     tiktoken encodes str only. "surrogateescape" decodes an invalid byte to a code point that no valid text
     contains; we cut the text there and give that byte its own token. Returns a list of int.
     """
-    parts = re.split("([\udc80-\udcff])", data.decode("utf-8", "surrogateescape"))
+    parts = re.split('([\udc80-\udcff])', data.decode('utf-8', 'surrogateescape'))
     ids = enc.encode_ordinary(parts[0])
     for invalid, text in zip(parts[1::2], parts[2::2]):
-        ids.append(enc.encode_single_token(invalid.encode("utf-8", "surrogateescape")))
+        ids.append(enc.encode_single_token(invalid.encode('utf-8', 'surrogateescape')))
         ids.extend(enc.encode_ordinary(text))
     return ids
 
 
 def save_tokenizer(path, enc):
     """Writes an encoding of train_bpe or gpt2_encoding as JSON; load_tokenizer reads it."""
-    if enc.name == "gpt2":
-        content = {"encoding": "gpt2"}
+    if enc.name == 'gpt2':
+        content = {'encoding': 'gpt2'}
     else:
         n_ordinary = enc.n_vocab - len(enc.special_tokens_set)
         content = {
-            "pattern": enc._pat_str,
-            "tokens": [base64.b64encode(enc.decode_single_token_bytes(i)).decode("ascii")
+            'pattern': enc._pat_str,
+            'tokens': [base64.b64encode(enc.decode_single_token_bytes(i)).decode('ascii')
                        for i in range(n_ordinary)],
-            "special_tokens": sorted(enc.special_tokens_set, key=enc.encode_single_token),
+            'special_tokens': sorted(enc.special_tokens_set, key=enc.encode_single_token),
         }
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, 'w', encoding='utf-8') as file:
         json.dump(content, file, indent=0)
 
 
 def load_tokenizer(path):
     """The encoding in a file of save_tokenizer. Raises ValueError if the file is missing or damaged."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding='utf-8') as file:
             content = json.load(file)
-        if content != {"encoding": "gpt2"}:
-            tokens = [base64.b64decode(token, validate=True) for token in content["tokens"]]
+        if content != {'encoding': 'gpt2'}:
+            tokens = [base64.b64decode(token, validate=True) for token in content['tokens']]
             if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
-                raise ValueError("the tokens are not 256 bytes and different merges")
-            return make_encoding(content["pattern"], tokens, content["special_tokens"])
+                raise ValueError('the tokens are not 256 bytes and different merges')
+            return make_encoding(content['pattern'], tokens, content['special_tokens'])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is missing or damaged ({type(error).__name__}): run `python data/stdlib/"
-                         "prepare.py`, or data/text/prepare.py for your own text") from None
+        raise ValueError(f'{path} is missing or damaged ({type(error).__name__}): run `python data/stdlib/'
+                         'prepare.py`, or data/text/prepare.py for your own text') from None
     return gpt2_encoding()

@@ -1,0 +1,34 @@
+# `make demo` trains a small model and samples from it; `make test` runs all tests. Both set up what they need, once.
+#
+# An activated environment whose torch was built for CUDA or ROCm is used as it is (only missing packages are added).
+# Otherwise a virtual environment is made in .venv.
+PYTHON ?= python3
+ifeq ($(shell $(PYTHON) -c "import torch; print(bool(torch.version.cuda or torch.version.hip))" 2>/dev/null),True)
+PY := $(PYTHON)
+else
+PY := .venv/bin/python
+endif
+
+demo: data/stdlib/meta.json
+	$(PY) train.py config/demo.py
+	$(PY) sample.py --ckpt=runs/demo --prompt='def ' --max_new_tokens=150 --temperature=0.8
+
+test: environment
+	$(PY) -m pytest -q
+
+data/stdlib/meta.json: | environment
+	$(PY) data/stdlib/prepare.py
+
+ifeq ($(PY),.venv/bin/python)
+environment: .venv/ready
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	touch .venv/ready
+else
+environment:
+	grep -v '^torch==' requirements.txt | $(PY) -m pip install -q -r /dev/stdin
+endif
+
+.PHONY: demo test environment

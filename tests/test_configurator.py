@@ -1,0 +1,204 @@
+"""The settings reader: literals in, errors of one line out, and nothing is ever executed."""
+import dataclasses
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import configurator
+
+
+@dataclasses.dataclass
+class Settings:
+    steps: int = 1
+    rate: float = 1.0
+    name: str = 'a'
+    fast: bool = False
+    layers: list = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f'steps is {self.steps}, it must not be negative')
+
+
+@dataclasses.dataclass
+class Other:
+    width: int = 8
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(text, *flags): a config file of this text, then the flags -> Settings."""
+    def read(text, *flags):
+        path = tmp_path / 'config.py'
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return configurator.read([str(path), *flags], Settings)[0]
+    return read
+
+
+def refused(read, text, *flags):
+    """The message with which a config file is refused, which must be one line and not long."""
+    with pytest.raises(ValueError) as error:
+        read(text, *flags)
+    message = str(error.value)
+    assert '\n' not in message and len(message) < 600
+    return message
+
+
+# ---- what is read ----
+
+@pytest.mark.parametrize('source, value', [('3', 3), ('-3', -3), ('600_000 * 2', 1_200_000), ('2 - 3 * (4 + 1)', -13),
+                                           ('7 // 2', 3), ('0x10', 16), ('- -2', 2)])
+def test_integers_and_arithmetic_are_read(source, value):
+    assert configurator.read([f'--width={source}'], Other) == [Other(value)]
+
+
+def test_every_type_is_read(read):
+    assert read('''"""A docstring."""
+steps = 2 * 3  # a comment
+rate = 3e-4 / 3
+name = 'x=y # z'
+fast = True
+layers = [1, [2.5], "a"]''') == Settings(6, 3e-4 / 3, 'x=y # z', True, [1, [2.5], 'a'])
+
+
+def test_int_passes_for_float_and_becomes_one(read):
+    assert read('rate = 2').rate == 2.0 and type(read('rate = 2').rate) is float
+    assert type(read('', '--rate=2').rate) is float
+
+
+def test_later_wins_default_then_file_then_flag(read):
+    assert read('') == Settings()
+    assert read('steps = 2').steps == 2
+    assert read('steps = 2\nsteps = 3').steps == 3
+    assert read('steps = 2', '--steps=3').steps == 3
+    assert read('steps = 2', '--steps=3', '--steps=4').steps == 4
+
+
+def test_flags_are_cut_at_the_first_equals_sign(read):
+    assert read('', '--name=a=b=').name == 'a=b='
+    assert read('', '--name=').name == ''
+    assert read('', "--name='a'").name == "'a'"         # the shell has removed its quotes: these are meant
+
+
+def test_several_classes_share_one_file(tmp_path):
+    (tmp_path / 'c.py').write_text('width = 3\nsteps = 4')
+    assert configurator.read([str(tmp_path / 'c.py')], Settings, Other) == [Settings(steps=4), Other(3)]
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+SCALARS = dict(steps=st.integers(0, 2**63 - 1), rate=FINITE, name=st.text(), fast=st.booleans())
+
+
+@given(st.fixed_dictionaries({}, optional=SCALARS | {'layers': st.lists(st.one_of(*SCALARS.values()))}))
+def test_what_repr_writes_is_read_back(tmp_path_factory, values):
+    path = tmp_path_factory.getbasetemp() / 'written.py'
+    path.write_text(''.join(f'{key} = {value!r}\n' for key, value in values.items()), encoding='utf-8')
+    assert configurator.read([str(path)], Settings) == [Settings(**values)]
+    flags = [f'--{key}={value if key == "name" else repr(value)}' for key, value in values.items()]
+    assert configurator.read(flags, Settings) == [Settings(**values)]
+
+
+# ---- what is refused ----
+
+CODE = ['open(CANARY, "w")', '__import__("os").system("touch " + CANARY)', 'f"{open(CANARY, chr(119))}"',
+        '[open(CANARY, "w") for _ in "a"]', '(lambda: open(CANARY, "w"))()', 'lambda: 1', 'print', 'a.b', '[1][0]',
+        '[*"ab"]', '1 if True else 2', '2 ** 3', 'not 1', '1 < 2', 'None', 'b"a"', '1j', '...', '(1, 2)', '{1: 2}',
+        '"a" * 2', '"a" + "b"', 'True + 1', '-True', '[1] + [2]', '1 / 0', '(yield)', '(x := 1)']
+
+
+@pytest.mark.parametrize('code', CODE)
+def test_code_in_a_value_is_refused_and_not_run(read, tmp_path, code):
+    canary = tmp_path / 'canary'
+    code = code.replace('CANARY', repr(str(canary)))
+    for key in 'steps', 'rate', 'fast', 'layers', 'name':
+        assert 'config.py, line 2' in refused(read, f'\n{key} = {code}')
+        if key != 'name':                               # a string's flag is taken as it stands
+            assert f'{key} must be' in refused(read, '', f'--{key}={code}')
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize('statement', [
+    'import os', 'open(CANARY, "w")', 'def f():\n    open(CANARY, "w")\nf()', 'for steps in [1]:\n    pass', '1',
+    'steps += 1', 'steps: int = 1', 'steps = rate = 1', 'steps, rate = 1, 2', 'a.steps = 1', 'del steps',
+    'with open(CANARY, "w"):\n    pass', 'class A(open(CANARY, "w")): pass', 'assert open(CANARY, "w")', 'try:\n    open(CANARY, "w")\nfinally:\n    pass'])
+def test_statements_are_refused_and_not_run(read, tmp_path, statement):
+    canary = tmp_path / 'canary'
+    assert 'config.py, line 2' in refused(read, f'steps = 1\n{statement.replace("CANARY", repr(str(canary)))}')
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize('source', [
+    '(' * 10_000 + '1' + ')' * 10_000, '-' * 10_000 + '1', '-' * 2500 + '1', '*'.join(['9'] * 10_000),
+    '+'.join(['1'] * 2500), '[' * 10_000, 'a' + '.a' * 10_000, '9' * 5000, '*'.join(['9' * 4000] * 100),
+    '0x' + 'f' * 10_000, str(2**63), '1\0'],
+    ids='parentheses signs fewer-signs product sum brackets dots digits large-product hex 64-bit nul'.split())
+def test_monstrous_values_get_one_line(read, source):
+    for key in 'steps', 'rate', 'layers':
+        assert 'config.py' in refused(read, f'{key} = {source}')
+        if len(source) < 100:
+            assert f'{key} must be' in refused(read, '', f'--{key}={source}')
+        else:
+            with pytest.raises(ValueError, match=f'{key} must be'):
+                read('', f'--{key}={source}')
+
+
+def test_unknown_key_names_file_line_and_nearest_key(read):
+    message = refused(read, '\n\nstesp = 1')
+    assert 'config.py, line 3' in message and "'stesp'" in message and "'steps'" in message
+    assert "--nmae=x: unknown key 'nmae'; did you mean 'name'?" in refused(read, '', '--nmae=x')
+
+
+@pytest.mark.parametrize('key, value', [('steps', '1.0'), ('steps', "'1'"), ('steps', 'True'), ('rate', 'False'),
+                                        ('rate', "'1'"), ('name', '1'), ('fast', '1'), ('fast', "'True'"), ('layers', '1')])
+def test_wrong_type_names_key_line_and_type(read, key, value):
+    kind = type(getattr(Settings(), key)).__name__
+    message = refused(read, f'\n{key} = {value}')
+    assert 'config.py, line 2' in message and f'{key} must be {kind}' in message and value in message
+    if key != 'name':
+        assert f'--{key}={value}: {key} must be {kind}' in refused(read, '', f'--{key}={value}')
+
+
+def test_bad_value_names_where_it_was_set(read):
+    assert refused(read, 'rate = 1\nsteps = -1').endswith('config.py, line 2: steps is -1, it must not be negative')
+    assert refused(read, 'steps = 1', '--steps=-1').startswith('--steps=-1: steps is -1')
+    assert refused(read, 'steps = -1', '--rate=2').endswith('config.py, line 1: steps is -1, it must not be negative')
+
+
+@pytest.mark.parametrize('line', ['steps = = 2', '  rate = 2', 'name = "a', ')'])
+def test_syntax_error_names_file_and_line(read, line):
+    assert 'config.py, line 2: ' in refused(read, f'steps = 1\n{line}')
+
+
+def test_missing_file_is_named(tmp_path):
+    for path in tmp_path / 'none.py', tmp_path:         # a folder cannot be read either
+        with pytest.raises(ValueError, match=f'{path}: cannot be read'):
+            configurator.read([str(path)], Settings)
+
+
+def test_flag_without_value_is_refused(read):
+    assert 'write --key=value' in refused(read, '', '--fast')
+
+
+SNIPPETS = 'steps|name| = |1|-|*|(|)|[|]|,|.|\'|"""|#|\\|\n|\r|\t|é|\0'.split('|')
+
+
+@given(st.one_of(st.binary(), st.text(), st.lists(st.sampled_from(SNIPPETS)).map(''.join)))
+@example('steps = "\\ud800"')
+def test_any_file_is_read_or_refused_with_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / 'any.py'
+    path.write_bytes(content if isinstance(content, bytes) else content.encode('utf-8', 'surrogatepass'))
+    try:
+        configurator.read([str(path)], Settings)
+    except ValueError as error:
+        assert len(str(error).splitlines()) == 1 and 'any.py' in str(error)
+
+
+@given(st.sampled_from(['steps', 'rate', 'name', 'fast', 'layers', 'other']), st.text())
+def test_any_flag_is_read_or_refused(key, text):
+    try:
+        settings, = configurator.read([f'--{key}={text}'], Settings)
+    except ValueError as error:
+        assert key in str(error)
+    else:
+        assert key != 'name' or settings.name == text
