@@ -33,17 +33,18 @@ def wide(x):
 
 # ---- step 2: the two convolutions, written as what they are: this token's term plus the previous token's ----
 
-def conv_depthwise(x, weight, bias):
-    """y_t = w_0 x_{t-1} + w_1 x_t + b, each channel by itself. x (B, S+1, C) -> (B, S, C). weight (C, 1, 2), bias (C)."""
-    w_prev, w_now = weight[:, 0].unbind(-1)                         # (C) each
-    return x[:, :-1] * w_prev + (x[:, 1:] * w_now + bias)
+def conv_depthwise(before, now, weight, bias):
+    """y_t = w_0 x_{t-1} + w_1 x_t + b, each channel by itself. before = x_{t-1}, now = x_t: (B, S, C) -> (B, S, C).
+    weight (C, 1, 2) as in nn.Conv1d: out, in of the group, time. bias (C)."""
+    w_before, w_now = weight[:, 0].unbind(-1)                       # (C) each
+    return before * w_before + (now * w_now + bias)
 
 
-def conv_grouped(x, weight, bias):
-    """y_t = W_0 x_{t-1} + W_1 x_t + b inside each head. x (B, S+1, C) -> (B, S, C). weight (C, d, 2), bias (C)."""
+def conv_grouped(before, now, weight, bias):
+    """y_t = W_0 x_{t-1} + W_1 x_t + b, the channels of a head among themselves. As above; weight (C, d, 2), bias (C)."""
     C, d, _ = weight.shape
-    H = C // d                                                      # one group a head: channels mix within it only
-    x = torch.cat([x[:, :-1], x[:, 1:]], -1).unflatten(-1, (2, H, d))               # (B, S, 2, H, d): x_{t-1}, x_t
+    H = C // d                                                      # one group a head
+    x = torch.stack([before, now], 2).unflatten(-1, (H, d))         # (B, S, 2, H, d)
     w = weight.view(H, d, d, 2)                                     # (head, out, in, time)
     return torch.einsum('bsthi,hoit->bsho', x, w).flatten(-2) + bias
 
@@ -99,43 +100,52 @@ class CCA(nn.Module):
         self.v_proj = nn.Linear(E, self.Hk * d // 2, bias=False)               # W_V1, sees this token
         self.v_proj_delayed = nn.Linear(E, self.Hk * d // 2, bias=False)       # W_V2, sees the token before
         self.o_proj = nn.Linear(self.Hq * d, E, bias=False)                    # W_O
-        self.conv_depthwise_weight = nn.Parameter(torch.empty(C, 1, 2))        # the layouts of nn.Conv1d:
-        self.conv_depthwise_bias = nn.Parameter(torch.empty(C))                # (out, in of the group, time)
+        self.conv_depthwise_weight = nn.Parameter(torch.empty(C, 1, 2))
+        self.conv_depthwise_bias = nn.Parameter(torch.empty(C))
         self.conv_grouped_weight = nn.Parameter(torch.empty(C, d, 2))
         self.conv_grouped_bias = nn.Parameter(torch.empty(C))
         self.temperature = nn.Parameter(torch.empty(self.Hk))                  # T
 
-    def forward(self, x, cos, sin, cache=None):
-        """x (B, S, E); cos, sin (B or 1, S, n) from rope_table; cache: a Cache whose begin() was called, or None."""
+    def forward(self, x, cos, sin, mask=None, start=None, cache=None):
+        """x (B, S, E) -> (B, S, E). cos, sin (B or 1, S, n) from rope_table.
+        mask: bool, what each token may attend to, (B or 1, 1, S, P); None: itself and all before it.
+        start (B, S) bool: a document begins here, and nothing of what lies before it may be seen (packed windows).
+        cache: a Cache whose begin() was called."""
         B, S, _ = x.shape
         Hq, Hk = self.Hq, self.Hk
         # 1. Down into the latents.
         qk = torch.cat([self.q_proj(x), self.k_proj(x)], -1)                   # (B, S, C), [q~; k~]
-        v_now, v_delayed = self.v_proj(x), self.v_proj_delayed(x)              # (B, S, Hk d / 2) each
+        v, v_delayed = self.v_proj(x), self.v_proj_delayed(x)                  # (B, S, Hk d / 2) each
         # What came before this chunk: zeros at the start of a sequence, else the cache's constant-size state.
-        # Padding BEFORE the first convolution means that its bias also lands on the padded position.
         if cache is None:
-            qk_past, v_past = qk.new_zeros(B, 2, qk.shape[-1]), v_delayed.new_zeros(B, 1, v_delayed.shape[-1])
+            qk_past, v_past = qk.new_zeros(B, 2, qk.shape[-1]), v.new_zeros(B, 1, v.shape[-1])
         else:
-            qk_past, v_past = cache.conv[self.layer].to(qk.dtype), cache.value[self.layer].to(v_delayed.dtype)
-        qk_padded = torch.cat([qk_past, qk], 1)                                # (B, S + 2, C)
-        v_padded = torch.cat([v_past, v_delayed], 1)                           # (B, S + 1, Hk d / 2)
-        # 2. Two kernels of 2 eat the two columns of padding.
-        mixed = conv_depthwise(qk_padded, self.conv_depthwise_weight, self.conv_depthwise_bias)        # (B, S + 1, C)
-        mixed = conv_grouped(mixed, self.conv_grouped_weight, self.conv_grouped_bias)                  # (B, S, C)
+            qk_past, v_past = cache.conv[self.layer].to(qk.dtype), cache.value[self.layer].to(v.dtype)
+        qk_padded = torch.cat([qk_past, qk], 1)                                # (B, S + 2, C), from t = -2
+        v_padded = torch.cat([v_past, v_delayed], 1)                           # (B, S + 1, Hk d / 2), from t = -1
+        # 2. Two kernels of 2 eat the two columns of padding. Padding BEFORE the first convolution means that its bias
+        # lands on the padded position, too: what the second sees of the past at a start is that bias, not zero.
+        before, v_before = qk_padded[:, :-1], v_padded[:, :-1]                 # x_{t-1} for t >= -1, and for t >= 0
+        if start is not None:
+            before = before.masked_fill(F.pad(start, (1, 0))[..., None], 0)
+            v_before = v_before.masked_fill(start[..., None], 0)
+        mixed = conv_depthwise(before, qk_padded[:, 1:], self.conv_depthwise_weight, self.conv_depthwise_bias)
+        before, now = mixed[:, :-1], mixed[:, 1:]                              # (B, S, C)
+        if start is not None:
+            before = torch.where(start[..., None], self.conv_depthwise_bias.to(mixed.dtype), before)
+        mixed = conv_grouped(before, now, self.conv_grouped_weight, self.conv_grouped_bias)            # (B, S, C)
         # 3 to 5 in float32: here small errors would bend every attention logit.
         heads = lambda t: wide(t).unflatten(-1, (Hq + Hk, -1)).split([Hq, Hk], dim=2)  # (B, S, Hq, d), (B, S, Hk, d)
         (q, k), (m_q, m_k) = heads(mixed), qk_mean(*heads(qk))
         q, k = qk_norm(q + m_q, k + m_k, wide(self.temperature))
         q, k = rope(q, cos, sin), rope(k, cos, sin)
         # 6. Values: half of the latent sees this token, the other half the one before. 2 KV heads: one head each.
-        v = torch.cat([v_now, v_padded[:, :-1]], -1).unflatten(-1, (Hk, -1))   # (B, S, Hk, d)
+        v = torch.cat([v, v_before], -1).unflatten(-1, (Hk, -1))               # (B, S, Hk, d)
         # 7. Attend in the latent: (B, H, S, d) is the layout of scaled_dot_product_attention.
         q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
-        mask = None
         if cache is not None:
             cache.remember(self.layer, qk_padded, v_padded)
-            k, v, mask = *cache.append(self.layer, k, v), cache.mask           # now (B, Hk, P, d)
+            k, v = cache.append(self.layer, k, v)                              # now (B, Hk, P, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True,
                                            is_causal=mask is None and S > 1)   # scale 1 / sqrt(d) is its default
         return self.o_proj(y.transpose(1, 2).flatten(-2))                      # (B, S, Hq d) -> (B, S, E)
@@ -163,7 +173,7 @@ class Cache:
 
     def begin(self, S, n_new=None):
         """S columns of new tokens arrive, of which row b's first n_new[b] are real (default all S). Returns the new
-        tokens' positions, (B or 1, S) int64, and prepares `mask`: which cached positions each new token may see.
+        tokens' positions, (B or 1, S) int64, and the mask: which cached positions each may see, (B or 1, 1, S, P) or None.
         Raises ValueError if a row would outgrow the capacity."""
         self.n_new = [S] * len(self.lengths) if n_new is None else list(n_new)
         self.P = max(length + n for length, n in zip(self.lengths, self.n_new))
@@ -176,14 +186,14 @@ class Cache:
         start = torch.tensor(self.lengths[:1] if self.in_step else self.lengths, device=device)     # (1) or (B)
         positions = start[:, None] + torch.arange(S, device=device)                                 # (B or 1, S)
         if self.in_step and (S == 1 or self.lengths[0] == 0):
-            self.mask = None                                   # one token sees all; a fresh prefill is plainly causal
+            mask = None                                        # one token sees all; a fresh prefill is plainly causal
         else:                                                  # a token sees itself and what lies before it
-            self.mask = (torch.arange(self.P, device=device) <= positions[..., None])[:, None]      # (B or 1, 1, S, P)
+            mask = (torch.arange(self.P, device=device) <= positions[..., None])[:, None]           # (B or 1, 1, S, P)
         if not self.in_step:
             self.last = torch.tensor(self.n_new, device=device)                                     # (B)
             self.row, self.column = (torch.arange(S, device=device) < self.last[:, None]).nonzero(as_tuple=True)
             self.target = positions[self.row, self.column]     # real token (row, column) goes to this cache position
-        return positions
+        return positions, mask
 
     def remember(self, layer, qk_padded, v_padded):
         """Keep the newest two qk columns and the newest delayed value of qk_padded (B, S + 2, C), v_padded (B, S + 1, .)."""

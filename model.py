@@ -198,8 +198,9 @@ class Block(nn.Module):
         self.moe = MoE(config, layer)
         self.moe_residual = ResidualScaling(config.n_embd)
 
-    def forward(self, x, r, cos, sin, cache=None):
-        x = self.attn_residual(x, self.attn(self.attn_norm(x), cos, sin, cache))
+    def forward(self, x, r, *context):
+        """x (B, S, E), r (B, S, R) or None -> the same, one layer up. context: the arguments of CCA.forward after x."""
+        x = self.attn_residual(x, self.attn(self.attn_norm(x), *context))
         y, r = self.moe(self.moe_norm(x), r)
         return self.moe_residual(x, y), r
 
@@ -233,10 +234,12 @@ class Zaya(nn.Module):
             layer.moe.router.balancing_bias.zero_()
             layer.moe.router.balancing_bias[self.config.n_expert:] = -1.0
 
-    def forward(self, idx, targets=None, cache=None, n_new=None, last_only=False):
+    def forward(self, idx, targets=None, start=None, cache=None, n_new=None, last_only=False):
         """idx (B, S) int64 token ids -> logits (B, S, V) float32, loss (scalar float32, or None without targets).
 
         targets (B, S) int64: the next tokens; -1 is not scored. The loss is the mean cross entropy in nats.
+        start (B, S) bool: True where a document begins, for windows packed with several. Each then is a world of its own:
+            attention, RoPE positions, convolutions and value shift start afresh, and the loss is that of the documents alone.
         cache: a Cache; idx then continues each row where its cached part ended, and the cache takes the new tokens in.
         n_new: list of B ints, only with a cache: in row b only the first n_new[b] of idx are real, the rest padding
             (any ids), which leaves no trace; its logits mean nothing.
@@ -248,13 +251,21 @@ class Zaya(nn.Module):
                      max(cache.lengths) + (S if n_new is None else 0) > self.config.context):
             raise ValueError(f'a sequence must have 1 to {self.config.context} tokens (the context), got {S}'
                              + (f' after {max(cache.lengths)} in the cache' if cache is not None else ''))
-        # Positions are the same for every row unless a cache holds rows of different lengths: (1 or B, S).
-        positions = torch.arange(S, device=idx.device)[None] if cache is None else cache.begin(S, n_new)
+        # Positions (1 or B, S) and attention mask (None: plainly causal) are the same for all layers.
+        t, mask = torch.arange(S, device=idx.device), None
+        if cache is not None:
+            positions, mask = cache.begin(S, n_new)
+        elif start is not None:
+            document = start.cumsum(1)                          # (B, S): the how-manieth document of the window
+            positions = t - torch.where(start, t, 0).cummax(1).values           # counted from the document's start
+            mask = ((document[:, None] == document[..., None]) & (t <= t[:, None]))[:, None]    # (B, 1, S, S)
+        else:
+            positions = t[None]
         cos, sin = rope_table(positions, self.config.rope_dim, self.config.rope_base)      # (1 or B, S, rope_dim / 2)
         x = wide((self.embedding(idx) + self.embedding_bias) * self.embedding_scale)       # (B, S, E) float32
         r = None                                                # the router state climbs the layers beside x
         for layer in self.layers:
-            x, r = layer(x, r, cos, sin, cache)
+            x, r = layer(x, r, cos, sin, mask, start, cache)
         if last_only:
             last = torch.tensor(n_new or [S], device=idx.device) - 1
             x = x[torch.arange(B, device=idx.device), last][:, None]                       # (B, 1, E)

@@ -23,6 +23,18 @@ def run(cca, x):
     return cca(x, *rope_table(torch.arange(x.shape[1])[None], 2, 10_000.0))
 
 
+def before(x):
+    """x_{t-1}, zero at t = 0."""
+    return F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+def both_convolutions(x, w1, b1, w2, b2):
+    """Over x (B, S, C) and the padding before it, as in CCA.forward."""
+    x = F.pad(x, (0, 0, 2, 0))
+    x = conv_depthwise(x[:, :-1], x[:, 1:], w1, b1)
+    return conv_grouped(x[:, :-1], x[:, 1:], w2, b2)
+
+
 def check_causal(f, x, t):
     """Changing x at time t changes f(x) at t, and nothing before."""
     changed = x.clone()
@@ -38,9 +50,8 @@ def check_causal(f, x, t):
 def test_convolutions_are_causal(S, data, seed):
     t = data.draw(st.integers(0, S - 1))
     x = random(2, S, 12, seed=seed)
-    pad = lambda x: F.pad(x, (0, 0, 1, 0))
-    check_causal(lambda x: conv_depthwise(pad(x), random(12, 1, 2, seed=1), random(12, seed=2)), x, t)
-    check_causal(lambda x: conv_grouped(pad(x), random(12, 4, 2, seed=1), random(12, seed=2)), x, t)
+    check_causal(lambda x: conv_depthwise(before(x), x, random(12, 1, 2, seed=1), random(12, seed=2)), x, t)
+    check_causal(lambda x: conv_grouped(before(x), x, random(12, 4, 2, seed=1), random(12, seed=2)), x, t)
 
 
 @given(heads, st.integers(1, 12), st.data(), seeds)
@@ -66,11 +77,11 @@ def test_the_whole_model_is_causal(S, data, seed):
 def test_convolutions_equal_conv1d_over_two_padded_zeros(shape, S, seed):
     Hq, Hk, d = shape
     C = (Hq + Hk) * d
-    x = F.pad(random(2, S, C, seed=seed), (0, 0, 2, 0))
+    x = random(2, S, C, seed=seed)
     w1, b1 = random(C, 1, 2, seed=seed + 1), random(C, seed=seed + 2)
     w2, b2 = random(C, d, 2, seed=seed + 3), random(C, seed=seed + 4)
-    ours = conv_grouped(conv_depthwise(x, w1, b1), w2, b2)
-    theirs = F.conv1d(F.conv1d(x.mT, w1, b1, groups=C), w2, b2, groups=Hq + Hk).mT
+    ours = both_convolutions(x, w1, b1, w2, b2)
+    theirs = F.conv1d(F.conv1d(F.pad(x.mT, (2, 0)), w1, b1, groups=C), w2, b2, groups=Hq + Hk).mT
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -78,15 +89,15 @@ def test_convolutions_equal_conv1d_over_two_padded_zeros(shape, S, seed):
 def test_the_two_convolutions_are_one_of_kernel_3_and_a_constant(shape, S, seed):
     Hq, Hk, d = shape
     C = (Hq + Hk) * d
-    x = F.pad(random(2, S, C, seed=seed, dtype=torch.float64), (0, 0, 2, 0))
+    x = random(2, S, C, seed=seed, dtype=torch.float64)
     w1, b1, w2, b2 = (random(*s, seed=seed + i, dtype=torch.float64) for i, s in enumerate([(C, 1, 2), (C,), (C, d, 2), (C,)]))
-    two = conv_grouped(conv_depthwise(x, w1, b1), w2, b2)
+    two = both_convolutions(x, w1, b1, w2, b2)
     a = w1[:, 0].view(Hq + Hk, 1, d, 2).expand(-1, d, -1, -1).reshape(C, d, 2)  # depthwise taps of each input channel
     w3 = torch.stack([w2[..., 0] * a[..., 0],                                   # reaches x_{t-2}
                       w2[..., 0] * a[..., 1] + w2[..., 1] * a[..., 0],          # x_{t-1}
                       w2[..., 1] * a[..., 1]], -1)                              # x_t
     b3 = b2 + (w2.sum(-1) * b1.view(Hq + Hk, 1, d).expand(-1, d, -1).reshape(C, d)).sum(-1)
-    torch.testing.assert_close(two, F.conv1d(x.mT, w3, b3, groups=Hq + Hk).mT)
+    torch.testing.assert_close(two, F.conv1d(F.pad(x.mT, (2, 0)), w3, b3, groups=Hq + Hk).mT)
 
 
 # ---- QK-mean, norm, RoPE, value shift ----
@@ -154,6 +165,29 @@ def test_gradients_of_cca_are_right():
         return torch.func.functional_call(cca, dict(zip(names, values)), (x, *table))
     x = random(1, 5, 32, seed=3, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(f, (x, *(p.detach().clone().requires_grad_() for p in parameters)), fast_mode=True)
+
+
+# ---- documents packed into one window ----
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), seeds)
+def test_a_packed_window_has_the_loss_and_gradients_of_its_documents_alone(lengths, seed):
+    model, S = tiny_model(seed), sum(lengths)
+    idx, targets = tokens(1, S, seed=seed), tokens(1, S, seed=seed + 1)
+    start = torch.zeros(1, S, dtype=torch.bool)
+    start[0, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
+    logits, loss = model(idx, targets, start=start)
+    loss.backward()
+    packed = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for x, y, n, there in zip(idx.split(lengths, 1), targets.split(lengths, 1), lengths, logits.split(lengths, 1)):
+        alone, loss_alone = model(x, y)
+        assert (alone - there).abs().max() < 1e-4
+        (loss_alone * n / S).backward()
+        loss = loss - loss_alone * n / S
+    assert loss.abs() < 1e-5
+    total = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    for a, p in zip(packed, model.parameters()):
+        assert (a - p.grad).norm() < 1e-3 * p.grad.norm() + 1e-6 * total
 
 
 # ---- the cache ----
