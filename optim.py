@@ -56,11 +56,16 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, lr, weight_decay=0.1):
     """[Muon, AdamW] over all parameters of a Zaya. Muon takes each weight matrix and each expert; AdamW takes the
-    embedding (a table of rows, not a map), the convolutions (tiny kernels) and all vectors, which do not decay."""
+    embedding (a table of rows, not a map), the convolutions (tiny kernels) and all vectors.
+
+    A group's 'lr_scale' multiplies the scheduled learning rate: 0.1 for vectors, which do not decay either. All tokens
+    share them: at full rate, biases would within some 20 steps outgrow what a fresh embedding (std 0.02) tells of each
+    token. The routers would then see all tokens alike and send them to one expert (README has the measurement).
+    """
     muon, table, vectors = [], [], []
     for name, p in model.named_parameters():
         is_matrix = p.ndim == 2 and 'embedding' not in name or 'experts' in name
         (muon if is_matrix else table if p.ndim > 1 else vectors).append(p)
-    adamw = torch.optim.AdamW([{'params': table, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}],
-                              lr=lr, betas=(0.9, 0.95))
-    return [Muon(muon, lr, weight_decay=weight_decay), adamw]
+    return [Muon([{'params': muon, 'lr_scale': 1.0}], lr, weight_decay=weight_decay),
+            torch.optim.AdamW([{'params': table, 'weight_decay': weight_decay, 'lr_scale': 1.0},
+                               {'params': vectors, 'weight_decay': 0.0, 'lr_scale': 0.1}], lr, betas=(0.9, 0.95))]

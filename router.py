@@ -80,7 +80,7 @@ class Balancer:
     Make it after the model is on its device: it updates the routers' buffers in place.
     """
 
-    def __init__(self, routers, rule='pid', lr=1e-2):
+    def __init__(self, routers, rule='pid', lr=3e-2):
         if rule not in ('pid', 'sign', 'none'):
             raise ValueError(f"balancer rule {rule!r}: use 'pid', 'sign' or 'none'")
         self.routers, self.rule, self.lr = list(routers), rule, lr

@@ -43,14 +43,14 @@ class TrainConfig:
     grad_accum: int = 1             # micro-batches a step, over all processes together
     max_steps: int = 1000
     # learning rate: up in warmup_steps, flat, then linearly down to min_lr over the last decay_fraction of the steps
-    lr: float = 3e-3                # for Muon and AdamW alike (optim.py says why one value fits both)
-    min_lr: float = 3e-4
+    lr: float = 6e-3                # for Muon and AdamW alike (optim.py says why one value fits both; vectors get a tenth)
+    min_lr: float = 6e-4
     warmup_steps: int = 50
     decay_fraction: float = 0.5
     weight_decay: float = 0.1
     grad_clip: float = 1.0          # largest norm of the whole gradient; 0: never clip
     balancer: str = 'pid'           # 'pid' (ZAYA1), 'sign' (DeepSeek's), 'none': see router.py
-    balancer_lr: float = 1e-3
+    balancer_lr: float = 3e-2
     eval_every: int = 100           # steps between evaluations, each with a sample of text
     eval_batches: int = 20          # micro-batches of held-out data, the same ones each time
     sample_tokens: int = 100        # length of that sample; 0: none
@@ -84,7 +84,8 @@ def lr_at(step, config):
     """Learning rate of optimizer step `step` (from 0): linear warm-up, a plateau, linear decay to min_lr."""
     left = (config.max_steps - step) / max(1, config.decay_fraction * config.max_steps)    # 1 where the decay begins
     decayed = config.min_lr + (config.lr - config.min_lr) * min(1, left)
-    return min(decayed, config.lr * (step + 1) / max(1, config.warmup_steps))      # a short run may decay before it is warm
+    warm = config.lr * (step + 1) / max(1, config.warmup_steps)
+    return min(decayed, warm)                                   # a short run may begin to decay before it is warm
 
 
 def flops_per_token(model_config):
@@ -237,62 +238,63 @@ def train(config, model_config):
         if rank == 0:
             write_log(log_path, [row], columns)
     history, bad_in_a_row, steps, seconds = {}, 0, 0, 0.0       # steps and seconds since the last line of the log
-    bar = tqdm(total=config.max_steps, initial=step, disable=rank != 0, dynamic_ncols=True, mininterval=1, unit='step')
-    while step < config.max_steps:
-        began = time.time()
-        lr = lr_at(step, config)
-        loss = torch.zeros((), device=device)
-        n_micro = config.grad_accum // world
-        for micro in range(n_micro):
-            # Which data comes is a function of the step alone: no loader state to save, no overlap between ranks.
-            x, y = (t.to(device) for t in loader.batch(step * config.grad_accum + micro * world + rank))
-            last = micro == n_micro - 1                         # DDP averages gradients over ranks in the last backward
-            with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
-                with autocast:
-                    _, micro_loss = forward(x, y)
-                (micro_loss / n_micro).backward()
-            loss += micro_loss.detach() / n_micro
-        if world > 1:
-            dist.all_reduce(loss, dist.ReduceOp.AVG if device.type == 'cuda' else dist.ReduceOp.SUM)
-            loss /= 1 if device.type == 'cuda' else world       # gloo cannot average
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-        if finite:
+    with tqdm(total=config.max_steps, initial=step, disable=rank != 0, dynamic_ncols=True, mininterval=1,
+              unit='step') as bar:                              # 'with': an error must not leave half a bar before its line
+        while step < config.max_steps:
+            began = time.perf_counter()
+            lr = lr_at(step, config)
+            loss = torch.zeros((), device=device)
+            n_micro = config.grad_accum // world
+            for micro in range(n_micro):
+                # Which data comes is a function of the step alone: no loader state to save, no overlap between ranks.
+                x, y = (t.to(device) for t in loader.batch(step * config.grad_accum + micro * world + rank))
+                last = micro == n_micro - 1                     # DDP averages gradients over ranks in the last backward
+                with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
+                    with autocast:
+                        _, micro_loss = forward(x, y)
+                    (micro_loss / n_micro).backward()
+                loss += micro_loss.detach() / n_micro
+            if world > 1:
+                dist.all_reduce(loss, dist.ReduceOp.AVG if device.type == 'cuda' else dist.ReduceOp.SUM)
+                loss /= 1 if device.type == 'cuda' else world   # gloo cannot average
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+            if finite:
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group['lr'] = lr * group['lr_scale']
+                    optimizer.step()
+            fractions = balancer.step(update=finite)            # (layers, N); clears the counts in any case
             for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group['lr'] = lr
-                optimizer.step()
-        fractions = balancer.step(update=finite)                # (layers, N); clears the counts in any case
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        step, steps, seconds = step + 1, steps + 1, seconds + time.time() - began
-        bad_in_a_row = 0 if finite else bad_in_a_row + 1
-        if not finite:
-            say(f'step {step}: loss {loss.item()}, gradient norm {norm.item()}: not finite, step skipped')
-            if bad_in_a_row == 10:
-                raise ValueError(f'ten steps in a row had no finite loss or gradient; the last good checkpoint is kept in '
-                                 f'{config.out_dir}. Try a smaller lr (now {config.lr}) or dtype=float32')
+                optimizer.zero_grad()
+            step, steps, seconds = step + 1, steps + 1, seconds + time.perf_counter() - began
+            bad_in_a_row = 0 if finite else bad_in_a_row + 1
+            if not finite:
+                say(f'step {step}: loss {loss.item()}, gradient norm {norm.item()}: not finite, step skipped')
+                if bad_in_a_row == 10:
+                    raise ValueError('ten steps in a row had no finite loss or gradient; the last good checkpoint is '
+                                     f'kept in {config.out_dir}. Try a smaller lr (now {config.lr}) or dtype=float32')
 
-        done = step == config.max_steps
-        row = evaluation() if step % config.eval_every == 0 or done else {}
-        if step % config.log_every == 0 or row:
-            entropy = load_entropy(fractions)
-            speed = steps * tokens_per_step / seconds           # of training alone, evaluations not counted
-            row |= {'step': step, 'tokens': step * tokens_per_step, 'loss': loss.item(), 'grad_norm': norm.item(), 'lr': lr,
-                    'tokens_per_s': round(speed), 'mfu': peak and speed * flops_per_token(model_config) / peak / world,
-                    'entropy': entropy.mean().item()} | {f'entropy_{i}': e.item() for i, e in enumerate(entropy)}
-            steps, seconds = 0, 0.0
-            history[step] = row['loss']
-            if rank == 0:
-                write_log(log_path, [row], columns)
-                bar.set_postfix_str(f'loss {row["loss"]:.3f}, {speed:,.0f} tok/s, load entropy {row["entropy"]:.3f}')
-            if wandb:
-                wandb.log(row, step=step)
-        bar.update()
-        # Only a run whose last step was good is worth keeping.
-        if (step % config.checkpoint_every == 0 or done) and finite:
-            save()
-    bar.close()
+            done = step == config.max_steps
+            row = evaluation() if step % config.eval_every == 0 or done else {}
+            if step % config.log_every == 0 or row:
+                entropy = load_entropy(fractions)
+                speed = steps * tokens_per_step / seconds       # of training alone, evaluations not counted
+                row |= {'step': step, 'tokens': step * tokens_per_step, 'loss': loss.item(), 'grad_norm': norm.item(),
+                        'lr': lr, 'tokens_per_s': round(speed),
+                        'mfu': peak and speed * flops_per_token(model_config) / peak / world,
+                        'entropy': entropy.mean().item()} | {f'entropy_{i}': e.item() for i, e in enumerate(entropy)}
+                steps, seconds = 0, 0.0
+                history[step] = row['loss']
+                if rank == 0:
+                    write_log(log_path, [row], columns)
+                    bar.set_postfix_str(f'loss {row["loss"]:.3f}, {speed:,.0f} tok/s, load entropy {row["entropy"]:.3f}')
+                if wandb:
+                    wandb.log(row, step=step)
+            bar.update()
+            # Only a run whose last step was good is worth keeping.
+            if (step % config.checkpoint_every == 0 or done) and finite:
+                save()
     if world > 1:
         dist.destroy_process_group()
     return history
@@ -304,6 +306,7 @@ if __name__ == '__main__':
     except (ValueError, OSError) as error:
         sys.exit(f'train.py: {error}')
     except (torch.OutOfMemoryError, MemoryError) as error:
-        sys.exit(f'train.py: out of memory; try a smaller batch_size with a larger grad_accum ({str(error).splitlines()[0]})')
+        detail = str(error).split('\n')[0]
+        sys.exit(f'train.py: out of memory; try a smaller batch_size with a larger grad_accum ({detail})')
     except KeyboardInterrupt:
         sys.exit('train.py: stopped; run the same command again to go on from the last checkpoint')

@@ -1,7 +1,22 @@
-"""Small models for the tests."""
+"""Small models and runs for the tests."""
+import os
+import runpy
+import sys
+from pathlib import Path
+
 import torch
 
 from model import Zaya, ZayaConfig
+
+ROOT = Path(__file__).parent.parent
+# For subprocesses: they import from the project's root, and do not fight over the cores.
+ENV = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
+
+# A model that trains at a few milliseconds a step, as flags of train.py.
+TINY_RUN = [f'--{key}={value}' for key, value in dict(
+    n_layer=2, n_embd=32, n_head=2, n_kv_head=1, head_dim=8, n_expert=4, expert_dim=16, router_dim=8, context=16,
+    batch_size=4, max_steps=4, warmup_steps=2, eval_every=4, eval_batches=1, sample_tokens=8, checkpoint_every=2,
+    log_every=1, device='cpu').items()]
 
 
 def tiny_config(**changes):
@@ -26,3 +41,16 @@ def tiny_model(seed=0, **changes):
 
 def tokens(*shape, seed=0, vocab_size=50):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run_script(monkeypatch, capsys, script, *arguments):
+    """`python script arguments`, in this process -> (stdout, None), or (stdout, message) if it ends with
+    sys.exit(message), which means exit code 1 and the message on stderr."""
+    monkeypatch.setattr(sys, 'argv', [script, *map(str, arguments)])
+    message = None
+    try:
+        runpy.run_path(str(ROOT / script), run_name='__main__')
+    except SystemExit as error:
+        message = error.code
+        assert type(message) is str and message.startswith(f'{script}: ') and '\n' not in message
+    return capsys.readouterr().out, message

@@ -1,7 +1,11 @@
-"""Shared by all tests: fixed seeds, and hypothesis without a deadline (a loaded machine is no failure)."""
+"""Shared by all tests: fixed seeds, hypothesis without a deadline (a loaded machine is no failure), a tiny dataset."""
+import random
+
 import hypothesis
 import pytest
 import torch
+
+from data.prepare import prepare
 
 hypothesis.settings.register_profile('nanozaya', deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile('nanozaya')
@@ -10,3 +14,14 @@ hypothesis.settings.load_profile('nanozaya')
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def dataset(tmp_path_factory):
+    """The folder of a prepared dataset: 300 tokens, of them about 5,000 to train on and 500 held out."""
+    folder, rng = tmp_path_factory.mktemp('dataset'), random.Random(0)
+    words = 'def return self import for in range print value index ( ) [ ] = + naïve 漢字 “quoted” 🙂'.split()
+    text = lambda: '\n'.join(' '.join(rng.choices(words, k=8)) for _ in range(20))
+    documents = [(f'{i}.py', text().encode()) for i in range(12)]
+    prepare(documents, folder, vocab_size=300)
+    return folder

@@ -1,0 +1,343 @@
+"""Reasoning data: conversations to tokens, long ones fitted into the context, short ones packed into windows.
+
+A conversation is one line of a JSONL file, as public reasoning sets write it:
+
+    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "<think>t</think>a"}, ...]}
+
+and becomes, with the special tokens of tokenizer.py,
+
+    <|user|> q <|end|> <|assistant|> <think> t </think> a <|end|>
+
+where the loss is on what the model has to say itself: everything after <|assistant|>. No <|endoftext|> follows: <|end|>
+says that the turn is over, and the flags of write_packed where the next document starts.
+
+Two things then decide what a model with a short context learns of long reasoning (ZAYA1-8B report, III):
+
+  - AP-trimming, "answer-preserving", cuts a sample to the context by four rules. (1) It fits: keep it. (2) Cut the last
+    turn's reasoning from its tail, so that the sample just fits. (3) Still too long: drop the reasoning of the earlier
+    turns, then (2) again. (4) Questions and answers alone do not fit: drop the sample. The two usual ways are here to
+    compare: dropping what is long loses the hard problems, and plain truncation loses their answers.
+  - Packing lays whole samples side by side in windows of one size, by best-fit decreasing (arXiv 2404.10830): the
+    longest first, each into the fullest window that still has room. Nothing is cut, and hardly anything left empty.
+
+Read from the top: the functions come in the order in which data goes through them.
+"""
+
+import json
+import os
+from bisect import bisect_left, insort
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.prepare import token_dtype
+from data.tokenizer import save_tokenizer
+
+SCORED, STARTS = 1, 2    # the bits of a .flags file: see write_packed
+
+
+class Turn(NamedTuple):
+    """A question and its reply, as lists of tokens. A sample is a list of turns.
+
+    The split is the one that trimming needs, and the loss: only the prompt is not scored.
+    """
+    prompt: list         # <|user|> question <|end|> <|assistant|>
+    think: list          # <think> reasoning </think>, or [] without reasoning
+    answer: list         # answer <|end|>
+
+
+# --- conversations -----------------------------------------------------------------------------------------
+
+
+def read_conversations(path):
+    """The conversations of a JSONL file, each a list of {"role", "content"}; other keys are ignored.
+
+    Raises ValueError, naming the file and the line, for what is not a conversation (see check_messages), and
+    if there is none.
+    """
+    conversations = []
+    with open(path, 'rb') as file:                 # bytes: a line ends at \n and nowhere else, as JSONL has it
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                conversations.append(parse_conversation(line))
+            except ValueError as error:
+                raise ValueError(f'{path}, line {number}: {error}') from None
+    if not conversations:
+        raise ValueError(f'{path} holds no conversation')
+    return conversations
+
+
+def parse_conversation(line):
+    """The messages of one line. Raises ValueError if it is not one conversation."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets a thousand deep
+        raise ValueError(f'not valid JSON ({getattr(error, "msg", type(error).__name__)})') from None
+    messages = content.get('messages') if isinstance(content, dict) else None
+    check_messages(messages, last='assistant')
+    return messages
+
+
+def check_messages(messages, last):
+    """Raises ValueError unless user and assistant take turns, user first and `last` last, and all say something."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('expected {"messages": [...]} with at least one message')
+    for i, message in enumerate(messages):
+        role, content = (message.get('role'), message.get('content')) if isinstance(message, dict) else (None, None)
+        if role not in ('user', 'assistant'):
+            raise ValueError(f"message {i + 1} has the role {role!r:.40}, must be 'user' or 'assistant'")
+        if role != ('user', 'assistant')[i % 2]:
+            raise ValueError(f'message {i + 1} is of the {role}: user and assistant must take turns, user first')
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f'message {i + 1} has no content')
+        try:
+            content.encode('utf-8')
+        except UnicodeEncodeError:                 # JSON can spell half a surrogate pair, which is no character
+            raise ValueError(f'message {i + 1} is not valid Unicode') from None
+        if role == 'assistant':
+            _, answer = split_think(content)
+            if answer is None:
+                raise ValueError(f'message {i + 1} opens <think> but never closes it')
+            if not answer.strip():
+                raise ValueError(f'message {i + 1} has no answer after </think>')
+    if role != last:
+        raise ValueError(f'the last message is of the {role}, must be of the {last}')
+
+
+def split_think(content):
+    """An assistant's content -> (reasoning or None, answer); the answer is None if <think> is not closed.
+
+    A think block stands at the very start (after white space at most) and ends at the first </think>. Anywhere
+    else the two tags are plain text, as in an answer about them. White space inside and after the block stays.
+    """
+    block = content.lstrip()
+    if not block.startswith('<think>'):
+        return None, content
+    think, closed, answer = block.removeprefix('<think>').partition('</think>')
+    return think, answer if closed else None
+
+
+def render(messages, enc):
+    """Messages -> a sample: the list of its turns. If the last is the user's, its turn has no reply yet.
+
+    encode_ordinary turns the text into ordinary tokens, whatever it looks like: content cannot forge a special token.
+    """
+    names = ['<|user|>', '<|assistant|>', '<|end|>', '<think>', '</think>']
+    try:
+        user, assistant, end, open_think, close_think = map(enc.encode_single_token, names)
+    except KeyError:
+        raise ValueError(f'the tokenizer lacks one of the special tokens {" ".join(names)}') from None
+    sample = []
+    for i in range(0, len(messages), 2):
+        prompt = [user, *enc.encode_ordinary(messages[i]['content']), end, assistant]
+        reasoning, reply = [], []
+        if i + 1 < len(messages):
+            think, answer = split_think(messages[i + 1]['content'])
+            if think is not None:
+                reasoning = [open_think, *enc.encode_ordinary(think), close_think]
+            reply = [*enc.encode_ordinary(answer), end]
+        sample.append(Turn(prompt, reasoning, reply))
+    return sample
+
+
+def length(sample):
+    """The number of tokens of a sample."""
+    return sum(len(part) for turn in sample for part in turn)
+
+
+def flatten(sample):
+    """A sample -> (tokens, scored), two lists of one length. scored[i]: token i is the assistant's, it carries loss."""
+    tokens, scored = [], []
+    for prompt, think, answer in sample:
+        tokens += prompt + think + answer
+        scored += [False] * len(prompt) + [True] * (len(think) + len(answer))
+    return tokens, scored
+
+
+def prompt_tokens(messages, enc):
+    """What to feed a model for the assistant's next turn, which is over when it says <|end|>.
+
+    messages: as in a conversation, but the user's is the last. Raises ValueError if they are not.
+    """
+    check_messages(messages, last='user')
+    return flatten(render(messages, enc))[0]
+
+
+# --- trimming: each rule takes a sample and a budget of tokens to (the trimmed sample or None, what was done) ------
+
+
+def ap_trim(sample, budget):
+    """Answer-preserving trimming: every question and answer stays whole, and as much reasoning as fits.
+
+    The result has at most `budget` tokens, and None is returned only if questions and answers alone have more.
+    A larger budget never gives a shorter result, nor a later rule. Only where it brings back the earlier turns'
+    reasoning may it leave less of the last trace: rule 3 comes after rule 2, however short rule 2 cuts.
+    """
+    if length(sample) <= budget:
+        return sample, 'kept'
+    if cut := cut_last(sample, budget):
+        return cut, 'cut'
+    without = [turn._replace(think=[]) for turn in sample[:-1]] + sample[-1:]
+    if cut := cut_last(without, budget):
+        return cut, 'earlier dropped'
+    return None, 'dropped'
+
+
+def cut_last(sample, budget):
+    """The sample with the longest start of its last reasoning that fits; None if it does not even fit without.
+
+    The tags stay around what is kept. If not one token of the reasoning fits between them, the block goes with its
+    tags: an empty one would teach to stop thinking at once, and its tags might be two tokens too many.
+    """
+    think = sample[-1].think
+    room = budget - (length(sample) - len(think))  # what all the rest leaves to the block
+    if room < 0:
+        return None
+    if room < len(think):
+        think = think[:room - 1] + think[-1:] if room > 2 else []
+    return sample[:-1] + [sample[-1]._replace(think=think)]
+
+
+def truncate(sample, budget):
+    """The first `budget` tokens, whatever they are: for a long sample some of the question and reasoning, no answer."""
+    if length(sample) <= budget:
+        return sample, 'kept'
+    start, room = [], budget
+    for turn in sample:
+        if room == 0:
+            break
+        parts = []
+        for part in turn:
+            parts.append(part[:room])
+            room -= len(parts[-1])
+        start.append(Turn(*parts))
+    return (start, 'truncated') if start else (None, 'dropped')
+
+
+def drop(sample, budget):
+    """The sample if it fits, or nothing."""
+    return (sample, 'kept') if length(sample) <= budget else (None, 'dropped')
+
+
+RULES = {'ap': ap_trim, 'truncate': truncate, 'drop': drop}
+OUTCOMES = 'kept', 'cut', 'earlier dropped', 'truncated', 'dropped'      # what the rules say that they did
+
+
+def trim(samples, budget, rule='ap'):
+    """Many samples (any iterable) by one rule -> ([(tokens, scored)] for write_packed, Counter of what was done).
+
+    They come out flat and as arrays, which take a tenth of the memory of lists.
+    """
+    flat, done = [], Counter()
+    for sample in samples:
+        trimmed, what = RULES[rule](sample, budget)
+        done[what] += 1
+        if trimmed is not None:
+            tokens, scored = flatten(trimmed)
+            flat.append((np.array(tokens, np.int32), np.array(scored, bool)))
+    return flat, done
+
+
+# --- packing -----------------------------------------------------------------------------------------------
+
+
+def pack(lengths, capacity):
+    """Best-fit decreasing -> bins, each a list of indices into lengths; every index is in exactly one bin.
+
+    The longest first (of equals the first), each goes into the fullest bin that has room for it. Bins with the same
+    space left are interchangeable, so it is enough to keep the spaces that exist in order, at most `capacity` of
+    them: to find one is a binary search, and a million samples pack in seconds.
+    Raises ValueError for a sample that is empty or longer than capacity.
+    """
+    bins = []
+    spaces = []                                    # ascending, each once: the spaces that some open bin has left
+    with_space = defaultdict(list)                 # space -> the bins with exactly that left
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        n = lengths[i]
+        if not 1 <= n <= capacity:
+            raise ValueError(f'sample {i} has {n} tokens, must be 1 to {capacity}: trim it first')
+        at = bisect_left(spaces, n)                # the smallest space that is enough
+        if at < len(spaces):
+            space = spaces[at]
+            b = with_space[space].pop()
+            if not with_space[space]:
+                del spaces[at]
+        else:
+            space, b = capacity, len(bins)
+            bins.append([])
+        bins[b].append(i)
+        if left := space - n:
+            if not with_space[left]:
+                insort(spaces, left)
+            with_space[left].append(b)
+    return bins
+
+
+def padding(lengths, bins, capacity):
+    """(the fraction of all positions that no sample fills, the fewest bins that could do: ceil(sum / capacity))."""
+    total = sum(lengths)
+    return 1 - total / (len(bins) * capacity), -(-total // capacity)
+
+
+def write_packed(splits, out, capacity, enc):
+    """Writes a packed set into the folder out, complete with tokenizer; meta.json comes last, as in prepare.py.
+
+    splits: {"train": [(tokens, scored), ...], "val": [...], ...}, samples as `flatten` gives them. For each split:
+
+        train.bin    token ids, windows * capacity of them; after its samples a window is filled up with id 0
+        train.flags  a byte for each of these positions. Bit 0, SCORED: the next token is this position's target.
+                     Bit 1, STARTS: a document starts here (the filling counts as one). A document knows nothing
+                     of those before it in the window, so its first token is nobody's target.
+        meta.json    vocab_size, dtype, "packed": capacity, and for each split "tokens" (those of its samples, filling
+                     not counted), "documents", "windows" and "padding", the fraction of positions filled up
+
+    Raises ValueError, before it writes anything, if a sample does not fit or a split has no target.
+    """
+    packed = {}
+    for split, samples in splits.items():
+        if not any(any(scored[1:]) for _, scored in samples):
+            raise ValueError(f'{split} has nothing to learn from: none of its {len(samples)} samples '
+                             'has a scored token; give more conversations or a larger context')
+        try:
+            packed[split] = pack([len(tokens) for tokens, _ in samples], capacity)
+        except ValueError as error:
+            raise ValueError(f'{split}: {error}') from None
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'meta.json').unlink(missing_ok=True)    # from here on, the folder is unfinished
+    save_tokenizer(out / 'bpe.json', enc)
+    dtype = token_dtype(enc.n_vocab)
+    meta = {'vocab_size': enc.n_vocab, 'dtype': dtype.name, 'packed': capacity}
+    for split, bins in packed.items():
+        samples, n_scored = splits[split], 0
+        for suffix in ('bin', 'flags'):            # not overwritten: a run may have them mapped into memory
+            (out / f'{split}.{suffix}').unlink(missing_ok=True)
+        with open(out / f'{split}.bin', 'wb') as bin_file, open(out / f'{split}.flags', 'wb') as flags_file:
+            for members in bins:
+                window, flags = np.zeros(capacity, dtype), np.zeros(capacity, np.uint8)
+                at = 0
+                for tokens, scored in (samples[i] for i in members):
+                    end = at + len(tokens)
+                    window[at:end] = tokens
+                    flags[at:end - 1] = np.asarray(scored[1:], bool) * SCORED
+                    flags[at] |= STARTS
+                    at = end
+                if at < capacity:
+                    flags[at] = STARTS
+                n_scored += np.count_nonzero(flags & SCORED)
+                bin_file.write(window.tobytes())
+                flags_file.write(flags.tobytes())
+        lengths = [len(tokens) for tokens, _ in samples]
+        fraction, fewest = padding(lengths, bins, capacity)
+        meta[split] = {'tokens': sum(lengths), 'documents': len(samples), 'windows': len(bins),
+                       'padding': round(fraction, 6)}
+        print(f'{split}.bin: {len(samples):,} documents, {sum(lengths):,} tokens ({n_scored:,} scored), '
+              f'{len(bins):,} windows of {capacity:,} (at least {fewest:,}), {fraction:.2%} padding')
+
+    (out / 'meta.json.tmp').write_text(json.dumps(meta, indent=2) + '\n', encoding='utf-8')
+    os.replace(out / 'meta.json.tmp', out / 'meta.json')

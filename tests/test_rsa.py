@@ -1,0 +1,409 @@
+"""Markovian RSA (rsa.py) under fake models: its special cases, its bounds, its bookkeeping, and why voting helps."""
+import itertools
+import math
+import random
+import statistics
+from collections import Counter
+
+import pytest
+from hypothesis import given, strategies as st
+
+from rsa import majority_vote, markovian_rsa, mean_ci95, score
+
+OPEN, CLOSE, MARK = 100, 101, 9         # a tail's brackets in a prompt; the answer follows the first MARK in an output
+
+
+def build_prompt(question, tails):
+    return question + [token for tail in tails for token in [OPEN, *tail, CLOSE]]
+
+
+def answer_of(output):
+    return output[output.index(MARK) + 1:] or None if MARK in output else None
+
+
+def fake_generate(calls=None):
+    """A model that depends only on the prompt and on how often the batch held it before: tokens 0-9 at random, ending
+    early, with nothing at all, or without an answer, as it happens. Notes (prompts, max_new_tokens) in `calls`."""
+    def generate(prompts, max_new_tokens):
+        if calls is not None:
+            calls.append((prompts, max_new_tokens))
+        seen, outputs = Counter(), []
+        for prompt in prompts:
+            rng = random.Random(f'{prompt} {seen[str(prompt)]}')
+            seen[str(prompt)] += 1
+            length = rng.choice([0, max_new_tokens, rng.randint(0, max_new_tokens)])
+            outputs.append([rng.randrange(10) for _ in range(length)])
+        return outputs
+    return generate
+
+
+@st.composite
+def settings(draw, **fixed):
+    """Keyword arguments that make sense, with those of `fixed` as they are."""
+    drawn = {'population': draw(st.integers(1, 6)), 'rounds': draw(st.integers(0, 4)),
+             'budget': draw(st.integers(1, 12)), 'final_budget': draw(st.none() | st.integers(1, 20)),
+             'compact': draw(st.sampled_from(['tail', 'answer'])), 'answer_of': answer_of,
+             'seed': draw(st.integers(0, 100))} | fixed
+    drawn['candidates'] = fixed.get('candidates', draw(st.integers(1, drawn['population'])))
+    drawn['tail'] = fixed.get('tail', draw(st.integers(1, drawn['budget'])))
+    return drawn
+
+
+# Different questions: two equal ones would share the fake model's counter of prompts.
+questions = st.lists(st.lists(st.integers(20, 22), min_size=1, max_size=6), min_size=1, max_size=4, unique_by=tuple)
+
+
+def with_before(result):
+    """Pairs (a round, the one before it)."""
+    return list(zip(result['rounds'][1:], result['rounds']))
+
+
+# ---- special cases ----
+
+@given(questions, settings(rounds=0))
+def test_without_rounds_it_is_parallel_sampling(qs, kwargs):
+    n, calls = kwargs['population'], []
+    results = markovian_rsa(qs, fake_generate(calls), build_prompt, **kwargs)
+    budget = kwargs['final_budget'] or kwargs['budget']         # the only round is the last
+    assert calls == [([q for q in qs for _ in range(n)], budget)]
+    for q, result in zip(qs, results):
+        assert result['outputs'] == fake_generate()([q] * n, budget)
+        assert result['rounds'][0]['draws'] == [[]] * n
+
+
+@given(questions, settings(compact='tail'))
+def test_a_tail_as_long_as_the_budget_is_full_chain_rsa(qs, kwargs):
+    kwargs['tail'] = kwargs['budget']
+    if kwargs['candidates'] == 1:
+        kwargs['answer_of'] = None                              # so that all continue
+    for q, result in zip(qs, markovian_rsa(qs, fake_generate(), build_prompt, **kwargs)):
+        for now, before in with_before(result):
+            assert before['tails'] == before['outputs']
+            assert now['prompts'] == [build_prompt(q, [before['outputs'][j] for j in drawn]) for drawn in now['draws']]
+
+
+@given(questions, settings(candidates=1, compact='tail'))
+def test_one_candidate_carries_its_own_tail(qs, kwargs):
+    for q, result in zip(qs, markovian_rsa(qs, fake_generate(), build_prompt, **kwargs)):
+        for now, before in with_before(result):
+            for i, prompt in enumerate(now['prompts']):
+                assert now['draws'][i] == [i]
+                if before['answers'][i] is None:
+                    assert prompt == q + [OPEN, *before['outputs'][i][-kwargs['tail']:], CLOSE]
+                else:
+                    assert prompt is None
+
+
+@given(questions, settings(candidates=1))
+def test_a_finished_chain_stays_finished_and_costs_nothing(qs, kwargs):
+    for result in markovian_rsa(qs, fake_generate(), build_prompt, **kwargs):
+        for now, before in with_before(result):
+            for i, answer in enumerate(before['answers']):
+                if answer is not None:
+                    assert all(now[key][i] == before[key][i] for key in ('outputs', 'tails', 'answers'))
+            unfinished = [output for output, answer in zip(now['outputs'], before['answers']) if answer is None]
+            assert now['tokens'] == sum(map(len, unfinished))
+
+
+def count_to(prompts, max_new_tokens):
+    """Counts 1, 2, ... up to the question, then -1 and the question; goes on from the tail's last number."""
+    outputs = []
+    for target, *tail in prompts:
+        start = tail[-2] if len(tail) > 2 else 0                # tail: nothing, or OPEN ... CLOSE
+        outputs.append([*range(start + 1, target + 1), -1, target][:max_new_tokens])
+    return outputs
+
+
+def test_a_chain_reaches_what_no_single_rollout_can():
+    def run(rounds):
+        return markovian_rsa([[30], [12]], count_to, build_prompt, population=2, candidates=1, rounds=rounds,
+                             budget=8, tail=2, answer_of=lambda output: output[-1:] if -1 in output[:-1] else None)
+    deep, shallow = run(9)
+    assert deep['answers'] == [[30]] * 2 and shallow['answers'] == [[12]] * 2
+    assert deep['tokens'] == 2 * 32 and shallow['tokens'] == 2 * 14             # counted once, not a token more
+    assert [now['tokens'] for now in shallow['rounds']] == [16, 12, *[0] * 8]
+    assert all(len(prompt) <= 5 for now in deep['rounds'] for prompt in now['prompts'] if prompt)
+    assert [result['answers'] for result in run(2)] == [[None] * 2, [[12]] * 2]
+    assert [result['answers'] for result in run(0)] == [[None] * 2] * 2
+
+
+def test_generate_is_not_called_with_an_empty_batch():
+    calls = []
+    markovian_rsa([[3]], lambda *a: calls.append(a) or count_to(*a), build_prompt, population=2, candidates=1, rounds=5,
+                  budget=8, tail=2, answer_of=lambda output: output[-1:])                # every output is an answer
+    assert len(calls) == 1
+
+
+# ---- draws ----
+
+@given(questions, settings())
+def test_draws_are_without_replacement_and_from_the_population(qs, kwargs):
+    for result in markovian_rsa(qs, fake_generate(), build_prompt, **kwargs):
+        assert len(result['rounds']) == kwargs['rounds'] + 1
+        for now, _ in with_before(result):
+            assert len(now['draws']) == kwargs['population']
+            for drawn in now['draws']:
+                assert len(set(drawn)) == len(drawn) == kwargs['candidates']
+                assert set(drawn) <= set(range(kwargs['population']))
+
+
+def all_draws(population, candidates, rounds, questions=((1,),), seed=0):
+    results = markovian_rsa([list(q) for q in questions], lambda prompts, n: [[0]] * len(prompts), build_prompt,
+                            population=population, candidates=candidates, rounds=rounds, budget=1, tail=1, seed=seed)
+    return [[now['draws'] for now in result['rounds'][1:]] for result in results]
+
+
+def chi_square(samples, outcomes):
+    """Pearson's statistic of `samples` against equally likely `outcomes`, in standard deviations above its mean."""
+    counts, expected = Counter(samples), len(samples) / len(outcomes)
+    assert set(counts) <= set(outcomes)
+    statistic = sum((counts[outcome] - expected) ** 2 / expected for outcome in outcomes)
+    return (statistic - (len(outcomes) - 1)) / math.sqrt(2 * (len(outcomes) - 1))
+
+
+def test_draws_are_uniform():
+    (draws,) = all_draws(5, 3, 3000)
+    orders = list(itertools.permutations(range(5), 3))          # each subset in each order: a tail's place says nothing
+    for i in range(5):                                          # nobody prefers itself, or anybody
+        assert chi_square([tuple(now[i]) for now in draws], orders) < 4
+
+
+def test_draws_of_candidates_and_of_rounds_are_independent():
+    (draws,) = all_draws(4, 2, 8000)
+    pairs = list(itertools.product(itertools.combinations(range(4), 2), repeat=2))
+    subset = lambda drawn: tuple(sorted(drawn))
+    assert chi_square([(subset(now[0]), subset(now[1])) for now in draws], pairs) < 4
+    assert chi_square([(subset(now[0]), subset(after[0])) for now, after in zip(draws[::2], draws[1::2])], pairs) < 4
+
+
+def test_seeds_reproduce_draws_and_questions_have_their_own():
+    a, b = all_draws(16, 4, 3, [(1,), (2,)])
+    assert [a, b] == all_draws(16, 4, 3, [(1,), (2,)])
+    assert a != b and a != all_draws(16, 4, 3, [(1,)], seed=1)[0]
+    assert all(x != y for x, y in itertools.combinations(a, 2))                 # no round repeats another's
+    on_any_machine = [[[0, 2], [1, 2], [1, 2]], [[0, 1], [2, 0], [0, 2]]]
+    assert all_draws(3, 2, 2, [(1, 2, 3)], seed=7) == [on_any_machine]
+
+
+@given(questions, settings())
+def test_a_question_does_not_depend_on_its_neighbours(qs, kwargs):
+    together = markovian_rsa(qs, fake_generate(), build_prompt, **kwargs)
+    assert together == [markovian_rsa([q], fake_generate(), build_prompt, **kwargs)[0] for q in qs]
+    assert together[::-1] == markovian_rsa(qs[::-1], fake_generate(), build_prompt, **kwargs)
+
+
+@given(questions, settings(final_budget=None))
+def test_more_rounds_begin_with_the_same_rounds(qs, kwargs):
+    few = markovian_rsa(qs, fake_generate(), build_prompt, **kwargs)
+    more = markovian_rsa(qs, fake_generate(), build_prompt, **kwargs | {'rounds': kwargs['rounds'] + 2})
+    for a, b in zip(few, more):
+        assert b['rounds'][:len(a['rounds'])] == a['rounds']
+
+
+# ---- bounds and bookkeeping ----
+
+@given(questions, settings())
+def test_no_prompt_is_longer_than_question_and_tails(qs, kwargs):
+    for q, result in zip(qs, markovian_rsa(qs, fake_generate(), build_prompt, **kwargs)):
+        for now in result['rounds']:
+            assert all(len(tail) <= kwargs['tail'] for tail in now['tails'])
+            for prompt in now['prompts']:
+                assert prompt is None or len(prompt) <= len(q) + kwargs['candidates'] * (kwargs['tail'] + 2)
+
+
+def test_the_longest_prompt_is_the_same_for_every_budget_and_number_of_rounds():
+    full = lambda prompts, n: [[0] * n for _ in prompts]
+    for budget, rounds in itertools.product((5, 50, 500), (1, 2, 20)):
+        result, = markovian_rsa([[1, 2]], full, build_prompt, budget=budget, rounds=rounds, tail=5)
+        assert max(len(prompt) for now in result['rounds'] for prompt in now['prompts']) == 2 + 4 * (5 + 2)
+        assert result['tokens'] == 16 * (rounds + 1) * budget
+
+
+@given(questions, settings())
+def test_the_record_is_what_happened(qs, kwargs):
+    """Every prompt comes from the draws and tails of the round before, every round is one batch of all questions, and
+    tokens are those that came out of generate."""
+    calls, produced, model = [], [], fake_generate()
+
+    def generate(prompts, max_new_tokens):
+        calls.append((prompts, max_new_tokens))
+        produced.append(model(prompts, max_new_tokens))
+        return produced[-1]
+    results = markovian_rsa(qs, generate, build_prompt, **kwargs)
+    n, T, tail = kwargs['population'], kwargs['rounds'], kwargs['tail']
+    for t, (prompts, limit) in enumerate(calls):
+        last = t == T and kwargs['final_budget'] is not None
+        assert limit == (kwargs['final_budget'] if last else kwargs['budget'])
+        assert prompts == [p for result in results for p in result['rounds'][t]['prompts'] if p is not None]
+        assert len(prompts) == len(qs) * n or kwargs['candidates'] == 1
+        fresh = iter(produced[t])
+        for result in results:
+            now = result['rounds'][t]
+            assert all(output == next(fresh) for output, p in zip(now['outputs'], now['prompts']) if p is not None)
+    assert len(calls) == T + 1 or kwargs['candidates'] == 1
+    assert sum(result['tokens'] for result in results) == sum(len(output) for batch in produced for output in batch)
+    for q, result in zip(qs, results):
+        first, last = result['rounds'][0], result['rounds'][-1]
+        assert first['prompts'] == [q] * n
+        assert result['tokens'] == sum(now['tokens'] for now in result['rounds'])
+        assert result['outputs'] == last['outputs'] and result['answers'] == last['answers']
+        for now in result['rounds']:
+            assert len(now['outputs']) == len(now['tails']) == n
+            assert now['answers'] == [answer_of(output) for output in now['outputs']]
+            for passed, output, answer in zip(now['tails'], now['outputs'], now['answers']):
+                source = output if answer is None or kwargs['compact'] == 'tail' else answer
+                assert passed == source[max(0, len(source) - tail):]
+        for now, before in with_before(result):
+            for prompt, drawn in zip(now['prompts'], now['draws']):
+                assert prompt is None or prompt == build_prompt(q, [before['tails'][j] for j in drawn])
+
+
+# ---- outputs that end early ----
+
+def run(outputs, **kwargs):
+    """Two rounds of four candidates whose first outputs are given; then each says 7."""
+    batches = iter([outputs, [[7]] * 4])
+    kwargs = dict(population=4, candidates=2, rounds=1, budget=6, tail=3, answer_of=answer_of) | kwargs
+    result, = markovian_rsa([[1]], lambda prompts, n: next(batches)[:len(prompts)], build_prompt, **kwargs)
+    return result['rounds']
+
+
+OUTPUTS = [[1, 2, 3, 4, 5, 6], [1], [], [2, MARK, 8]]           # cut, early without an answer, empty, finished
+
+
+def test_short_empty_and_answerless_outputs_are_passed_on():
+    first, second = run(OUTPUTS)
+    assert first['tails'] == [[4, 5, 6], [1], [], [2, MARK, 8]]
+    assert first['answers'] == [None, None, None, [8]]
+    for prompt, drawn in zip(second['prompts'], second['draws']):               # always two, the empty one too
+        assert prompt == [1, *(x for j in drawn for x in [OPEN, *first['tails'][j], CLOSE])]
+    assert any(2 in drawn for drawn in second['draws'])
+    assert (first['tokens'], second['tokens']) == (10, 4)
+
+
+def test_nothing_but_empty_outputs_is_a_result_too():
+    result, = markovian_rsa([[1]], lambda prompts, n: [[] for _ in prompts], build_prompt, budget=5, tail=2)
+    assert result['outputs'] == [[]] * 16 and result['answers'] == [None] * 16 and result['tokens'] == 0
+
+
+def test_a_chain_that_ended_without_an_answer_gets_another_try():
+    first, second = run(OUTPUTS, candidates=1)
+    assert second['prompts'] == [[1, OPEN, 4, 5, 6, CLOSE], [1, OPEN, 1, CLOSE], [1, OPEN, CLOSE], None]
+    assert second['outputs'] == [[7], [7], [7], [2, MARK, 8]]
+    assert second['answers'] == [None, None, None, [8]] and second['tokens'] == 3
+
+
+def test_compact_answer_passes_on_the_answer_of_the_finished_and_the_tail_of_others():
+    first, second = run(OUTPUTS, compact='answer')
+    assert first['tails'] == [[4, 5, 6], [1], [], [8]]
+    assert first['outputs'] == OUTPUTS
+    assert len(second['outputs']) == 4 and second['tokens'] == 4                # the finished are generated again
+    assert run([[MARK, 1, 2, 3, 4, 5]] * 4, compact='answer')[0]['tails'] == [[3, 4, 5]] * 4    # tau bounds it too
+
+
+def test_without_answer_of_nobody_is_finished():
+    _, second = run(OUTPUTS, candidates=1, answer_of=None)
+    assert second['outputs'] == [[7]] * 4 and second['answers'] == [None] * 4
+
+
+# ---- refused ----
+
+@pytest.mark.parametrize('changes, words', [
+    ({'candidates': 5}, 'candidates is 5.*population of 4'), ({'candidates': 0}, 'candidates is 0'),
+    ({'population': 0, 'candidates': 0}, 'population is 0'), ({'rounds': -1}, 'rounds is -1'),
+    ({'budget': 0, 'tail': 0}, 'budget is 0'), ({'tail': 0}, 'tail is 0'), ({'tail': 7}, 'tail is 7.*budget of 6'),
+    ({'final_budget': 0}, 'final_budget is 0'), ({'compact': 'head'}, "compact is 'head'"),
+    ({'compact': 'answer', 'answer_of': None}, 'needs answer_of'),
+    ({'questions': []}, 'questions is empty'), ({'questions': [[1], []]}, 'question 1 is empty')])
+def test_what_makes_no_sense_is_refused_in_one_line(changes, words):
+    kwargs = dict(questions=[[1]], population=4, candidates=2, rounds=1, budget=6, tail=3,
+                  answer_of=answer_of) | changes
+
+    def generate(prompts, max_new_tokens):
+        raise AssertionError('refuse before you generate')
+    with pytest.raises(ValueError, match=words) as error:
+        markovian_rsa(kwargs.pop('questions'), generate, build_prompt, **kwargs)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('outputs', [[[1]], [[1]] * 3, [[1], [1, 2, 3]]])
+def test_a_generate_that_breaks_its_contract_is_noticed(outputs):
+    with pytest.raises(AssertionError, match='generate gave'):
+        markovian_rsa([[1]], lambda prompts, n: outputs, build_prompt, population=2, candidates=2, budget=2, tail=2)
+
+
+# ---- why it works ----
+
+def test_voting_corrects_what_a_lone_chain_keeps():
+    """A model that agrees with most of the tails it reads, and errs with probability e, each time in a new way. A lone
+    chain never recovers: after T rounds (1 - e)^(T + 1) of them are right. With C = 4 two right tails outvote two wrong
+    ones that differ, so the share p of the right ones follows p <- (1 - e) P(Binomial(4, p) >= 2), which stays up."""
+    e, T = 0.1, 8
+
+    def accuracy(candidates):
+        rng, new_errors = random.Random(0), itertools.count(1)                  # 0 is right, every error a new number
+
+        def generate(prompts, max_new_tokens):
+            outputs = []
+            for prompt in prompts:
+                values = prompt[1:] or [0]                      # round 0 sees the question alone
+                most = max(values, key=lambda value: (values.count(value), rng.random()))
+                outputs.append([next(new_errors) if rng.random() < e else most])
+            return outputs
+        results = markovian_rsa([[i] for i in range(150)], generate, lambda question, tails: question + sum(tails, []),
+                                candidates=candidates, rounds=T, budget=1, tail=1)
+        return mean_ci95([score(result['outputs'], lambda output: output == [0])['mean'] for result in results])
+
+    (alone, alone_ci), (voted, voted_ci) = accuracy(1), accuracy(4)
+    p = 1 - e
+    for _ in range(T):
+        p = (1 - e) * (1 - (1 - p) ** 4 - 4 * p * (1 - p) ** 3)
+    assert abs(alone - (1 - e) ** (T + 1)) < 2 * alone_ci < 0.06                # 0.387
+    assert abs(voted - p) < 2 * voted_ci < 0.06                                 # 0.896
+    assert voted > alone + 0.4
+
+
+# ---- scores ----
+
+answers = st.lists(st.none() | st.lists(st.integers(0, 2), max_size=1), min_size=1, max_size=8)
+
+
+@given(answers)
+def test_majority_is_the_first_of_the_most_frequent(answers):
+    votes = Counter(tuple(a) for a in answers if a is not None)                 # keeps the order of appearance
+    expected = next((list(a) for a, n in votes.items() if n == max(votes.values())), None)
+    assert majority_vote(answers) == expected
+
+
+def test_majority_by_example():
+    assert majority_vote([[1], [2], [1], [2], [3]]) == [1]                      # a tie
+    assert majority_vote([None, None, None, [2]]) == [2]                        # no answer is no vote
+    assert majority_vote([None]) is None and majority_vote([]) is None
+
+
+@given(answers)
+def test_scores_match_the_naive_formulas(answers):
+    verify = lambda answer: len(answer) and answer[0] == 1                      # fails if asked about None
+    got = score(answers, verify)
+    assert got['mean'] == pytest.approx(statistics.mean(a == [1] for a in answers))
+    assert got['majority'] == (majority_vote(answers) == [1])
+    assert got['best_of_n'] == ([1] in answers)
+    assert got['best_of_n'] >= max(got['mean'], got['majority'])
+
+
+def test_an_interval_is_that_of_the_problems_means():
+    mean, half = mean_ci95([0.0, 0.5, 1.0, 1.0])
+    assert mean == 0.625
+    assert half == pytest.approx(1.96 * math.sqrt((0.625 ** 2 + 0.125 ** 2 + 2 * 0.375 ** 2) / 3) / 2)
+    assert mean_ci95([1.0] * 5) == (1, 0)
+    assert mean_ci95([0.3])[0] == 0.3 and math.isnan(mean_ci95([0.3])[1])
+    with pytest.raises(ValueError, match='no values'):
+        mean_ci95([])
+
+
+def test_the_interval_covers_the_truth_about_95_times_in_100():
+    rng, hits = random.Random(0), 0
+    for _ in range(1000):
+        mean, half = mean_ci95([rng.betavariate(2, 1) for _ in range(60)])      # true mean 2/3
+        hits += abs(mean - 2 / 3) < half
+    assert 930 < hits < 965
