@@ -19,10 +19,10 @@ from model import Zaya, ZayaConfig, load_checkpoint
 from sample import SampleConfig, complete, generate, sample_tokens
 
 BELOW_1 = 1 - 2**-24                                    # the largest float32 that torch.rand can return
-logit_rows = st.lists(st.integers(-3000, 3000), min_size=1, max_size=12, unique=True).map(
-    lambda row: torch.tensor([row]) / 300)              # distinct, so that 'the likeliest' is always a single token
+logit_rows = st.lists(st.integers(-300, 300), min_size=1, max_size=12, unique=True).map(
+    lambda row: torch.tensor([row]) / 100)              # distinct, so that 'the likeliest' is always a single token
 filters = st.fixed_dictionaries({}, optional=dict(
-    temperature=st.floats(0.05, 5), top_k=st.integers(0, 13), top_p=st.floats(0, 1), min_p=st.floats(0, 1)))
+    temperature=st.floats(0.05, 5), top_k=st.integers(0, 6), top_p=st.floats(0, 1), min_p=st.floats(0, 1)))
 
 
 # ---- one draw ----
@@ -78,12 +78,18 @@ def test_frequencies_follow_the_softmax(filters):
 
 
 @pytest.mark.parametrize('vocab_size', [1, 2, 1000, 30_000])
-def test_the_largest_u_gives_a_kept_token(vocab_size):
+@pytest.mark.parametrize('u', [BELOW_1, 1.0])           # 1 itself: as if rounding had carried u there
+def test_the_largest_u_gives_a_kept_token(vocab_size, u):
     logits = torch.randn(4, vocab_size) * 5
     for filters in {}, {'top_k': 3}, {'top_p': 0.5}, {'min_p': 0.1}:
-        drawn = sample_tokens(logits, torch.full((4,), BELOW_1), **filters)
+        drawn = sample_tokens(logits, torch.full((4,), u), **filters)
         for row, token in zip(logits, drawn.tolist()):
             assert token in kept(row, **filters, slack=1e-5)
+
+
+def test_a_u_between_two_tokens_belongs_to_the_second():
+    """Four equal tokens own [0, 1/4), [1/4, 1/2), ...: no token twice."""
+    assert len(set(sample_tokens(torch.zeros(4, 4), torch.tensor([0, 0.25, 0.5, 0.75])).tolist())) == 4
 
 
 def test_rows_are_drawn_independently():
@@ -334,6 +340,12 @@ def test_generation_stops_at_the_released_end_token(released_folder, tmp_path, e
     config = json.loads((tmp_path / 'config.json').read_text()) | {'eos_token_id': eos}
     (tmp_path / 'config.json').write_text(json.dumps(config))
     assert sample.load(tmp_path, 'cpu')[3] == {'[5, 7]': [5, 7], '5': [5], 'None': []}[str(eos)]
+
+
+def test_generation_stops_at_the_end_of_a_document(run_folder):
+    _, encode, decode, stop = sample.load(run_folder, 'cpu')
+    assert [decode([token]) for token in stop] == ['<|endoftext|>'] and decode(encode('naïve')) == 'naïve'
+    assert not set(stop) & set(encode('<|endoftext|>'))         # a prompt cannot forge it
 
 
 BAD_ARGUMENTS = {
