@@ -60,7 +60,8 @@ def make_optimizers(model, lr, weight_decay=0.1):
 
     A group's 'lr_scale' multiplies the scheduled learning rate: 0.1 for vectors, which do not decay either. All tokens
     share them: at full rate, biases would within some 20 steps outgrow what a fresh embedding (std 0.02) tells of each
-    token. The routers would then see all tokens alike and send them to one expert (README has the measurement).
+    token, and the routers then see all tokens alike and send them to one expert. After 120 steps of a model of width 128
+    with lr 3e-3, full rate had val loss 6.54 and load entropy 0.42, a tenth had 6.29 and 0.78.
     """
     muon, table, vectors = [], [], []
     for name, p in model.named_parameters():
