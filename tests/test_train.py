@@ -299,7 +299,7 @@ def test_resuming_goes_on_where_it_stopped(dataset, tmp_path, capsys):
 
 
 def test_changed_settings_are_told_and_take_effect(dataset, tmp_path, monkeypatch, capsys):
-    run(dataset, tmp_path, max_steps=2)
+    run(dataset, tmp_path, max_steps=2, lr=0.003)
     made = {}
     for name in 'make_optimizers', 'Balancer':
         def spy(*args, name=name, make=getattr(train, name)):
