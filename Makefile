@@ -1,6 +1,7 @@
 # `make demo` trains a small model and samples from it; `make test` runs all tests. Both set up what they need, once.
 #
-# An activated environment whose torch was built for CUDA or ROCm is used as it is (only missing packages are added).
+# An activated environment whose torch was built for CUDA or ROCm is used as it is: no other torch is installed there, and
+# other packages only where they are missing.
 # Otherwise a virtual environment is made in .venv.
 PYTHON ?= python3
 ifeq ($(shell $(PYTHON) -c "import torch; print(bool(torch.version.cuda or torch.version.hip))" 2>/dev/null),True)
@@ -28,7 +29,7 @@ environment: .venv/ready
 	touch .venv/ready
 else
 environment:
-	grep -v '^torch==' requirements.txt | $(PY) -m pip install -q -r /dev/stdin
+	sed '/^torch==/d; s/==[^ ]*//' requirements.txt | $(PY) -m pip install -q -r /dev/stdin
 endif
 
 .PHONY: demo test environment

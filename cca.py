@@ -201,8 +201,8 @@ class Cache:
             self.conv[layer], self.value[layer] = qk_padded[:, -2:], v_padded[:, -1:]
         else:                                                  # with the past in front, row b's newest sits at n_new[b]
             b = torch.arange(len(self.last), device=self.last.device)
-            self.conv[layer] = qk_padded[b[:, None], self.last[:, None] + torch.arange(2, device=b.device)].float()
-            self.value[layer] = v_padded[b, self.last][:, None].float()
+            self.conv[layer] = qk_padded[b[:, None], self.last[:, None] + torch.arange(2, device=b.device)]
+            self.value[layer] = v_padded[b, self.last][:, None]
 
     def append(self, layer, k, v):
         """Store the new k and v (B, Hk, S, d); return all of them, (B, Hk, P, d) views."""

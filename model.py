@@ -57,6 +57,9 @@ class ZayaConfig:
                      'expert_dim', 'router_dim'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}, it must be at least 1')
+        for name in ('rope_base', 'norm_eps', 'init_std'):
+            if not 0 < getattr(self, name) < float('inf'):
+                raise ValueError(f'{name} is {getattr(self, name)}, it must be a positive number')
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})')
         if self.n_kv_head * self.head_dim % 2:
@@ -134,12 +137,13 @@ class Experts(nn.Module):
         slice, with plain matrix products and no wasted work, and at the end the order is put back.
         """
         N = len(self.gate_up)
+        skipped = (expert == N)[:, None]
+        x = x.masked_fill(skipped, 0)                           # zero in and (below) zero out: no gradient passes either
         order = expert.argsort(stable=True)                     # token indices, expert 0's first, skipped ones last
         count = (expert[:, None] == torch.arange(N, device=expert.device)).sum(0)   # (N) tokens for each expert
         y = multiply(x[order], self.gate_up, self.down, count)  # (T, E), sorted
-        y = y[order.argsort()]                                  # the inverse permutation
-        y = y * weight[:, None].to(y.dtype)
-        return y.masked_fill((expert == N)[:, None], 0)         # also erases what grouped_products left undefined
+        y = y[order.argsort()].masked_fill(skipped, 0)          # the inverse permutation; erases what is undefined
+        return y * weight[:, None].to(y.dtype)
 
 
 def swiglu(gate_up):
@@ -151,7 +155,7 @@ def swiglu(gate_up):
 def multiply(x, gate_up, down, count):
     """x (T, E) sorted by expert, count (N) -> (T, E): each expert's products on its own rows, the faster way."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    aligned = gate_up.shape[1] % 16 == 0 and gate_up.shape[2] % 8 == 0
+    aligned = gate_up.shape[1] % 16 == 0 and gate_up.shape[2] % 8 == 0          # rows of whole 16 bytes: 8 bf16 numbers
     if x.is_cuda and dtype == torch.bfloat16 and aligned:       # what the GPU kernels are made for
         return grouped_products(x.to(dtype), gate_up.to(dtype), down.to(dtype), count)
     return sliced_products(x, gate_up, down, count)
@@ -198,9 +202,9 @@ class Block(nn.Module):
         self.moe = MoE(config, layer)
         self.moe_residual = ResidualScaling(config.n_embd)
 
-    def forward(self, x, r, *context):
-        """x (B, S, E), r (B, S, R) or None -> the same, one layer up. context: the arguments of CCA.forward after x."""
-        x = self.attn_residual(x, self.attn(self.attn_norm(x), *context))
+    def forward(self, x, r, *attn_args):
+        """x (B, S, E), r (B, S, R) or None -> the same, one layer up. attn_args: the arguments of CCA.forward after x."""
+        x = self.attn_residual(x, self.attn(self.attn_norm(x), *attn_args))
         y, r = self.moe(self.moe_norm(x), r)
         return self.moe_residual(x, y), r
 
@@ -211,6 +215,7 @@ class Zaya(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.released_config = {}                               # config.json of the folder this model came from, if it did
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)         # also the output head: weights are tied
         self.embedding_scale = nn.Parameter(torch.ones(config.n_embd))
         self.embedding_bias = nn.Parameter(torch.zeros(config.n_embd))
@@ -241,22 +246,23 @@ class Zaya(nn.Module):
         start (B, S) bool: True where a document begins, for windows packed with several. Each then is a world of its own:
             attention, RoPE positions, convolutions and value shift start afresh, and the loss is that of the documents alone.
         cache: a Cache; idx then continues each row where its cached part ended, and the cache takes the new tokens in.
+            Not together with start.
         n_new: list of B ints, only with a cache: in row b only the first n_new[b] of idx are real, the rest padding
             (any ids), which leaves no trace; its logits mean nothing.
         last_only: logits only for each row's last real token, (B, 1, V).
         Raises ValueError if the sequence is empty or longer than the context.
         """
         B, S = idx.shape
-        if S < 1 or (S > self.config.context if cache is None else
-                     max(cache.lengths) + (S if n_new is None else 0) > self.config.context):
-            raise ValueError(f'a sequence must have 1 to {self.config.context} tokens (the context), got {S}'
+        longest = S if cache is None else max(old + new for old, new in zip(cache.lengths, n_new or [S] * B))
+        if S < 1 or longest > self.config.context:
+            raise ValueError(f'a sequence must have 1 to {self.config.context} tokens (the context), got {min(S, longest)}'
                              + (f' after {max(cache.lengths)} in the cache' if cache is not None else ''))
         # Positions (1 or B, S) and attention mask (None: plainly causal) are the same for all layers.
         t, mask = torch.arange(S, device=idx.device), None
         if cache is not None:
             positions, mask = cache.begin(S, n_new)
         elif start is not None:
-            document = start.cumsum(1)                          # (B, S): the how-manieth document of the window
+            document = start.cumsum(1)                          # (B, S): which document of the window a token is in
             positions = t - torch.where(start, t, 0).cummax(1).values           # counted from the document's start
             mask = ((document[:, None] == document[..., None]) & (t <= t[:, None]))[:, None]    # (B, 1, S, S)
         else:
@@ -329,6 +335,7 @@ class Zaya(nn.Module):
             raise ValueError(f'{folder}: {len(missing)} tensors are missing, the first is {min(missing)}')
         for router in model.routers:                            # not stored: the load counters
             router.load = torch.zeros_like(router.load, device=device)
+        model.released_config = read_json(os.path.join(folder, 'config.json'))      # end-of-text token and the like
         return model.eval()
 
     def save_pretrained(self, folder):
@@ -339,7 +346,7 @@ class Zaya(nn.Module):
         dtype = str(self.embedding.weight.dtype).removeprefix('torch.')
         save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
         with open(os.path.join(folder, 'config.json'), 'w') as file:
-            json.dump(config_to_json(self.config) | {'dtype': dtype}, file, indent=2, sort_keys=True)
+            json.dump(self.released_config | config_to_json(self.config) | {'dtype': dtype}, file, indent=2, sort_keys=True)
 
 
 # This project's names -> the released names ([HF]); `layers.i.` becomes `model.layers.i.`.
@@ -403,10 +410,10 @@ def checkpoint_name(name):
 
 
 def checkpoint_files(folder):
-    """The safetensors files of a folder: the shards that its index names, else model.safetensors."""
+    """The safetensors files of a folder: model.safetensors, or the shards that its index names."""
     index = os.path.join(folder, 'model.safetensors.index.json')
     names = ['model.safetensors']
-    if os.path.exists(index):
+    if os.path.exists(index) and not os.path.exists(os.path.join(folder, names[0])):
         names = sorted(set(read_json(index).get('weight_map', {}).values()))
     for name in names:
         if os.path.basename(name) != name or not os.path.isfile(os.path.join(folder, name)):
@@ -438,11 +445,18 @@ def config_from_json(folder):
     if set(given.get('layer_types') or ['hybrid']) != {'hybrid'}:
         raise ValueError(f"{path}: layer_types holds {sorted(set(given['layer_types']))}, "
                          "nanoZAYA implements 'hybrid' only: no sliding-window layers")
-    rope = (given.get('rope_parameters') or {}).get('hybrid', {})
+    rope = given.get('rope_parameters') or {'hybrid': {}}
+    if not isinstance(rope, dict) or not isinstance(rope.get('hybrid'), dict):
+        raise ValueError(f"{path}: rope_parameters must hold an object 'hybrid'")
+    rope = rope['hybrid']
     if rope.get('rope_type', 'default') != 'default':
         raise ValueError(f"{path}: rope_type is {rope['rope_type']!r}, nanoZAYA implements 'default' only")
     released = ZayaConfig.zaya1_8b()                            # a key that is left out has the released model's value
     sizes = {ours: given.get(theirs, getattr(released, ours)) for ours, theirs in CONFIG_NAMES.items()}
+    for ours, value in sizes.items():
+        kind = type(getattr(released, ours))
+        if type(value) not in (kind, int):
+            raise ValueError(f'{path}: {CONFIG_NAMES[ours]} must be {kind.__name__}, got {value!r}')
     return ZayaConfig(**sizes, skip_expert=True, rope_base=rope.get('rope_theta', released.rope_base),
                       rope_fraction=rope.get('partial_rotary_factor', released.rope_fraction))
 
@@ -472,7 +486,7 @@ def _safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError("released checkpoints need the package safetensors: pip install 'nanozaya[hf]'") from None
+        raise ValueError("released checkpoints need the package safetensors: pip install safetensors") from None
     return safetensors
 
 
@@ -524,8 +538,8 @@ def damage(path):
         return str(error)
 
 
-def load_checkpoint(folder, device='cpu'):
-    """The newest undamaged checkpoint of a run folder, or None if it has none at all. A damaged file is reported and
+def load_checkpoint(folder):
+    """The newest undamaged checkpoint of a run folder, on the CPU, or None if it has none at all. A damaged file is reported and
     its predecessor used. Raises ValueError if every one there is damaged."""
     paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt_previous.pt')]
     paths = [path for path in paths if os.path.exists(path)]
@@ -533,7 +547,12 @@ def load_checkpoint(folder, device='cpu'):
         what = damage(path)
         try:
             if what is None:
-                return torch.load(path, map_location=device, weights_only=True)
+                state = torch.load(path, map_location='cpu', weights_only=True)
+                if not isinstance(state, dict) or 'model_config' not in state:
+                    raise ValueError('it is no checkpoint of train.py')
+                return state
+        except MemoryError:
+            raise
         except pickle.UnpicklingError:                          # weights_only: nothing in the file is ever executed
             what = 'it holds more than tensors and plain values'
         except Exception as error:                              # whatever else a damaged file makes torch say

@@ -101,7 +101,7 @@ class Balancer:
         error = fractions - 1 / loads.shape[-1]                                 # (layers, N)
         if update and self.rule == 'pid':
             for bias, e in zip(self.biases, error):
-                bias.grad = e.clone()
+                bias.grad = e
             self.adamw.step()
         elif update and self.rule == 'sign':
             for bias, e in zip(self.biases, error):

@@ -72,7 +72,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     model.eval()
     try:
         # Every row draws all its random numbers now, from its own generator.
-        u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))
+        u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))     # ints: no salt
                          for row in range(len(prompts))]).to(model.device)                      # (B, max_new_tokens)
         lengths = [len(prompt) for prompt in prompts]
         padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
@@ -130,18 +130,18 @@ def load(folder, device):
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise ValueError("a released folder needs the package tokenizers: pip install 'nanozaya[hf]'") from None
+            raise ValueError("a released folder needs the package tokenizers: pip install tokenizers") from None
         model = Zaya.from_pretrained(folder, device)
         path = os.path.join(folder, 'tokenizer.json')
         try:
             tokenizer = Tokenizer.from_file(path)
         except Exception as error:                              # tokenizers raises plain Exception
             raise ValueError(f'{path}: cannot be read ({error})') from None
-        eos = read_json(os.path.join(folder, 'config.json')).get('eos_token_id')
+        eos = read_json(os.path.join(folder, 'config.json')).get('eos_token_id', 106)
         stop = eos if isinstance(eos, list) else [] if eos is None else [eos]
         return (model, lambda text: tokenizer.encode(text).ids,
                 lambda ids: tokenizer.decode(ids, skip_special_tokens=False), stop)
-    checkpoint = load_checkpoint(folder, device)
+    checkpoint = load_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f'{folder}: holds neither a checkpoint of train.py (ckpt.pt) nor a released model (config.json)')
     model = Zaya(ZayaConfig(**checkpoint['model_config'])).to(device).eval()
@@ -196,5 +196,8 @@ if __name__ == '__main__':
                     print(f'sample.py: {error}', file=sys.stderr)
     except (ValueError, OSError) as error:
         sys.exit(f'sample.py: {error}')
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        detail = str(error).split('\n')[0]
+        sys.exit(f'sample.py: out of memory; try fewer or shorter samples, or --device=cpu ({detail})')
     except (EOFError, KeyboardInterrupt):
         print()

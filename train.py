@@ -12,6 +12,7 @@ Several GPUs: `torchrun --nproc_per_node=8 train.py config/NAME.py`; each proces
 """
 import contextlib
 import csv
+import filecmp
 import math
 import os
 import shutil
@@ -19,7 +20,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 
-os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')      # before torch: large pages on Linux, 15 % faster on a CPU
+os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')      # before torch: large pages on Linux, fewer page faults on a CPU
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import configurator
-from data.loader import TokenLoader
+from data.loader import dataset_folders, open_dataset
 from data.tokenizer import load_tokenizer
 from model import Zaya, ZayaConfig, load_checkpoint, save_checkpoint, sizes
 from optim import make_optimizers
@@ -39,10 +40,11 @@ from sample import generate, pick_device
 class TrainConfig:
     """Every setting of a run besides the model's sizes (ZayaConfig in model.py)."""
     out_dir: str = 'runs/small'     # the run folder
-    dataset: str = 'data/stdlib'    # a folder that data/*/prepare.py wrote
+    dataset: str = 'data/stdlib'    # a folder that data/*/prepare.py wrote, or several: 'data/stdlib:0.3 data/chat:0.7'
+    init_from: str = ''             # a run folder whose weights to begin with, say to go on at a longer context
     # one optimizer step sees batch_size * context * grad_accum tokens
     batch_size: int = 16            # sequences in a micro-batch
-    grad_accum: int = 1             # micro-batches a step, over all processes together
+    grad_accum: int = 1             # micro-batches a step, over all processes together, each with the same weight
     max_steps: int = 1000
     # learning rate: up in warmup_steps, flat, then linearly down to min_lr over the last decay_fraction of the steps
     lr: float = 6e-3                # for Muon and AdamW alike (optim.py says why one value fits both; vectors get a tenth)
@@ -101,16 +103,16 @@ def flops_per_token(model_config):
 @torch.no_grad()
 def evaluate(model, loader, n_batches, autocast):
     """Mean loss over the first n_batches batches, and the RMS of the residual stream after each layer, both float lists."""
-    n_batches = min(n_batches, max(1, loader.n_windows // loader.batch_size))   # no window twice
+    n_batches = min(n_batches, max(1, loader.n_windows // loader.batch_size))   # not beyond the set's end
     squares = []                                                # [layer 0, layer 1, ..., layer 0, ...] over the batches
     hooks = [layer.register_forward_hook(lambda module, args, out: squares.append(out[0].float().square().mean()))
              for layer in model.layers]
     model.eval()
     losses = []
     for index in range(n_batches):
-        x, y = (t.to(model.device) for t in loader.batch(index))
+        x, y, start = (None if t is None else t.to(model.device) for t in loader.batch(index))
         with autocast:
-            losses.append(model(x, y)[1])
+            losses.append(model(x, y, start)[1])
     model.train()
     for hook in hooks:
         hook.remove()
@@ -137,8 +139,8 @@ def write_log(path, rows, columns, keep_until=None):
 
 
 def train(config, model_config):
-    """Run or continue the training of `config` (TrainConfig) and `model_config` (ZayaConfig). Returns the last logged
-    losses as {step: loss}. Raises ValueError for settings, data or checkpoints that do not fit."""
+    """Run or continue the training of `config` (TrainConfig) and `model_config` (ZayaConfig). Returns the losses
+    that it logged as {step: loss}. Raises ValueError for settings, data or checkpoints that do not fit."""
     # 1. Processes and devices. Under torchrun every process runs all of this; rank 0 alone speaks and writes.
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = pick_device(config.device)
@@ -154,9 +156,10 @@ def train(config, model_config):
     autocast = torch.autocast(device.type, torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
 
     # 2. Data. The data decides the vocabulary.
-    loader = TokenLoader(config.dataset, 'train', config.batch_size, model_config.context, config.seed)
-    val_loader = TokenLoader(config.dataset, 'val', config.batch_size, model_config.context, config.seed)
-    tokenizer = load_tokenizer(os.path.join(config.dataset, 'bpe.json'))
+    loader = open_dataset(config.dataset, 'train', config.batch_size, model_config.context, config.seed)
+    val_loader = open_dataset(config.dataset, 'val', config.batch_size, model_config.context, config.seed)
+    tokenizer_path = os.path.join(dataset_folders(config.dataset)[0][0], 'bpe.json')      # all the sets have the same
+    tokenizer = load_tokenizer(tokenizer_path)
     if model_config.vocab_size not in (ZayaConfig.vocab_size, loader.vocab_size):
         raise ValueError(f'vocab_size is {model_config.vocab_size}, but {config.dataset} has {loader.vocab_size}: leave it out')
     model_config = replace(model_config, vocab_size=loader.vocab_size)
@@ -169,7 +172,7 @@ def train(config, model_config):
     step = 0
     # 4. Continue a run, if the folder holds one.
     os.makedirs(config.out_dir, exist_ok=True)
-    checkpoint = load_checkpoint(config.out_dir, device)
+    checkpoint = load_checkpoint(config.out_dir)
     if checkpoint is not None:
         for key, value in asdict(model_config).items():
             if checkpoint['model_config'].get(key) != value:
@@ -182,13 +185,30 @@ def train(config, model_config):
         for thing, saved in zip([*optimizers, balancer], [*checkpoint['optimizers'], checkpoint['balancer']]):
             thing.load_state_dict(thing.state_dict() | {'state': saved['state']})
         step = checkpoint['step']
-        torch.set_rng_state(checkpoint['rng'].cpu())
-        if device.type == 'cuda':
-            torch.cuda.set_rng_state(checkpoint['rng_cuda'].cpu(), device)
+        torch.set_rng_state(checkpoint['rng'])
+        if device.type == 'cuda' and checkpoint['rng_cuda'] is not None:
+            torch.cuda.set_rng_state(checkpoint['rng_cuda'], device)
         say(f'continuing {config.out_dir} at step {step} of {config.max_steps}'
             + (f'; changed: {", ".join(changed)}' if changed else ''))
-    if rank == 0:
-        shutil.copy(os.path.join(config.dataset, 'bpe.json'), config.out_dir)   # sample.py finds it with the weights
+    elif config.init_from:                                      # weights and biases only: a new run with a head start
+        before = load_checkpoint(config.init_from)
+        if before is None:
+            raise ValueError(f'init_from: {config.init_from} holds no checkpoint of train.py')
+        try:
+            model.load_state_dict(before['model'])
+        except RuntimeError as error:                           # context and rope_base may differ, sizes may not
+            detail = str(error).split('\n')[1].strip()
+            raise ValueError(f'init_from: the model of {config.init_from} has other sizes ({detail})') from None
+        say(f"starting from the weights of {config.init_from} after {before['step']} steps")
+    for folder in filter(None, [config.out_dir, config.init_from]):             # old weights read old tokens only
+        old = os.path.join(folder, 'bpe.json')
+        if (checkpoint or folder != config.out_dir) and os.path.exists(old) and not filecmp.cmp(old, tokenizer_path, False):
+            raise ValueError(f'{folder} was trained with another tokenizer than that of {config.dataset}: '
+                             'use the dataset it was trained on, or another out_dir')
+    if rank == 0 and checkpoint is None:
+        shutil.copy(tokenizer_path, config.out_dir)             # sample.py finds it with the weights
+    resumed = checkpoint is not None
+    checkpoint = None                                           # its memory is needed
 
     def save():
         if rank == 0:
@@ -204,9 +224,9 @@ def train(config, model_config):
                *(f'entropy_{layer}' for layer in range(L)), *(f'residual_{layer}' for layer in range(L))]
     log_path = os.path.join(config.out_dir, 'log.csv')
     if rank == 0:
-        write_log(log_path, [], columns, keep_until=step if checkpoint else -1)     # a new run begins with a new log
+        write_log(log_path, [], columns, keep_until=step if resumed else -1)     # a new run begins with a new log
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name and dtype == 'bfloat16'), None)
     n, tokens_per_step = sizes(model_config), config.batch_size * model_config.context * config.grad_accum
     say(f'{n["total"]:,} parameters, {n["active"]:,} active a token (without the embedding), on {name} in {dtype}'
         f'{" x " + str(world) if world > 1 else ""}; data: {loader.n_tokens:,} tokens, {tokens_per_step:,} a step, '
@@ -249,16 +269,17 @@ def train(config, model_config):
             n_micro = config.grad_accum // world
             for micro in range(n_micro):
                 # Which data comes is a function of the step alone: no loader state to save, no overlap between ranks.
-                x, y = (t.to(device) for t in loader.batch(step * config.grad_accum + micro * world + rank))
+                index = step * config.grad_accum + micro * world + rank
+                x, y, begins = (None if t is None else t.to(device) for t in loader.batch(index))
                 last = micro == n_micro - 1                     # DDP averages gradients over ranks in the last backward
                 with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
                     with autocast:
-                        _, micro_loss = forward(x, y)
+                        _, micro_loss = forward(x, y, begins)
                     (micro_loss / n_micro).backward()
                 loss += micro_loss.detach() / n_micro
             if world > 1:
-                dist.all_reduce(loss, dist.ReduceOp.AVG if device.type == 'cuda' else dist.ReduceOp.SUM)
-                loss /= 1 if device.type == 'cuda' else world   # gloo cannot average
+                dist.all_reduce(loss)
+                loss /= world
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
             finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
             if finite:
@@ -294,7 +315,7 @@ def train(config, model_config):
                 if wandb:
                     wandb.log(row, step=step)
             bar.update()
-            # Only a run whose last step was good is worth keeping.
+            # Not after a skipped step: the count of those in a row is not in a checkpoint.
             if (step % config.checkpoint_every == 0 or done) and finite:
                 save()
     if world > 1:

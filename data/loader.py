@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.reasoning import SCORED, STARTS
+
 REPAIR = 'run `python data/stdlib/prepare.py`, or data/text/prepare.py for your own text'
 
 
@@ -18,8 +20,10 @@ class TokenLoader:
     The N tokens are cut into ceil((N - 1) / context) windows: window w has tokens[w*context : (w+1)*context]
     as inputs and the same shifted by one as targets. The last window may be short; it is filled up with
     input 0 and target -1, which the loss must ignore. So in one epoch every token but the very first
-    (nothing precedes it) is a target exactly once. Each epoch visits the windows in another order, and a
-    batch that comes to the end of one epoch goes on with the next, so no window is left out.
+    (nothing precedes it) is a target exactly once. Each epoch visits the windows in another order.
+
+    A packed set (reasoning.py) comes in windows of its own, of whole documents; its flags say what is a target and
+    where documents start.
 
     Attributes: meta (the content of meta.json), vocab_size, n_tokens, n_windows.
     Raises ValueError, naming the file, if the data is missing, unfinished or damaged.
@@ -37,37 +41,118 @@ class TokenLoader:
         try:
             self.meta = json.loads(path.read_text(encoding='utf-8'))
             self.vocab_size, self.n_tokens = int(self.meta['vocab_size']), int(self.meta[split]['tokens'])
+            self.packed = int(self.meta.get('packed', 0))
+            n_stored = int(self.meta[split]['windows']) * self.packed if self.packed else self.n_tokens
             dtype = np.dtype({'uint16': '<u2', 'uint32': '<u4'}[self.meta['dtype']])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'{path} is missing or damaged ({type(error).__name__}): {REPAIR}') from None
+        if self.packed not in (0, context):
+            raise ValueError(f'{folder} is packed into windows of {self.packed}, but context is {context}: '
+                             'prepare it again with --context, or change context')
 
         self.path = Path(folder) / f'{split}.bin'
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size != self.n_tokens * dtype.itemsize or self.n_tokens < 2:
-            raise ValueError(f'{self.path} has {size:,} bytes, but meta.json says {self.n_tokens:,} tokens '
-                             f'of {dtype.name} (at least 2 are needed): {REPAIR}')
-        self.tokens = np.memmap(self.path, dtype, mode='r')  # read from disk as needed, never as a whole
-
-        self.n_windows = -(-(self.n_tokens - 1) // context)  # rounded up
+        self.tokens = self.map(self.path, dtype, n_stored)
+        self.flags = self.map(self.path.with_suffix('.flags'), np.dtype('u1'), n_stored) if self.packed else None
+        self.n_windows = n_stored // context if self.packed else -(-(n_stored - 1) // context)  # rounded up
         self.epoch = self.order = None             # the epoch visited last, and its order of the windows
 
-    def batch(self, index):
-        """Batch number index (0, 1, ... without end): inputs and targets, both int64 (batch_size, context).
+    def map(self, path, dtype, n):
+        """The file's n numbers as an array that is read from disk as needed, never as a whole."""
+        size = path.stat().st_size if path.exists() else 0
+        if size != n * dtype.itemsize or n < 2:
+            raise ValueError(f'{path} has {size:,} bytes, but meta.json says {n:,} numbers '
+                             f'of {dtype.name} (at least 2 are needed): {REPAIR}')
+        return np.memmap(path, dtype, mode='r')
 
-        Raises ValueError if the file holds a token outside the vocabulary.
-        """
-        x = np.zeros((self.batch_size, self.context), np.int64)
-        y = np.full((self.batch_size, self.context), -1, np.int64)
-        for row in range(self.batch_size):
-            epoch, position = divmod(index * self.batch_size + row, self.n_windows)
-            if epoch != self.epoch:
-                self.order = np.random.default_rng((self.seed, epoch)).permutation(self.n_windows)
-                self.epoch = epoch
-            start = int(self.order[position]) * self.context
-            window = self.tokens[start:start + self.context + 1]
-            if window.max() >= self.vocab_size:
-                raise ValueError(f'{self.path} holds token {window.max()}, outside the vocabulary of '
-                                 f'{self.vocab_size}: {REPAIR}')
-            x[row, :len(window) - 1] = window[:-1]
-            y[row, :len(window) - 1] = window[1:]
-        return torch.from_numpy(x), torch.from_numpy(y)
+    def row(self, position):
+        """Window number position (0, 1, ... without end, epoch after epoch): inputs, targets and starts of
+        documents, arrays of length context. Raises ValueError if it holds a token outside the vocabulary."""
+        epoch, position = divmod(position, self.n_windows)
+        if epoch != self.epoch:
+            self.order = np.random.default_rng((self.seed, epoch)).permutation(self.n_windows)
+            self.epoch = epoch
+        begin = int(self.order[position]) * self.context
+        window = self.tokens[begin:begin + self.context + 1].astype(np.int64)
+        if window.max() >= self.vocab_size:
+            raise ValueError(f'{self.path} holds token {window.max()}, outside the vocabulary of '
+                             f'{self.vocab_size}: {REPAIR}')
+        x, y, start = np.zeros(self.context, np.int64), np.full(self.context, -1), np.arange(self.context) == 0
+        if self.packed:
+            flags = self.flags[begin:begin + self.context]
+            scored, start = flags & SCORED != 0, flags & STARTS != 0
+            x[:] = window[:self.context]
+            y[scored] = window[1:][scored[:len(window) - 1]]
+        else:
+            x[:len(window) - 1] = window[:-1]
+            y[:len(window) - 1] = window[1:]
+        return x, y, start
+
+    def batch(self, index):
+        """Batch number index (0, 1, ... without end): inputs and targets, both int64 (batch_size, context), and
+        where documents start, bool of that shape; None, with nothing to isolate, if the set is not packed."""
+        x, y, start = stack_rows(self.row(index * self.batch_size + i) for i in range(self.batch_size))
+        return x, y, start if self.packed else None
+
+
+class MixtureLoader:
+    """Batches whose rows come from several sets, in proportion to weights. Also a pure function of the index.
+
+    A fixed, shuffled schedule of 1000 rows, repeated, says which set each row is from. Each set counts its own rows, so
+    that it visits all of its windows once an epoch, as it would alone.
+    """
+
+    def __init__(self, loaders, weights, seed):
+        self.loaders = loaders
+        self.batch_size = loaders[0].batch_size
+        self.vocab_size, self.packed = loaders[0].vocab_size, any(loader.packed for loader in loaders)
+        self.n_tokens = sum(loader.n_tokens for loader in loaders)
+        self.n_windows = sum(loader.n_windows for loader in loaders)
+        ends = np.round(np.cumsum(weights) / sum(weights) * 1000).astype(int)
+        self.counts = np.diff(ends, prepend=0)     # of each set's rows in the schedule
+        self.schedule = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(loaders)), self.counts))
+        is_from = self.schedule[:, None] == np.arange(len(loaders))
+        self.before = is_from.cumsum(0) - is_from  # (1000, sets): rows of each set before this one
+
+    def batch(self, index):
+        """As TokenLoader.batch."""
+        rows = []
+        for i in range(index * self.batch_size, (index + 1) * self.batch_size):
+            cycle, i = divmod(i, len(self.schedule))
+            k = self.schedule[i]
+            rows.append(self.loaders[k].row(int(cycle * self.counts[k] + self.before[i, k])))
+        x, y, start = stack_rows(rows)
+        return x, y, start if self.packed else None
+
+
+def stack_rows(rows):
+    """[(x, y, start), ...] -> three tensors with a batch dimension."""
+    return tuple(torch.from_numpy(np.stack(part)) for part in zip(*rows))
+
+
+def dataset_folders(dataset):
+    """'data/stdlib', or several with weights, 'data/stdlib:0.3 data/loops:0.7' -> [(folder, weight), ...].
+    Raises ValueError for a weight that is not a positive number."""
+    found = []
+    for part in dataset.split():
+        folder, colon, weight = part.rpartition(':')
+        try:
+            folder, weight = (folder, float(weight)) if colon else (part, 1.0)
+        except ValueError:
+            weight = -1
+        if not 0 < weight < float('inf'):
+            raise ValueError(f'dataset: {part!r} should be FOLDER or FOLDER:WEIGHT with a positive weight')
+        found.append((folder, weight))
+    if not found:
+        raise ValueError('dataset names no folder')
+    return found
+
+
+def open_dataset(dataset, split, batch_size, context, seed):
+    """The loader of a dataset string, see dataset_folders. Raises ValueError if its sets' tokenizers differ."""
+    folders, weights = zip(*dataset_folders(dataset))
+    loaders = [TokenLoader(folder, split, batch_size, context, seed) for folder in folders]
+    for folder in folders[1:]:
+        if (Path(folder) / 'bpe.json').read_bytes() != (Path(folders[0]) / 'bpe.json').read_bytes():
+            raise ValueError(f'dataset: {folder} and {folders[0]} have different tokenizers: '
+                             'prepare one with --tokenizer_from the other')
+    return loaders[0] if len(loaders) == 1 else MixtureLoader(loaders, weights, seed)

@@ -352,7 +352,7 @@ def write_tokens(folder, ids, vocab_size=1000, dtype='uint16'):
 def rows(loader, indices):
     """All (inputs, targets) rows of some batches, as tuples."""
     batches = [loader.batch(index) for index in indices]
-    return [(tuple(x.tolist()), tuple(y.tolist())) for xs, ys in batches for x, y in zip(xs, ys)]
+    return [(tuple(x.tolist()), tuple(y.tolist())) for xs, ys, _ in batches for x, y in zip(xs, ys)]
 
 
 SHAPES = dict(n=st.integers(2, 60), batch_size=st.integers(1, 7), context=st.integers(1, 12),
@@ -387,7 +387,9 @@ def test_a_batch_depends_on_seed_and_index_alone(tmp_path_factory, n, batch_size
 
 def test_batches_are_int64_of_batch_size_by_context(tmp_path):
     write_tokens(tmp_path, range(50))
-    for tensor in TokenLoader(tmp_path, 'train', 3, 7, 0).batch(2):
+    x, y, start = TokenLoader(tmp_path, 'train', 3, 7, 0).batch(2)
+    assert start is None
+    for tensor in x, y:
         assert tensor.shape == (3, 7) and tensor.dtype == torch.int64 and tensor.device.type == 'cpu'
 
 

@@ -44,6 +44,24 @@ def test_grouped_products_equal_sliced_products_with_their_gradients(seed):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
+def test_skipped_tokens_get_zero_and_finite_gradients_from_undefined_rows(monkeypatch):
+    """grouped_products leaves the rows of skipped tokens undefined: NaN, at worst."""
+    import model
+    experts, x, expert, weight = sorted_tokens(0)
+    expert[::3] = len(experts.gate_up)
+    sliced = model.sliced_products
+
+    def undefined(x, gate_up, down, count):
+        y = sliced(x, gate_up, down, count)
+        return torch.cat([y[:count.sum()], x[count.sum():] * float('nan')])
+    monkeypatch.setattr(model, 'multiply', undefined)
+    x.requires_grad_(), weight.requires_grad_()
+    y = experts(x, expert, weight)
+    y.square().sum().backward()
+    assert y[::3].eq(0).all() and y.isfinite().all()
+    assert weight.grad.isfinite().all() and weight.grad[::3].eq(0).all() and x.grad[::3].eq(0).all()
+
+
 def test_residual_scaling_at_init_is_the_plain_residual():
     x, f = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
     assert torch.equal(ResidualScaling(8)(x, f), x + f)
@@ -135,9 +153,12 @@ def test_too_long_and_empty_sequences_are_refused(idx, message):
     model(tokens(1, 64), cache=cache)
     with pytest.raises(ValueError, match='after 64 in the cache'):
         model(tokens(1, 1), cache=cache)
+    with pytest.raises(ValueError, match='got 65'):
+        model(tokens(2, 70), cache=model.make_cache(2, 100), n_new=[3, 65])
 
 
-@pytest.mark.parametrize('bad', [dict(n_head=5), dict(n_layer=0), dict(head_dim=7, n_kv_head=1), dict(rope_fraction=0.4)])
+@pytest.mark.parametrize('bad', [dict(n_head=5), dict(n_layer=0), dict(head_dim=7, n_kv_head=1), dict(rope_fraction=0.4),
+                                 dict(init_std=-1.0), dict(norm_eps=0.0), dict(rope_base=float('inf'))])
 def test_impossible_sizes_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         tiny_config(**bad)

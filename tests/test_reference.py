@@ -168,6 +168,8 @@ BROKEN = {
     'config.json: is not valid JSON': lambda f: truncate(f / 'config.json', 50),
     'config.json: cannot be read': lambda f: (f / 'config.json').unlink(),
     'weights file model.safetensors is missing': lambda f: (f / 'model.safetensors').unlink(),
+    'num_hidden_layers must be int': lambda f: edit_config(f, num_hidden_layers='3'),
+    "must hold an object 'hybrid'": lambda f: edit_config(f, rope_parameters={'rope_theta': 1e4}),
     'n_head (7) must be a multiple': lambda f: edit_config(f, num_attention_heads=7),
 }
 
@@ -179,6 +181,16 @@ def test_a_broken_folder_gets_one_clear_error(tmp_path, message):
     with pytest.raises(ValueError) as error:
         Zaya.from_pretrained(tmp_path)
     assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_what_was_saved_last_is_loaded_from_a_once_sharded_folder(tmp_path):
+    make_reference(tmp_path, shards='50KB')
+    model = Zaya.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.norm.weight.fill_(7)
+    model.save_pretrained(tmp_path)
+    assert Zaya.from_pretrained(tmp_path).norm.weight.eq(7).all()
+    assert json.loads((tmp_path / 'config.json').read_text())['eos_token_id'] == 2      # kept, though nothing here uses it
 
 
 def test_a_missing_shard_is_named(tmp_path):

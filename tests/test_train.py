@@ -319,6 +319,24 @@ def test_changed_settings_are_told_and_take_effect(dataset, tmp_path, monkeypatc
     assert steps and set(map(int, steps)) == {4}        # the moments were kept
 
 
+def test_a_run_without_a_checkpoint_begins_anew_with_a_new_log(dataset, tmp_path):
+    for _ in range(2):
+        run(dataset, tmp_path, max_steps=2)
+        assert [row['step'] for row in log(tmp_path)] == ['0', '1', '2']
+        (tmp_path / 'ckpt.pt').unlink()
+
+
+def test_a_run_keeps_its_tokenizer(dataset, one_batch, tmp_path):
+    run(dataset, tmp_path / 'a')
+    before = (tmp_path / 'a' / 'bpe.json').read_bytes()
+    other = tmp_path / 'other'
+    prepare([(str(i), b'xyz' * 500) for i in range(3)] + [('b', bytes(range(256)))], other, 300)
+    for arguments in dict(out_dir=tmp_path / 'a'), dict(out_dir=tmp_path / 'b', init_from=tmp_path / 'a'):
+        with pytest.raises(ValueError, match='another tokenizer|other sizes|vocab_size'):
+            run(other, **arguments)
+    assert (tmp_path / 'a' / 'bpe.json').read_bytes() == before
+
+
 def test_a_finished_run_is_left_as_it_is(dataset, tmp_path):
     run(dataset, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -473,7 +491,7 @@ def poison(monkeypatch):
             def count(module, args, out):
                 nonlocal step
                 step += module.training
-                return (out[0], out[1] * value) if what == 'loss' and module.training and step in steps else out
+                return (out[0], out[1] + value) if what == 'loss' and module.training and step in steps else out
             model.register_forward_hook(count)
             if what == 'gradient':
                 model.layers[0].attn.q_proj.weight.register_hook(lambda g: g * value if step in steps else g)
