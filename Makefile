@@ -12,7 +12,7 @@ endif
 
 demo: data/stdlib/meta.json
 	$(PY) train.py config/demo.py
-	$(PY) sample.py --ckpt=runs/demo --prompt='def ' --max_new_tokens=150 --temperature=0.8
+	$(PY) sample.py --ckpt=runs/demo --prompt='def ' --max_new_tokens=150 --temperature=0.6
 
 test: environment
 	$(PY) -m pytest -q

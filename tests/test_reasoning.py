@@ -584,8 +584,8 @@ def test_conversations_with_one_question_are_on_one_side_of_the_split(tmp_path):
 
 
 def test_think_tags_teach_the_vocabulary_nothing_but_those_in_text_do():
-    texts = script().texts([messages_of([('q <think>', '', 't', 'a'), ('r', '', None, 'b </think>')])])
-    assert list(texts) == ['q <think>', 't', 'a', 'r', 'b </think>']
+    texts = script().texts([messages_of([('<think>q</think>', '', 't', 'a'), ('r', '', None, 'b </think>')])])
+    assert list(texts) == ['<think>q</think>', 't', 'a', 'r', 'b </think>']
 
 
 @pytest.mark.parametrize('arguments, says', [
@@ -593,7 +593,7 @@ def test_think_tags_teach_the_vocabulary_nothing_but_those_in_text_do():
     ([], 'required'),
     (['bad.jsonl'], 'bad.jsonl, line 2: '),
     (['one.jsonl'], 'too few'),
-    (['sums.jsonl', '--context=0'], 'context'),
+    (['sums.jsonl', '--context=0'], '--context is 0'),
     (['sums.jsonl', '--context=3'], 'larger context'),
     (['sums.jsonl', '--rule=cut'], 'invalid choice'),
     (['sums.jsonl', '--vocab_size=12'], 'vocab_size'),
