@@ -547,10 +547,7 @@ def load_checkpoint(folder):
         what = damage(path)
         try:
             if what is None:
-                state = torch.load(path, map_location='cpu', weights_only=True)
-                if not isinstance(state, dict) or 'model_config' not in state:
-                    raise ValueError('it is no checkpoint of train.py')
-                return state
+                return torch.load(path, map_location='cpu', weights_only=True)
         except MemoryError:
             raise
         except pickle.UnpicklingError:                          # weights_only: nothing in the file is ever executed

@@ -90,7 +90,8 @@ class TokenLoader:
     def batch(self, index):
         """Batch number index (0, 1, ... without end): inputs and targets, both int64 (batch_size, context), and
         where documents start, bool of that shape; None, with nothing to isolate, if the set is not packed."""
-        x, y, start = stack_rows(self.row(index * self.batch_size + i) for i in range(self.batch_size))
+        rows = (self.row(index * self.batch_size + i) for i in range(self.batch_size))
+        x, y, start = stack_rows(rows, self.batch_size, self.context)
         return x, y, start if self.packed else None
 
 
@@ -103,7 +104,7 @@ class MixtureLoader:
 
     def __init__(self, loaders, weights, seed):
         self.loaders = loaders
-        self.batch_size = loaders[0].batch_size
+        self.batch_size, self.context = loaders[0].batch_size, loaders[0].context
         self.vocab_size, self.packed = loaders[0].vocab_size, any(loader.packed for loader in loaders)
         self.n_tokens = sum(loader.n_tokens for loader in loaders)
         self.n_windows = sum(loader.n_windows for loader in loaders)
@@ -115,18 +116,24 @@ class MixtureLoader:
 
     def batch(self, index):
         """As TokenLoader.batch."""
-        rows = []
-        for i in range(index * self.batch_size, (index + 1) * self.batch_size):
-            cycle, i = divmod(i, len(self.schedule))
-            k = self.schedule[i]
-            rows.append(self.loaders[k].row(int(cycle * self.counts[k] + self.before[i, k])))
-        x, y, start = stack_rows(rows)
+        rows = map(self.row, range(index * self.batch_size, (index + 1) * self.batch_size))
+        x, y, start = stack_rows(rows, self.batch_size, self.context)
         return x, y, start if self.packed else None
 
+    def row(self, i):
+        """Row number i of all batches laid end to end, as TokenLoader.row."""
+        cycle, i = divmod(i, len(self.schedule))
+        k = self.schedule[i]
+        return self.loaders[k].row(int(cycle * self.counts[k] + self.before[i, k]))
 
-def stack_rows(rows):
-    """[(x, y, start), ...] -> three tensors with a batch dimension."""
-    return tuple(torch.from_numpy(np.stack(part)) for part in zip(*rows))
+
+def stack_rows(rows, batch_size, context):
+    """(x, y, start) of each row -> the same with a batch dimension, as tensors."""
+    x, y = (np.empty((batch_size, context), np.int64) for _ in range(2))
+    start = np.empty((batch_size, context), bool)
+    for i, row in enumerate(rows):
+        x[i], y[i], start[i] = row
+    return tuple(map(torch.from_numpy, (x, y, start)))
 
 
 def dataset_folders(dataset):

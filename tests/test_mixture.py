@@ -64,7 +64,7 @@ def test_packed_windows_demand_their_own_context(folders):
 
 class Counter:
     """A stand-in for a TokenLoader: row n is the number n."""
-    batch_size, vocab_size, n_tokens, n_windows, packed = 4, 2, 1, 1, 0
+    batch_size, context, vocab_size, n_tokens, n_windows, packed = 4, 1, 2, 1, 1, 0
 
     def row(self, position):
         return (np.array([position]),) * 3
