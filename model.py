@@ -539,15 +539,18 @@ def damage(path):
 
 
 def load_checkpoint(folder):
-    """The newest undamaged checkpoint of a run folder, on the CPU, or None if it has none at all. A damaged file is reported and
-    its predecessor used. Raises ValueError if every one there is damaged."""
+    """The newest undamaged checkpoint of a run folder, on the CPU, or None if it has none at all. A damaged file, or
+    one of another program, is reported and its predecessor used. Raises ValueError if every one there is damaged."""
     paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt_previous.pt')]
     paths = [path for path in paths if os.path.exists(path)]
     for path in paths:
         what = damage(path)
         try:
             if what is None:
-                return torch.load(path, map_location='cpu', weights_only=True)
+                state = torch.load(path, map_location='cpu', weights_only=True)
+                if isinstance(state, dict) and 'model_config' in state:
+                    return state
+                what = 'it is no checkpoint of train.py'
         except MemoryError:
             raise
         except pickle.UnpicklingError:                          # weights_only: nothing in the file is ever executed

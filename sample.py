@@ -144,8 +144,6 @@ def load(folder, device):
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f'{folder}: holds neither a checkpoint of train.py (ckpt.pt) nor a released model (config.json)')
-    if 'model_config' not in checkpoint:
-        raise ValueError(f'{folder}: its ckpt.pt is no checkpoint of train.py')
     model = Zaya(ZayaConfig(**checkpoint['model_config'])).to(device).eval()
     model.load_state_dict(checkpoint['model'])
     tokenizer = load_tokenizer(os.path.join(folder, 'bpe.json'))

@@ -60,7 +60,9 @@ def kill_training(seed, *arguments):
 
 
 def kill_saving(folder):
-    state = lambda version: {'version': version, 'weights': [torch.full((5000,), float(version)) for _ in range(3)]}
+    def state(version):
+        return {'model_config': {}, 'version': version, 'weights': [torch.full((5000,), version) for _ in range(3)]}
+
     kills = 0
     for before in [], [1, 2], [1, 'damaged']:                   # the checkpoints that are there
         for line in itertools.count(1):
@@ -69,7 +71,8 @@ def kill_saving(folder):
             for version in before:
                 save_checkpoint(folder, state(version if version != 'damaged' else 2))
             if 'damaged' in before:
-                os.truncate(os.path.join(folder, 'ckpt.pt'), 30_000)
+                path = os.path.join(folder, 'ckpt.pt')
+                os.truncate(path, os.path.getsize(path) // 2)
             died = killed(line, (save_checkpoint, torch.serialization._save), lambda: save_checkpoint(folder, state(3)))
             found = load_checkpoint(folder)
             newest = max((version for version in before if version != 'damaged'), default=None)

@@ -414,7 +414,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_without(dataset, finished, tmp_
 def test_a_flipped_bit_is_noticed_or_harmless(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / 'flipped'
     folder.mkdir(exist_ok=True)
-    state = {'step': 3, 'weights': [torch.arange(50.), torch.arange(7)], 'config': {'lr': 0.1, 'name': 'a'}}
+    state = {'step': 3, 'weights': [torch.arange(50.), torch.arange(7)], 'model_config': {'x': 0.1, 'name': 'a'}}
     (folder / 'ckpt.pt').unlink(missing_ok=True)
     save_checkpoint(folder, state)
     content = bytearray((folder / 'ckpt.pt').read_bytes())
@@ -445,6 +445,18 @@ def test_code_in_a_checkpoint_is_not_run(dataset, tmp_path, monkeypatch, capsys,
         _, message = run_script(monkeypatch, capsys, script, *arguments)
         assert 'every checkpoint is damaged' in message
     assert not (tmp_path / 'canary').exists()
+
+
+@pytest.mark.parametrize('thing', [{'model': {}, 'iter_num': 3}, [1], torch.zeros(3)])
+def test_a_checkpoint_of_another_program_is_refused_and_kept(dataset, tmp_path, monkeypatch, capsys, thing):
+    torch.save(thing, tmp_path / 'ckpt.pt')
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    for script, arguments in (('train.py', flags(dataset, tmp_path)),
+                              ('train.py', flags(dataset, tmp_path / 'new', init_from=tmp_path)),
+                              ('sample.py', [f'--ckpt={tmp_path}', '--prompt=a'])):
+        _, message = run_script(monkeypatch, capsys, script, *arguments)
+        assert 'every checkpoint is damaged' in message
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
 
 
 # ---- a full disk ----
