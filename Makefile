@@ -14,8 +14,9 @@ demo: data/stdlib/meta.json
 	$(PY) train.py config/demo.py
 	$(PY) sample.py --ckpt=runs/demo --prompt='def ' --max_new_tokens=150 --temperature=0.6
 
+# One thread: the tests' tensors are tiny, and several threads only wait for each other when the machine is busy.
 test: environment
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
 data/stdlib/meta.json: | environment
 	$(PY) data/stdlib/prepare.py
