@@ -444,6 +444,10 @@ def test_code_in_a_checkpoint_is_not_run(dataset, tmp_path, monkeypatch, capsys,
         arguments = flags(dataset, tmp_path) if script == 'train.py' else [f'--ckpt={tmp_path}', '--prompt=a']
         _, message = run_script(monkeypatch, capsys, script, *arguments)
         assert 'every checkpoint is damaged' in message
+    with pytest.raises(ValueError):
+        load_checkpoint(tmp_path)
+    err = capsys.readouterr().err                       # torch's own words advise to run the code
+    assert err.count('\n') == 1 and 'weights_only' not in err
     assert not (tmp_path / 'canary').exists()
 
 
