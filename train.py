@@ -200,9 +200,9 @@ def train(config, model_config):
             detail = str(error).split('\n')[1].strip()
             raise ValueError(f'init_from: the model of {config.init_from} has other sizes ({detail})') from None
         say(f"starting from the weights of {config.init_from} after {before['step']} steps")
-    for folder in filter(None, [config.out_dir, config.init_from]):             # old weights read old tokens only
-        old = os.path.join(folder, 'bpe.json')
-        if (checkpoint or folder != config.out_dir) and os.path.exists(old) and not filecmp.cmp(old, tokenizer_path, False):
+    folder = config.out_dir if checkpoint else config.init_from                 # where the weights are from, if any
+    if folder and os.path.exists(old := os.path.join(folder, 'bpe.json')):      # they know their own tokens only
+        if not filecmp.cmp(old, tokenizer_path, shallow=False):
             raise ValueError(f'{folder} was trained with another tokenizer than that of {config.dataset}: '
                              'use the dataset it was trained on, or another out_dir')
     if rank == 0 and checkpoint is None:

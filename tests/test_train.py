@@ -343,9 +343,10 @@ def test_a_run_keeps_its_tokenizer(dataset, one_batch, tmp_path):
     run(dataset, tmp_path / 'a')
     before = (tmp_path / 'a' / 'bpe.json').read_bytes()
     other = tmp_path / 'other'
-    prepare([(str(i), b'xyz' * 500) for i in range(3)] + [('b', bytes(range(256)))], other, 300)
+    words = [str(n) for n in range(100, 200)]                  # other text, the same size of vocabulary
+    prepare([(str(i), ' '.join(words[i:]).encode() * 3) for i in range(9)], other, 300)
     for arguments in dict(out_dir=tmp_path / 'a'), dict(out_dir=tmp_path / 'b', init_from=tmp_path / 'a'):
-        with pytest.raises(ValueError, match='another tokenizer|other sizes|vocab_size'):
+        with pytest.raises(ValueError, match='another tokenizer'):
             run(other, **arguments)
     assert (tmp_path / 'a' / 'bpe.json').read_bytes() == before
 
