@@ -21,6 +21,8 @@ T itself scales the keys, not exp(T) as in the paper: this keeps the logits boun
 Legend:  B batch   S sequence (new tokens)   P positions held by the cache   E residual width
          Hq, Hk query / KV heads   G = Hq / Hk query heads a KV head   d head dim   C = (Hq + Hk) d conv channels
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -49,25 +51,47 @@ def conv_grouped(before, now, weight, bias):
     return torch.einsum('bsthi,hoit->bsho', x, w).flatten(-2) + bias
 
 
+def one_convolution(w1, b1, w2, b2):
+    """Two convolutions with nothing between them are ONE of kernel 3, whose weights are products of theirs. Of the depthwise
+    one w1 (C, 1, 2), b1 (C), of the grouped one w2 (C, d, 2), b2 (C) -> w (H, d, 3d), taps from old to new, and b (H, d)."""
+    C, d, _ = w2.shape
+    H = C // d                                                      # one group a head
+    w1, w2 = w1.view(H, 1, d, 2), w2.view(H, d, d, 2)               # (head, out, in, time)
+    w = torch.cat([w2[..., 0] * w1[..., 0],                         # x_{t-2}
+                   w2[..., 0] * w1[..., 1] + w2[..., 1] * w1[..., 0],
+                   w2[..., 1] * w1[..., 1]], -1)                    # x_t
+    return w, (w2.sum(-1) @ b1.view(H, d, 1))[..., 0] + b2.view(H, d)
+
+
+def convolve(x, w1, b1, w2, b2, start=None):
+    """Both convolutions, as one. x (B, S + 2, C), two columns of past first -> (B, S, C); start as in CCA.forward. The three
+    taps of a token side by side make a row of 3d for each head, so one matrix product a head does it all."""
+    w, b = one_convolution(w1, b1, w2, b2)
+    H, d = b.shape
+    taps = [x[:, :-2], x[:, 1:-1], x[:, 2:]]                        # x_{t-2}, x_{t-1}, x_t
+    if start is not None:                                           # a document sees zeros before its start
+        taps[1] = taps[1].masked_fill(start[..., None], 0)
+        taps[0] = taps[0].masked_fill((start | F.pad(start, (1, 0))[:, :-1])[..., None], 0)
+    taps = torch.cat([tap.unflatten(-1, (H, d)) for tap in taps], -1)                               # (B, S, H, 3d)
+    y = torch.baddbmm(b[:, None], taps.flatten(0, 1).transpose(0, 1), w.mT)                               # (H, B S, d)
+    return y.transpose(0, 1).reshape(len(x), -1, H * d)
+
+
 # ---- step 3 ----
 
 def qk_mean(q, k):
     """Means of the PRE-convolution latents. q (B, S, Hq, d), k (B, S, Hk, d) -> m_q, m_k of the same shapes."""
-    Hq, Hk = q.shape[2], k.shape[2]
-    m_q = (q + k.repeat_interleave(Hq // Hk, dim=2)) / 2            # query head h belongs to KV head h // G
-    m_k = m_q.unflatten(2, (Hk, Hq // Hk)).mean(3)
-    return m_q, m_k
+    q = q.unflatten(2, (k.shape[2], -1))                            # (B, S, Hk, G, d): query head h belongs to KV head h // G
+    m_q = (q + k[:, :, :, None]) / 2
+    return m_q.flatten(2, 3), m_q.mean(3)
 
 
 # ---- step 4 ----
 
-def qk_norm(q, k, temperature):
-    """q to length sqrt(d), k to length T sqrt(d), in float32. q (B, S, Hq, d), k (B, S, Hk, d), temperature (Hk)."""
-    scale = q.shape[-1] ** 0.5
-    eps = torch.finfo(q.dtype).eps                                  # a zero vector stays zero instead of 0 / 0
-    q = q * (scale / q.norm(dim=-1, keepdim=True).clamp_min(eps))
-    k = k * (scale / k.norm(dim=-1, keepdim=True).clamp_min(eps) * temperature[:, None])
-    return q, k
+def norm(x, length):
+    """Each head of x (B, S, H, d) to the length (H), in x's dtype; a zero vector stays zero instead of 0 / 0."""
+    eps = torch.finfo(x.dtype).eps
+    return x * (length[:, None] / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps))
 
 
 # ---- step 5 ----
@@ -94,7 +118,7 @@ class CCA(nn.Module):
         super().__init__()
         E, d, self.Hq, self.Hk = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
         C = (self.Hq + self.Hk) * d
-        self.layer = layer
+        self.layer, self.head_dim = layer, d
         self.q_proj = nn.Linear(E, self.Hq * d, bias=False)                    # W_Q
         self.k_proj = nn.Linear(E, self.Hk * d, bias=False)                    # W_K
         self.v_proj = nn.Linear(E, self.Hk * d // 2, bias=False)               # W_V1, sees this token
@@ -112,10 +136,10 @@ class CCA(nn.Module):
         start (B, S) bool: a document begins here, and nothing of what lies before it may be seen (packed windows).
         cache: a Cache whose begin() was called."""
         B, S, _ = x.shape
-        Hq, Hk = self.Hq, self.Hk
-        # 1. Down into the latents.
-        qk = torch.cat([self.q_proj(x), self.k_proj(x)], -1)                   # (B, S, C), [q~; k~]
-        v, v_delayed = self.v_proj(x), self.v_proj_delayed(x)                  # (B, S, Hk d / 2) each
+        Hq, Hk, d = self.Hq, self.Hk, self.head_dim
+        # 1. Down into the latents, all four in one product.
+        W = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.v_proj_delayed.weight])
+        qk, v, v_delayed = F.linear(x, W).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)         # (B, S, .) each
         # What came before this chunk: zeros at the start of a sequence, else the cache's constant-size state.
         if cache is None:
             qk_past, v_past = qk.new_zeros(B, 2, qk.shape[-1]), v.new_zeros(B, 1, v.shape[-1])
@@ -125,21 +149,17 @@ class CCA(nn.Module):
         v_padded = torch.cat([v_past, v_delayed], 1)                           # (B, S + 1, Hk d / 2), from t = -1
         # 2. Two kernels of 2 eat the two columns of padding. Padding BEFORE the first convolution means that its bias
         # lands on the padded position, too: what the second sees of the past at a start is that bias, not zero.
-        before, v_before = qk_padded[:, :-1], v_padded[:, :-1]                 # x_{t-1} for t >= -1, and for t >= 0
-        if start is not None:
-            before = before.masked_fill(F.pad(start, (1, 0))[..., None], 0)
-            v_before = v_before.masked_fill(start[..., None], 0)
-        mixed = conv_depthwise(before, qk_padded[:, 1:], self.conv_depthwise_weight, self.conv_depthwise_bias)
-        before, now = mixed[:, :-1], mixed[:, 1:]                              # (B, S, C)
-        if start is not None:
-            before = torch.where(start[..., None], self.conv_depthwise_bias.to(mixed.dtype), before)
-        mixed = conv_grouped(before, now, self.conv_grouped_weight, self.conv_grouped_bias)            # (B, S, C)
-        # 3 to 5 in float32: here small errors would bend every attention logit.
-        heads = lambda t: wide(t).unflatten(-1, (Hq + Hk, -1)).split([Hq, Hk], dim=2)  # (B, S, Hq, d), (B, S, Hk, d)
-        (q, k), (m_q, m_k) = heads(mixed), qk_mean(*heads(qk))
-        q, k = qk_norm(q + m_q, k + m_k, wide(self.temperature))
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        mixed = convolve(qk_padded, self.conv_depthwise_weight, self.conv_depthwise_bias, self.conv_grouped_weight,
+                         self.conv_grouped_bias, start)                        # (B, S, C)
+        # 3 to 5 in float32: here small errors would bend every attention logit. Queries and keys go together.
+        heads = lambda t: wide(t).unflatten(-1, (Hq + Hk, d))                  # (B, S, Hq + Hk, d)
+        qk = heads(mixed) + torch.cat(qk_mean(*heads(qk).split([Hq, Hk], 2)), 2)
+        length = d ** 0.5 * torch.cat([wide(self.temperature).new_ones(Hq), wide(self.temperature)])   # (Hq + Hk)
+        q, k = rope(norm(qk, length), cos, sin).split([Hq, Hk], 2)
         # 6. Values: half of the latent sees this token, the other half the one before. 2 KV heads: one head each.
+        v_before = v_padded[:, :-1]                                            # (B, S, Hk d / 2)
+        if start is not None:
+            v_before = v_before.masked_fill(start[..., None], 0)
         v = torch.cat([v, v_before], -1).unflatten(-1, (Hk, -1))               # (B, S, Hk, d)
         # 7. Attend in the latent: (B, H, S, d) is the layout of scaled_dot_product_attention.
         q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
@@ -212,6 +232,24 @@ class Cache:
             else:                                              # padding is not written, so it can never be seen
                 store[self.row, :, self.target] = new[self.row, :, self.column].to(store.dtype)
         return self.k[layer, :, :, :self.P].to(k.dtype), self.v[layer, :, :, :self.P].to(v.dtype)
+
+    def layers(self):
+        """For one new token a row, the same layer by layer: lists of conv (B, 2, C), value (B, Hk d / 2) and append, a function
+        of the new k and v (B, Hk, d) that returns all of them, (B Hk, P, d) views."""
+        if self.in_step:
+            new_k, new_v = (t[:, :, :, self.P - 1].unbind() for t in (self.k, self.v))                  # (B, Hk, d) each
+        ks, vs = (t[:, :, :, :self.P].flatten(1, 2).unbind() for t in (self.k, self.v))                 # (B Hk, P, d) each
+
+        def append(layer, k, v):
+            if self.in_step:
+                new_k[layer].copy_(k)
+                new_v[layer].copy_(v)
+            else:
+                self.k[layer, self.row, :, self.target] = k.to(self.k.dtype)
+                self.v[layer, self.row, :, self.target] = v.to(self.v.dtype)
+            return ks[layer], vs[layer]
+
+        return self.conv.unbind(), self.value[:, :, 0].unbind(), [partial(append, layer) for layer in range(len(ks))]
 
     def end(self):
         self.lengths = [length + n for length, n in zip(self.lengths, self.n_new)]

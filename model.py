@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fused
 from cca import CCA, Cache, rope_table, wide
 from router import Router
 
@@ -91,8 +92,18 @@ class ZayaConfig:
         return cls()
 
 
+def eager_training():
+    """Whether to take the hand-written gradients of fused.py: torch.compile does better with the plain formulas."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def rms_norm(x, weight, eps):
+    """x / rms(x) * weight. x (..., E), weight (E) -> (..., E)."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim, computed in float32, returned in the weight's dtype."""
+    """rms_norm below over the last dim, computed in float32, returned in the weight's dtype."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -100,13 +111,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x = wide(x)
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * wide(self.weight)).to(self.weight.dtype)
+        norm = fused.RMSNorm.apply if eager_training() else rms_norm
+        return norm(wide(x), wide(self.weight), self.eps).to(self.weight.dtype)
+
+
+def residual_scaling(x, f, a_r, b_r, a_f, b_f):
+    """(x + b_r) * a_r + (f + b_f) * a_f, multiplied out: two passes over the stream, not four."""
+    return torch.addcmul(torch.addcmul(b_r * a_r + b_f * a_f, x, a_r), f, a_f)
 
 
 class ResidualScaling(nn.Module):
-    """scale(x, f) = (x + b_r) * a_r + (f + b_f) * a_f. x (B, S, E) float32, f (B, S, E) -> (B, S, E) float32."""
+    """residual_scaling with its four vectors. x (B, S, E) float32, f (B, S, E) -> (B, S, E) float32."""
 
     def __init__(self, dim):
         super().__init__()
@@ -116,9 +131,8 @@ class ResidualScaling(nn.Module):
         self.branch_bias = nn.Parameter(torch.zeros(dim))       # b_f
 
     def forward(self, x, f):
-        constant = self.residual_bias * self.residual_scale + self.branch_bias * self.branch_scale     # (E)
-        x = torch.addcmul(constant, x, self.residual_scale)     # multiplied out: two passes over the stream, not four
-        return torch.addcmul(x, wide(f), self.branch_scale)
+        scale = fused.ResidualScaling.apply if eager_training() else residual_scaling
+        return scale(x, wide(f), self.residual_scale, self.residual_bias, self.branch_scale, self.branch_bias)
 
 
 class Experts(nn.Module):
@@ -136,14 +150,16 @@ class Experts(nn.Module):
         Each token visits one expert only. So sort the tokens by expert: every expert then works on one contiguous
         slice, with plain matrix products and no wasted work, and at the end the order is put back.
         """
-        N = len(self.gate_up)
-        skipped = (expert == N)[:, None]
-        x = x.masked_fill(skipped, 0)                           # zero in and (below) zero out: no gradient passes either
+        if len(x) == 1 and not x.is_cuda:                       # nothing to sort, when decoding
+            e = int(expert)
+            if e == len(self.gate_up):
+                return torch.zeros_like(x)
+            return F.linear(swiglu(F.linear(x, self.gate_up[e])), self.down[e]) * weight.to(x.dtype)
         order = expert.argsort(stable=True)                     # token indices, expert 0's first, skipped ones last
-        count = (expert[:, None] == torch.arange(N, device=expert.device)).sum(0)   # (N) tokens for each expert
-        y = multiply(x[order], self.gate_up, self.down, count)  # (T, E), sorted
-        y = y[order.argsort()].masked_fill(skipped, 0)          # the inverse permutation; erases what is undefined
-        return y * weight[:, None].to(y.dtype)
+        inverse = order.argsort()
+        count = (expert[:, None] == torch.arange(len(self.gate_up), device=expert.device)).sum(0)      # (N) tokens each
+        y = multiply(fused.permute(x, order, inverse), self.gate_up, self.down, count)                 # (T, E), sorted
+        return fused.permute(y, inverse, order) * weight[:, None].to(y.dtype)
 
 
 def swiglu(gate_up):
@@ -170,10 +186,12 @@ def sliced_products(x, gate_up, down, count):
 
 
 def grouped_products(x, gate_up, down, count):
-    """The same in two launches that read the sizes on the GPU itself. Rows past the last expert's are left undefined."""
+    """The same in two launches that read the sizes on the GPU itself."""
     ends = count.cumsum(0, dtype=torch.int32)                   # expert e has rows ends[e - 1] : ends[e]
-    h = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends)                         # (T, 2F)
-    return F.grouped_mm(swiglu(h), down.transpose(1, 2), offs=ends)                 # (T, E)
+    skipped = (torch.arange(len(x), device=x.device) >= ends[-1])[:, None]          # those after the last one's
+    x = x.masked_fill(skipped, 0)                               # grouped_mm leaves them undefined: zero in and out, so
+    h = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends)     # that no gradient passes either; (T, 2F)
+    return F.grouped_mm(swiglu(h), down.transpose(1, 2), offs=ends).masked_fill(skipped, 0)            # (T, E)
 
 
 class MoE(nn.Module):
@@ -240,9 +258,10 @@ class Zaya(nn.Module):
             layer.moe.router.balancing_bias[self.config.n_expert:] = -1.0
 
     def forward(self, idx, targets=None, start=None, cache=None, n_new=None, last_only=False):
-        """idx (B, S) int64 token ids -> logits (B, S, V) float32, loss (scalar float32, or None without targets).
+        """idx (B, S) int64 token ids -> (logits (B, S, V) float32, None), or with targets (None, loss).
 
-        targets (B, S) int64: the next tokens; -1 is not scored. The loss is the mean cross entropy in nats.
+        targets (B, S) int64: the next tokens; -1 is not scored. The loss is the mean cross entropy in nats, a float32
+            scalar; the logits are made piece by piece, so that they never stand in memory all at once.
         start (B, S) bool: True where a document begins, for windows packed with several. Each then is a world of its own:
             attention, RoPE positions, convolutions and value shift start afresh, and the loss is that of the documents alone.
         cache: a Cache; idx then continues each row where its cached part ended, and the cache takes the new tokens in.
@@ -279,11 +298,10 @@ class Zaya(nn.Module):
         if cache is not None:
             cache.end()
         with torch.autocast(idx.device.type, enabled=False):    # head and loss in float32 (report, IV-D)
-            logits = F.linear(wide(x), wide(self.embedding.weight))                        # (B, S, V)
-            loss = None
-            if targets is not None:
-                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss
+            W = wide(self.embedding.weight)                     # (V, E)
+            if targets is None:
+                return F.linear(wide(x), W), None               # (B, S, V)
+            return None, fused.CrossEntropy.apply(wide(x).flatten(0, 1), W, targets.flatten())
 
     @property
     def routers(self):

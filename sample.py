@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 import configurator
+import decode
 from data.tokenizer import load_tokenizer
 from model import Zaya, ZayaConfig, load_checkpoint, read_json
 
@@ -79,9 +80,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         idx = torch.tensor(padded, device=model.device)
         cache = model.make_cache(len(prompts), max(lengths) + max_new_tokens)
         rows = list(range(len(prompts)))                        # row numbers of those still in the batch
-        logits, _ = model(idx, cache=cache, n_new=lengths, last_only=True)                      # prefill, (B, 1, V)
+        logits = model(idx, cache=cache, n_new=lengths, last_only=True)[0][:, 0]                # prefill, (B, V)
+        folded = decode.fold(model)
         for t in range(max_new_tokens):
-            next_tokens = sample_tokens(logits[:, 0], u[rows, t], temperature, top_k, top_p, min_p)
+            next_tokens = sample_tokens(logits, u[rows, t], temperature, top_k, top_p, min_p)
             alive = []
             for i, token in enumerate(next_tokens.tolist()):
                 outputs[rows[i]].append(token)
@@ -95,7 +97,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
                 rows = [rows[i] for i in alive]
                 next_tokens = next_tokens[alive]
                 cache.keep(alive)
-            logits, _ = model(next_tokens[:, None], cache=cache)                                # decode, (B, 1, V)
+            logits = decode.step(model, folded, cache, next_tokens)                             # (B, V)
     finally:                                                    # also if stream raises, or Ctrl-C comes
         model.train(was_training)
     return outputs

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
-from cca import CCA, conv_depthwise, conv_grouped, qk_mean, qk_norm, rope, rope_table
+from cca import CCA, conv_depthwise, conv_grouped, convolve, norm, one_convolution, qk_mean, rope, rope_table
 from common import randomize, tiny_config, tiny_model, tokens
 
 heads = st.sampled_from([(4, 1, 8), (4, 2, 8), (6, 3, 4), (2, 2, 12)])          # Hq, Hk, d
@@ -85,19 +85,39 @@ def test_convolutions_equal_conv1d_over_two_padded_zeros(shape, S, seed):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@given(heads, st.integers(1, 9), seeds)
-def test_the_two_convolutions_are_one_of_kernel_3_and_a_constant(shape, S, seed):
+@given(heads, st.integers(1, 9), st.data(), seeds)
+def test_one_convolution_equals_the_two_with_their_gradients_also_at_document_starts(shape, S, data, seed):
     Hq, Hk, d = shape
     C = (Hq + Hk) * d
-    x = random(2, S, C, seed=seed, dtype=torch.float64)
-    w1, b1, w2, b2 = (random(*s, seed=seed + i, dtype=torch.float64) for i, s in enumerate([(C, 1, 2), (C,), (C, d, 2), (C,)]))
-    two = both_convolutions(x, w1, b1, w2, b2)
-    a = w1[:, 0].view(Hq + Hk, 1, d, 2).expand(-1, d, -1, -1).reshape(C, d, 2)  # depthwise taps of each input channel
-    w3 = torch.stack([w2[..., 0] * a[..., 0],                                   # reaches x_{t-2}
-                      w2[..., 0] * a[..., 1] + w2[..., 1] * a[..., 0],          # x_{t-1}
-                      w2[..., 1] * a[..., 1]], -1)                              # x_t
-    b3 = b2 + (w2.sum(-1) * b1.view(Hq + Hk, 1, d).expand(-1, d, -1).reshape(C, d)).sum(-1)
-    torch.testing.assert_close(two, F.conv1d(F.pad(x.mT, (2, 0)), w3, b3, groups=Hq + Hk).mT)
+    start = torch.tensor([data.draw(st.lists(st.booleans(), min_size=S, max_size=S)) for _ in range(2)])
+    start[:, 0] = True                                                          # the padding's two columns are no document
+
+    def two(x, w1, b1, w2, b2):
+        """The definition, each document alone."""
+        rows = []
+        for row, begins in zip(x[:, 2:], start):
+            lengths = torch.diff(begins.nonzero()[:, 0], append=torch.tensor([S])).tolist()
+            rows.append(torch.cat([both_convolutions(part[None], w1, b1, w2, b2) for part in row.split(lengths)], 1))
+        return torch.cat(rows)
+    values = [random(*s, seed=seed + i, dtype=torch.float64).requires_grad_()
+              for i, s in enumerate([(2, S + 2, C), (C, 1, 2), (C,), (C, d, 2), (C,)])]
+    ours, theirs = convolve(*values, start), two(*values)
+    torch.testing.assert_close(ours, theirs)
+    g = random(2, S, C, seed=seed, dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad(ours, values, g), torch.autograd.grad(theirs, values, g)):
+        torch.testing.assert_close(a, b)
+
+
+@given(heads, st.integers(1, 9), seeds)
+def test_one_convolution_continues_from_the_past(shape, S, seed):
+    Hq, Hk, d = shape
+    C = (Hq + Hk) * d
+    x, *weights = (random(*s, seed=seed + i, dtype=torch.float64)
+                   for i, s in enumerate([(2, S + 2, C), (C, 1, 2), (C,), (C, d, 2), (C,)]))
+    y = conv_depthwise(x[:, :-1], x[:, 1:], *weights[:2])                       # the two columns of past are not zeros
+    torch.testing.assert_close(convolve(x, *weights), conv_grouped(y[:, :-1], y[:, 1:], *weights[2:]))
+    w, b = one_convolution(*weights)
+    assert w.shape == (Hq + Hk, d, 3 * d) and b.shape == (Hq + Hk, d)
 
 
 # ---- QK-mean, norm, RoPE, value shift ----
@@ -115,17 +135,24 @@ def test_qk_mean_is_the_paper_s_head_by_head(shape, seed):
 
 
 @given(heads, seeds)
-def test_norms_are_sqrt_d_and_t_sqrt_d(shape, seed):
+def test_norm_gives_each_head_its_length_and_keeps_its_direction(shape, seed):
     Hq, Hk, d = shape
-    T = random(Hk, seed=seed)
-    q, k = qk_norm(random(2, 3, Hq, d, seed=seed), random(2, 3, Hk, d, seed=seed + 1), T)
-    torch.testing.assert_close(q.norm(dim=-1), torch.full((2, 3, Hq), d ** 0.5))
-    torch.testing.assert_close(k.norm(dim=-1), (T.abs() * d ** 0.5).expand(2, 3, Hk))
+    length, x = random(Hq + Hk, seed=seed), random(2, 3, Hq + Hk, d, seed=seed)
+    y = norm(x, length)
+    torch.testing.assert_close(y.norm(dim=-1), length.abs().expand(2, 3, -1))
+    torch.testing.assert_close(F.cosine_similarity(x, y, dim=-1), length.sign().expand(2, 3, -1))
+
+
+def test_queries_have_length_sqrt_d_and_keys_t_sqrt_d(monkeypatch):
+    cca, seen = layer(4, 2, 8), {}
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, **_: seen.update(q=q, k=k) or q)
+    run(cca, random(2, 5, 32, seed=1))
+    torch.testing.assert_close(seen['q'].norm(dim=-1), torch.full((2, 4, 5), 8 ** 0.5))
+    torch.testing.assert_close(seen['k'].norm(dim=-1), (cca.temperature.abs() * 8 ** 0.5)[:, None].expand(2, 2, 5))
 
 
 def test_norm_of_zero_is_zero():
-    q, k = qk_norm(torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 1, 8), torch.ones(1))
-    assert q.eq(0).all() and k.eq(0).all()
+    assert norm(torch.zeros(1, 1, 2, 8), torch.ones(2)).eq(0).all()
 
 
 @given(st.integers(0, 10**5), seeds)
@@ -151,8 +178,8 @@ def test_with_two_kv_heads_one_value_head_sees_this_token_and_one_the_token_befo
     cca.o_proj = torch.nn.Identity()
     monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, **_: v)      # lay the values bare
     y = run(cca, x)
-    assert torch.equal(y[..., :8], cca.v_proj(x))
-    assert torch.equal(y[:, 1:, 8:], cca.v_proj_delayed(x)[:, :-1])
+    torch.testing.assert_close(y[..., :8], cca.v_proj(x))
+    torch.testing.assert_close(y[:, 1:, 8:], cca.v_proj_delayed(x)[:, :-1])
     assert y[:, 0, 8:].eq(0).all()
 
 
@@ -175,12 +202,12 @@ def test_a_packed_window_has_the_loss_and_gradients_of_its_documents_alone(lengt
     idx, targets = tokens(1, S, seed=seed), tokens(1, S, seed=seed + 1)
     start = torch.zeros(1, S, dtype=torch.bool)
     start[0, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
-    logits, loss = model(idx, targets, start=start)
+    logits, loss = model(idx, start=start)[0], model(idx, targets, start=start)[1]
     loss.backward()
     packed = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     for x, y, n, there in zip(idx.split(lengths, 1), targets.split(lengths, 1), lengths, logits.split(lengths, 1)):
-        alone, loss_alone = model(x, y)
+        alone, loss_alone = model(x)[0], model(x, y)[1]
         assert (alone - there).abs().max() < 1e-4
         (loss_alone * n / S).backward()
         loss = loss - loss_alone * n / S

@@ -1,0 +1,63 @@
+"""decode.py equals the plain cached forward pass."""
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import decode
+from common import tiny_model, tokens
+
+seeds = st.integers(0, 10**6)
+
+
+def plain(model, cache, next_tokens):
+    return model(next_tokens[:, None], cache=cache)[0][:, 0]
+
+
+@torch.no_grad()
+@given(seeds, st.sampled_from([(4, 1), (4, 2), (4, 4)]), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.booleans())
+def test_decoding_equals_the_plain_forward_for_rows_of_any_lengths(seed, heads, lengths, skip):
+    model = tiny_model(seed, n_head=heads[0], n_kv_head=heads[1], skip_expert=skip)
+    B = len(lengths)
+    prompt = tokens(B, max(lengths), seed=seed)
+    caches = [model.make_cache(B, 16) for _ in range(2)]
+    for cache in caches:
+        model(prompt, cache=cache, n_new=lengths)
+    folded = decode.fold(model)
+    for t in range(4):
+        if t == 2 and B > 1:                                                    # a row leaves
+            for cache in caches:
+                cache.keep(list(range(B - 1, 0, -1)))
+        new = tokens(len(caches[0].lengths), seed=seed + t)
+        a, b = decode.step(model, folded, caches[0], new), plain(model, caches[1], new)
+        assert (a - b).abs().max() < 1e-4 * max(1, b.abs().max())
+    assert caches[0].lengths == caches[1].lengths
+    for name in 'k', 'v', 'conv', 'value':
+        torch.testing.assert_close(getattr(caches[0], name), getattr(caches[1], name), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_decoding_may_begin_with_an_empty_cache():
+    model = tiny_model()
+    a, b = model.make_cache(2, 4), model.make_cache(2, 4)
+    for t in range(4):
+        new = tokens(2, seed=t)
+        assert (decode.step(model, decode.fold(model), a, new) - plain(model, b, new)).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_decoding_in_bf16_is_close_to_float32():
+    results = []
+    for model in tiny_model(), tiny_model().bfloat16():
+        cache, prompt = model.make_cache(3, 9), tokens(3, 8)
+        model(prompt, cache=cache)
+        results.append(decode.step(model, decode.fold(model), cache, tokens(3, seed=1)))
+    assert (results[0] - results[1]).norm() / results[0].norm() < 0.1
+
+
+@torch.no_grad()
+def test_a_full_cache_says_so():
+    model = tiny_model()
+    cache = model.make_cache(1, 3)
+    model(tokens(1, 3), cache=cache)
+    with pytest.raises(ValueError, match='capacity'):
+        decode.step(model, decode.fold(model), cache, tokens(1))
