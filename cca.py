@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fused
+
 
 def wide(x):
     """x in float32, the least precision that the delicate steps below are done in (report, IV-D); float64 stays."""
@@ -63,18 +65,21 @@ def one_convolution(w1, b1, w2, b2):
     return w, (w2.sum(-1) @ b1.view(H, d, 1))[..., 0] + b2.view(H, d)
 
 
-def convolve(x, w1, b1, w2, b2, start=None):
-    """Both convolutions, as one. x (B, S + 2, C), two columns of past first -> (B, S, C); start as in CCA.forward. The three
-    taps of a token side by side make a row of 3d for each head, so one matrix product a head does it all."""
-    w, b = one_convolution(w1, b1, w2, b2)
-    H, d = b.shape
-    taps = [x[:, :-2], x[:, 1:-1], x[:, 2:]]                        # x_{t-2}, x_{t-1}, x_t
-    if start is not None:                                           # a document sees zeros before its start
+def shifted(x, H, start=None):
+    """x (B, S + 2, C), two columns of past first -> (B, S, H, 3d): of each token, head by head, x_{t-2}, x_{t-1} and x_t side
+    by side. start (B, S) bool: a document begins here, and sees zeros before it."""
+    taps = [x[:, :-2], x[:, 1:-1], x[:, 2:]]
+    if start is not None:
         taps[1] = taps[1].masked_fill(start[..., None], 0)
         taps[0] = taps[0].masked_fill((start | F.pad(start, (1, 0))[:, :-1])[..., None], 0)
-    taps = torch.cat([tap.unflatten(-1, (H, d)) for tap in taps], -1)                               # (B, S, H, 3d)
-    y = torch.baddbmm(b[:, None], taps.flatten(0, 1).transpose(0, 1), w.mT)                               # (H, B S, d)
-    return y.transpose(0, 1).reshape(len(x), -1, H * d)
+    return torch.cat([tap.unflatten(-1, (H, -1)) for tap in taps], -1)
+
+
+def convolve(x, w, b, start=None):
+    """Both convolutions, as one: w (H, d, 3d), b (H, d). x (B, S + 2, C) as in shifted -> (B, S, C). One product a head."""
+    taps = shifted(x, len(w), start)                                # (B, S, H, 3d)
+    y = torch.baddbmm(b[:, None], taps.flatten(0, 1).transpose(0, 1), w.mT)                         # (H, B S, d)
+    return y.transpose(0, 1).reshape(len(x), -1, b.numel())
 
 
 # ---- step 3 ----
@@ -109,6 +114,20 @@ def rope(x, cos, sin):
     cos, sin = cos[..., None, :], sin[..., None, :]                 # (B, S, 1, n): the same for every head
     a, b, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+# ---- steps 2 to 5 in a row ----
+
+def mix(x, w, b, length, Hk, cos, sin, start=None):
+    """[q~; k~] to q and k. x (B, S + 2, C), two columns of past first; w (H, d, 3d), b (H, d) of one_convolution; length (H),
+    sqrt(d) for query heads, T sqrt(d) for key heads; cos, sin (B or 1, S, n) -> q (B, Hq, S, d), k (B, Hk, S, d).
+    In float32 but for the convolution: small errors here would bend every attention logit."""
+    H, d = b.shape
+    heads = lambda t: wide(t).unflatten(-1, (H, d))                 # (B, S, H, d): queries and keys go together
+    z = heads(convolve(x, w.to(x.dtype), b.to(x.dtype), start))
+    z = z + torch.cat(qk_mean(*heads(x[:, 2:]).split([H - Hk, Hk], 2)), 2)
+    y = rope(norm(z, length), cos, sin)
+    return y.transpose(1, 2).split([H - Hk, Hk], 1)
 
 
 class CCA(nn.Module):
@@ -147,22 +166,21 @@ class CCA(nn.Module):
             qk_past, v_past = cache.conv[self.layer].to(qk.dtype), cache.value[self.layer].to(v.dtype)
         qk_padded = torch.cat([qk_past, qk], 1)                                # (B, S + 2, C), from t = -2
         v_padded = torch.cat([v_past, v_delayed], 1)                           # (B, S + 1, Hk d / 2), from t = -1
-        # 2. Two kernels of 2 eat the two columns of padding. Padding BEFORE the first convolution means that its bias
+        # 2 to 5. Two kernels of 2 eat the two columns of padding. Padding BEFORE the first convolution means that its bias
         # lands on the padded position, too: what the second sees of the past at a start is that bias, not zero.
-        mixed = convolve(qk_padded, self.conv_depthwise_weight, self.conv_depthwise_bias, self.conv_grouped_weight,
-                         self.conv_grouped_bias, start)                        # (B, S, C)
-        # 3 to 5 in float32: here small errors would bend every attention logit. Queries and keys go together.
-        heads = lambda t: wide(t).unflatten(-1, (Hq + Hk, d))                  # (B, S, Hq + Hk, d)
-        qk = heads(mixed) + torch.cat(qk_mean(*heads(qk).split([Hq, Hk], 2)), 2)
-        length = d ** 0.5 * torch.cat([wide(self.temperature).new_ones(Hq), wide(self.temperature)])   # (Hq + Hk)
-        q, k = rope(norm(qk, length), cos, sin).split([Hq, Hk], 2)
+        w, b = one_convolution(*map(wide, (self.conv_depthwise_weight, self.conv_depthwise_bias,
+                                           self.conv_grouped_weight, self.conv_grouped_bias)))
+        T = wide(self.temperature)
+        length = d ** 0.5 * torch.cat([T.new_ones(Hq), T])                     # (Hq + Hk)
+        fast = fused.wanted() and qk.dtype == w.dtype                          # the same with its gradient by hand
+        q, k = (fused.Mix.apply if fast else mix)(qk_padded, w, b, length, Hk, cos, sin, start)
         # 6. Values: half of the latent sees this token, the other half the one before. 2 KV heads: one head each.
         v_before = v_padded[:, :-1]                                            # (B, S, Hk d / 2)
         if start is not None:
             v_before = v_before.masked_fill(start[..., None], 0)
         v = torch.cat([v, v_before], -1).unflatten(-1, (Hk, -1))               # (B, S, Hk, d)
         # 7. Attend in the latent: (B, H, S, d) is the layout of scaled_dot_product_attention.
-        q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+        q, k, v = q.to(v.dtype), k.to(v.dtype), v.transpose(1, 2)
         if cache is not None:
             cache.remember(self.layer, qk_padded, v_padded)
             k, v = cache.append(self.layer, k, v)                              # now (B, Hk, P, d)

@@ -11,6 +11,14 @@ Notation: g is the gradient of the loss with respect to a result, dx that with r
 Legend:  T tokens   E residual width   N experts   F expert width   V vocabulary
 """
 import torch
+import torch.nn.functional as F
+
+import cca
+
+
+def wanted():
+    """Whether to take the functions of this file: gradients are needed, and torch.compile is not at work."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class RMSNorm(torch.autograd.Function):
@@ -54,6 +62,66 @@ class ResidualScaling(torch.autograd.Function):
         da_r = total(p) + b_r * sum_g
         da_f = total(torch.mul(g, f, out=p)) + b_f * sum_g
         return torch.mul(g, a_r, out=p), g * a_f, da_r, a_r * sum_g, da_f, a_f * sum_g
+
+
+class Mix(torch.autograd.Function):
+    """Steps 2 to 5 of CCA, with the arguments and results of cca.mix: convolution, QK-mean, norm, RoPE. Heads come first here,
+    (H, B, S, d), for that is how one product a head leaves them, and attention likes it.
+
+    Of q~, k~:  z_q = conv_q + q~ / 2 + k~ / 2,   z_k = conv_k + k~ / 2 + mean(q~) / 2;   the head's own half joins the
+    convolution, as half an identity at its newest tap.  y = z length / |z|, so  dz = (g - z (z . g) / |z|^2) length / |z|.
+    Rotating back is rotating by minus the angle.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, b, length, Hk, cos, sin, start):
+        (B, S, _), (H, d) = x[:, 2:].shape, b.shape
+        w = w.clone()
+        w[..., 2 * d:].diagonal(dim1=1, dim2=2).add_(0.5)
+        z = torch.baddbmm(b[:, None], cca.shifted(x, H, start).flatten(0, 1).transpose(0, 1), w.mT).view(H, B, S, d)
+        heads = x[:, 2:].unflatten(-1, (H, d)).permute(2, 0, 1, 3)
+        q, k = heads[:-Hk].unflatten(0, (Hk, -1)), heads[-Hk:]                  # (Hk, G, B, S, d), (Hk, B, S, d)
+        z[:-Hk].unflatten(0, (Hk, -1)).add_(k[:, None], alpha=0.5)
+        z[-Hk:].add_(q.mean(1), alpha=0.5)
+        size = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min_(torch.finfo(z.dtype).eps)
+        length = length[:, None, None, None]
+        y = Mix.rotate(z * (length / size), cos, sin)
+        ctx.save_for_backward(x, w, z, size, length, cos, sin, start)
+        return y[:-Hk].transpose(0, 1), y[-Hk:].transpose(0, 1)
+
+    @staticmethod
+    def rotate(y, cos, sin):
+        """RoPE in place. y (H, B, S, d), cos and sin (B or 1, S, n)."""
+        n = cos.shape[-1]
+        a, b = y[..., :n], y[..., n:2 * n]
+        old = a.clone()
+        a.mul_(cos).addcmul_(b, sin, value=-1)
+        b.mul_(cos).addcmul_(old, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, g_q, g_k):
+        x, w, z, size, length, cos, sin, start = ctx.saved_tensors
+        (H, B, S, d), Hk = z.shape, g_k.shape[1]
+        g = Mix.rotate(torch.cat([g_q.transpose(0, 1), g_k.transpose(0, 1)]), cos, -sin)
+        dot = (g * z).sum(-1, keepdim=True)                                     # (H, B, S, 1)
+        dlength = (dot / size).sum((1, 2, 3))
+        along = torch.where(size > torch.finfo(z.dtype).eps, dot / size ** 2, 0)
+        dz = g.addcmul_(z, along, value=-1).mul_(length / size)
+        flat = dz.view(H, B * S, d)
+        dw = flat.mT @ cca.shifted(x, H, start).flatten(0, 1).transpose(0, 1)   # (H, d, 3d)
+        dtaps = (flat @ w).view(H, B, S, 3, d)
+        if start is not None:                                                   # what was masked learns nothing
+            dtaps[..., 1, :].masked_fill_(start[..., None], 0)
+            dtaps[..., 0, :].masked_fill_((start | F.pad(start, (1, 0))[:, :-1])[..., None], 0)
+        dx = torch.zeros_like(x)
+        heads = dx.unflatten(-1, (H, d)).permute(2, 0, 1, 3)                    # (H, B, S + 2, d), the same memory
+        for tap in range(3):
+            heads[:, :, tap:tap + S] += dtaps[..., tap, :]
+        q, k = heads[:-Hk, :, 2:].unflatten(0, (Hk, -1)), heads[-Hk:, :, 2:]
+        q.add_(dz[-Hk:, None], alpha=0.5 / q.shape[1])
+        k.add_(dz[:-Hk].unflatten(0, (Hk, -1)).sum(1), alpha=0.5)
+        return dx, dw, flat.sum(1), dlength, None, None, None, None
 
 
 class Permute(torch.autograd.Function):

@@ -92,11 +92,6 @@ class ZayaConfig:
         return cls()
 
 
-def eager_training():
-    """Whether to take the hand-written gradients of fused.py: torch.compile does better with the plain formulas."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 def rms_norm(x, weight, eps):
     """x / rms(x) * weight. x (..., E), weight (E) -> (..., E)."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
@@ -111,7 +106,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        norm = fused.RMSNorm.apply if eager_training() else rms_norm
+        norm = fused.RMSNorm.apply if fused.wanted() else rms_norm
         return norm(wide(x), wide(self.weight), self.eps).to(self.weight.dtype)
 
 
@@ -131,7 +126,7 @@ class ResidualScaling(nn.Module):
         self.branch_bias = nn.Parameter(torch.zeros(dim))       # b_f
 
     def forward(self, x, f):
-        scale = fused.ResidualScaling.apply if eager_training() else residual_scaling
+        scale = fused.ResidualScaling.apply if fused.wanted() else residual_scaling
         return scale(x, wide(f), self.residual_scale, self.residual_bias, self.branch_scale, self.branch_bias)
 
 
@@ -239,6 +234,7 @@ class Zaya(nn.Module):
         self.embedding_bias = nn.Parameter(torch.zeros(config.n_embd))
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.train_layer = Block.__call__                       # train.py may replace it by its compiled self
         self.initialize()
 
     @torch.no_grad()
@@ -289,8 +285,9 @@ class Zaya(nn.Module):
         cos, sin = rope_table(positions, self.config.rope_dim, self.config.rope_base)      # (1 or B, S, rope_dim / 2)
         x = wide((self.embedding(idx) + self.embedding_bias) * self.embedding_scale)       # (B, S, E) float32
         r = None                                                # the router state climbs the layers beside x
+        call = self.train_layer if self.training else Block.__call__
         for layer in self.layers:
-            x, r = layer(x, r, cos, sin, mask, start, cache)
+            x, r = call(layer, x, r, cos, sin, mask, start, cache)
         if last_only:
             last = torch.tensor(n_new or [S], device=idx.device) - 1
             x = x[torch.arange(B, device=idx.device), last][:, None]                       # (B, 1, E)

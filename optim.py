@@ -69,4 +69,5 @@ def make_optimizers(model, lr, weight_decay=0.1):
         (muon if is_matrix else others if p.ndim > 1 else vectors).append(p)
     return [Muon([{'params': muon, 'lr_scale': 1.0}], lr, weight_decay=weight_decay),
             torch.optim.AdamW([{'params': others, 'weight_decay': weight_decay, 'lr_scale': 1.0},
-                               {'params': vectors, 'weight_decay': 0.0, 'lr_scale': 0.1}], lr, betas=(0.9, 0.95))]
+                               {'params': vectors, 'weight_decay': 0.0, 'lr_scale': 0.1}], lr, betas=(0.9, 0.95),
+                              fused=model.device.type in ('cpu', 'cuda'))]     # one pass over memory instead of a dozen

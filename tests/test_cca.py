@@ -101,7 +101,7 @@ def test_one_convolution_equals_the_two_with_their_gradients_also_at_document_st
         return torch.cat(rows)
     values = [random(*s, seed=seed + i, dtype=torch.float64).requires_grad_()
               for i, s in enumerate([(2, S + 2, C), (C, 1, 2), (C,), (C, d, 2), (C,)])]
-    ours, theirs = convolve(*values, start), two(*values)
+    ours, theirs = convolve(values[0], *one_convolution(*values[1:]), start), two(*values)
     torch.testing.assert_close(ours, theirs)
     g = random(2, S, C, seed=seed, dtype=torch.float64)
     for a, b in zip(torch.autograd.grad(ours, values, g), torch.autograd.grad(theirs, values, g)):
@@ -115,7 +115,7 @@ def test_one_convolution_continues_from_the_past(shape, S, seed):
     x, *weights = (random(*s, seed=seed + i, dtype=torch.float64)
                    for i, s in enumerate([(2, S + 2, C), (C, 1, 2), (C,), (C, d, 2), (C,)]))
     y = conv_depthwise(x[:, :-1], x[:, 1:], *weights[:2])                       # the two columns of past are not zeros
-    torch.testing.assert_close(convolve(x, *weights), conv_grouped(y[:, :-1], y[:, 1:], *weights[2:]))
+    torch.testing.assert_close(convolve(x, *one_convolution(*weights)), conv_grouped(y[:, :-1], y[:, 1:], *weights[2:]))
     w, b = one_convolution(*weights)
     assert w.shape == (Hq + Hk, d, 3 * d) and b.shape == (Hq + Hk, d)
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
+import cca
 import fused
 import model
 from common import tiny_model, tokens
@@ -35,6 +36,25 @@ def test_residual_scaling_equals_the_formula(seed, shape):
     check_equal(fused.ResidualScaling.apply, model.residual_scaling, leaves(seed, shape, shape, *[(E,)] * 4), seed)
 
 
+@given(seeds, st.sampled_from([(4, 1, 8), (4, 2, 8), (6, 3, 4), (2, 2, 12)]), st.integers(1, 6), st.booleans())
+def test_mix_equals_the_steps_one_by_one(seed, shape, S, packed):
+    Hq, Hk, d = shape
+    H, B, g = Hq + Hk, 2, torch.Generator().manual_seed(seed)
+    x, w, b, length = leaves(seed, (B, S + 2, H * d), (H, d, 3 * d), (H, d), (H,))
+    table = [t.double() for t in cca.rope_table(torch.arange(S)[None] + seed % 100, d // 2, 10_000.0)]
+    start = torch.rand(B, S, generator=g) < 0.4 if packed else None
+    joined = lambda f: lambda *inputs: torch.cat(f(*inputs, Hk, *table, start), 1)
+    check_equal(joined(fused.Mix.apply), joined(cca.mix), [x, w, b, length], seed)
+
+
+def test_mix_of_zeros_is_zero_with_finite_gradients():
+    x, w, b, length = torch.zeros(1, 5, 24), torch.ones(3, 8, 24), torch.zeros(3, 8), torch.ones(3)
+    x.requires_grad_()
+    q, k = fused.Mix.apply(x, w, b, length, 1, *cca.rope_table(torch.arange(3)[None], 4, 10_000.0), None)
+    (q.sum() + k.sum()).backward()
+    assert q.eq(0).all() and k.eq(0).all() and x.grad.isfinite().all()
+
+
 @given(seeds, st.integers(1, 20))
 def test_permute_is_indexing(seed, rows):
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
@@ -57,7 +77,7 @@ def test_the_loss_is_the_same_with_and_without_gradients_and_when_compiled_code_
     with_grad = zaya(idx, idx)[1]
     with torch.no_grad():
         without = zaya(idx, idx)[1]
-    monkeypatch.setattr(model, 'eager_training', lambda: False)
+    monkeypatch.setattr(fused, 'wanted', lambda: False)
     plain = zaya(idx, idx)[1]
     for loss in without, plain:
         torch.testing.assert_close(loss, with_grad)
