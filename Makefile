@@ -18,6 +18,10 @@ demo: data/stdlib/meta.json
 test: environment
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
+# The benchmark on a tiny model: its figures mean nothing.
+bench-quick: environment
+	$(PY) bench.py --quick=True
+
 data/stdlib/meta.json: | environment
 	$(PY) data/stdlib/prepare.py
 
@@ -33,4 +37,4 @@ environment:
 	sed '/^torch==/d; s/==[^ ]*//' requirements.txt | $(PY) -m pip install -q -r /dev/stdin
 endif
 
-.PHONY: demo test environment
+.PHONY: demo test bench-quick environment

@@ -1,8 +1,9 @@
 """Sample from a trained model: `python sample.py --ckpt=RUN_OR_HF_FOLDER --prompt='def '`, interactive without --prompt.
 
-Generation has two phases. Prefill: all prompts go through the model at once and fill the cache (cca.py). Decode: one
-token a row and step, each step a forward over that token alone, which the cache makes equal to a forward over
-everything so far. Prompts may differ in length, and a row that has finished leaves the batch.
+Generation has two phases. Prefill: all prompts go through the model at once and fill the cache (cca.py); a prompt that
+several rows share is read once. Decode: one token a row and step, each step a forward over that token alone (decode.py),
+which the cache makes equal to a forward over everything so far. Prompts may differ in length, and a row that has finished
+leaves the batch.
 """
 import os
 import sys
@@ -75,12 +76,17 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         # Every row draws all its random numbers now, from its own generator.
         u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))     # ints: no salt
                          for row in range(len(prompts))]).to(model.device)                      # (B, max_new_tokens)
-        lengths = [len(prompt) for prompt in prompts]
-        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
+        unique = {tuple(prompt): i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        lengths = [len(prompt) for prompt in unique]
+        padded = [[*prompt] + [0] * (max(lengths) - len(prompt)) for prompt in unique]
         idx = torch.tensor(padded, device=model.device)
-        cache = model.make_cache(len(prompts), max(lengths) + max_new_tokens)
-        rows = list(range(len(prompts)))                        # row numbers of those still in the batch
+        cache = model.make_cache(len(unique), max(lengths) + max_new_tokens)
         logits = model(idx, cache=cache, n_new=lengths, last_only=True)[0][:, 0]                # prefill, (B, V)
+        if len(unique) < len(prompts):                          # rows with one prompt: it was read once, now they part
+            copies = [unique[tuple(prompt)] for prompt in prompts]
+            cache.keep(copies)
+            logits = logits[copies]
+        rows = list(range(len(prompts)))                        # row numbers of those still in the batch
         folded = decode.fold(model)
         for t in range(max_new_tokens):
             next_tokens = sample_tokens(logits, u[rows, t], temperature, top_k, top_p, min_p)

@@ -124,6 +124,15 @@ def test_a_sampled_row_does_not_depend_on_its_neighbours(model, batch, others, n
         assert generate(model, others[:row] + [prompt], n, stop=stop, seed=seed)[row] == together[row]
 
 
+def test_a_prompt_that_rows_share_is_read_once(model, monkeypatch):
+    seen, forward = [], type(model).forward
+    monkeypatch.setattr(type(model), 'forward', lambda self, idx, **options: (seen.append(idx.tolist()), forward(self, idx, **options))[1])
+    prompts = [[1, 2, 3], [4, 5, 6], [1, 2, 3], [1, 2, 3]]
+    together = generate(model, prompts, 5, seed=3)
+    assert seen == [[[1, 2, 3], [4, 5, 6]]]
+    assert together[0] != together[2] != together[3]                            # each with its own random numbers
+
+
 @torch.no_grad()
 @given(prompts, st.integers(1, 12))
 def test_greedy_generation_equals_full_forwards(model, prompt, n):

@@ -1,0 +1,62 @@
+"""bench.py runs, compares equals, and refuses what it cannot do. No figure it prints is a test."""
+import pytest
+import torch
+
+import bench
+from common import run_script
+from model import Zaya
+
+CPU = torch.device('cpu')
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch):
+    """The memory of a work is measured in a fresh process, which takes seconds to start: here, in this one."""
+    monkeypatch.setattr(bench, 'memory', bench.peak_memory)
+
+
+def test_quick_prints_every_row_of_the_comparison(capsys):
+    settings = bench.BenchConfig(quick=True, repeats=1)
+    bench.side_by_side(CPU, 'float32', settings)
+    bench.attention_layer(CPU, 'float32', settings)
+    rows = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
+    assert [row[0][2:] for row in rows[2:8]] == ['training step, AdamW', 'training step, own optimizers', 'prefill', 'prefill',
+                                                 'decode', 'decode']
+    assert all(float(row[4]) > 0 for row in rows[2:8])
+    assert [row[0].split(',')[0][2:] for row in rows[-2:]] == ['prefill', 'decode']
+
+
+def test_quick_scaling_has_a_row_for_every_size(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                                                 # for the plot, if there is one
+    bench.scaling(CPU, bench.BenchConfig(quick=True, repeats=1))
+    out = capsys.readouterr().out
+    for name in 'context', 'experts', 'layers', 'batch':
+        assert out.count(f'| {name} | ') == 2
+
+
+def test_models_that_disagree_are_not_compared(monkeypatch):
+    forward = Zaya.forward
+    monkeypatch.setattr(Zaya, 'forward', lambda self, idx: (forward(self, idx)[0] * 1.01, None))
+    with pytest.raises(ValueError, match='do not agree'):
+        bench.make_pair(bench.TINY, CPU, seed=0)
+
+
+def test_decoding_does_the_same_work_on_both_sides():
+    pair = bench.make_pair(bench.TINY, CPU, seed=0)
+    torch.manual_seed(0)
+    ours = bench.decoding(bench.TINY, CPU, pair[0], 2, 4, 8)()
+    torch.manual_seed(0)
+    theirs = bench.decoding(bench.TINY, CPU, pair[1], 2, 4, 8)()
+    assert ours == theirs[:, 4:].tolist()
+
+
+@pytest.mark.parametrize('argument', ['--repeats=0', '--dtype=int8', '--repeat=3', '--device=nowhere'])
+def test_bad_arguments_get_one_line(monkeypatch, capsys, argument):
+    _, message = run_script(monkeypatch, capsys, 'bench.py', argument)
+    assert message
+
+
+def test_without_transformers_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(__import__('sys').modules, 'transformers', None)
+    _, message = run_script(monkeypatch, capsys, 'bench.py', '--quick=True')
+    assert 'pip install transformers' in message
