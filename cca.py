@@ -36,6 +36,7 @@ def wide(x):
 
 
 # ---- step 2: the two convolutions, written as what they are: this token's term plus the previous token's ----
+# These two are the definition. The model uses `convolve`, below, and the tests hold it equal to them.
 
 def conv_depthwise(before, now, weight, bias):
     """y_t = w_0 x_{t-1} + w_1 x_t + b, each channel by itself. before = x_{t-1}, now = x_t: (B, S, C) -> (B, S, C).

@@ -55,6 +55,21 @@ def test_decoding_in_bf16_is_close_to_float32():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('lengths', [[5, 5], [3, 5]])
+def test_decoding_works_under_autocast(lengths):
+    """As train.py's samples need it on a GPU."""
+    model, results = tiny_model(), []
+    for autocast in False, True:
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            cache = model.make_cache(2, 9)
+            model(tokens(2, 5), cache=cache, n_new=lengths)
+            for t in range(3):
+                logits = decode.step(model, decode.fold(model), cache, tokens(2, seed=t))
+        results.append(logits)
+    assert (results[0] - results[1]).norm() / results[0].norm() < 0.1
+
+
+@torch.no_grad()
 def test_a_full_cache_says_so():
     model = tiny_model()
     cache = model.make_cache(1, 3)
