@@ -308,7 +308,8 @@ def attention_layer(device, dtype, settings):
 
 
 def scaling(device, settings):
-    """How our own speed and memory move with one size at a time, and a plot of it."""
+    """How our own speed and memory move with one size at a time, and a plot of it. Decoding is that of one row, but for the
+    batch's rows, at the end of a sequence of that length."""
     base = TINY if settings.quick else replace(SMALL, context=8192)
     S0, T = (16, 32) if settings.quick else (256, 4096)         # tokens of a sequence and of a training step
     contexts, experts, depths, batches = (((16, 32), (4, 8), (1, 2), (1, 2)) if settings.quick else
@@ -317,7 +318,7 @@ def scaling(device, settings):
             + [('experts', N, replace(base, n_expert=N), S0, T // S0) for N in experts]
             + [('layers', L, replace(base, n_layer=L), S0, T // S0) for L in depths]
             + [('batch', B, base, S0, B) for B in batches])
-    print('| size | | training, tokens/s | peak memory of a step | decode 1 row, ms a token | KV cache |')
+    print('| size | | training, tokens/s | peak memory of a step | decode, ms a step | KV cache |')
     print('| --- | --- | --- | --- | --- | --- |')
     results = []
     for name, value, config, S, batch in tqdm(rows, leave=False):
@@ -325,12 +326,15 @@ def scaling(device, settings):
         seconds, = alternate([training(config, device, model, batch, S)], device, settings.repeats)
         mib = memory(device, partial(zaya, config, device), training, (batch, S))
         model.eval()
-        with torch.no_grad():                                   # decoding, at the end of a sequence of S tokens
-            cache, folded, token = model.make_cache(1, S), decode.fold(model), torch.zeros(1, dtype=torch.int64, device=device)
-            model(torch.zeros(1, S - 8, dtype=torch.int64, device=device), cache=cache, last_only=True)
+        with torch.no_grad():
+            B = value if name == 'batch' else 1
+            cache, folded = model.make_cache(B, S), decode.fold(model)
+            idx = torch.randint(config.vocab_size, (B, S), device=device)
+            model(idx[:, 8:], cache=cache, last_only=True)
+            token = idx[:, 0]
 
             def eight():
-                cache.lengths = [S - 8]
+                cache.lengths = [S - 8] * B
                 for _ in range(8):
                     decode.step(model, folded, cache, token)
             ms = alternate([eight], device, settings.repeats)[0] / 8 * 1e3
@@ -347,9 +351,9 @@ def scaling(device, settings):
     figure, axes = plt.subplots(3, 4, figsize=(14, 9), sharex='col', layout='constrained')
     for column, name in enumerate(dict.fromkeys(row[0] for row in results)):
         _, x, *ys = zip(*(row for row in results if row[0] == name))
-        for ax, y, label in zip(axes[:, column], ys, ('training, tokens/s', 'peak memory of a step, MiB', 'decode, ms a token')):
+        for ax, y, label in zip(axes[:, column], ys, ('training, tokens/s', 'peak memory of a step, MiB', 'decode, ms a step')):
             ax.plot(x, y, 'o-')
-            ax.set(xscale='log', xticks=x, xticklabels=x, ylim=(0, None), ylabel=label if column == 0 else '')
+            ax.set(xscale='log', xticks=x, xticklabels=x, ylim=(0, 1.1 * max(y)), ylabel=label if column == 0 else '')
             ax.minorticks_off()
         axes[-1, column].set_xlabel(name)
     figure.savefig('bench_scale.png', dpi=100)
