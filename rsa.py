@@ -168,8 +168,8 @@ class RSAConfig:
     population: int = 16            # N
     candidates: int = 4             # C
     rounds: int = -1                # T; -1: as many as the split's longest problem needs; the report's 2 for a released model
-    budget: int = 0                 # beta; 0: 49 for loops, the stated value and 8 steps; the report's 16K for a released model
-    tail: int = 0                   # tau; 0: 12 for loops, the last 2 steps; the report's 4K for a released model
+    budget: int = 0                 # beta; 0: 41 for loops, the stated value and 8 steps; the report's 16K for a released model
+    tail: int = 0                   # tau; 0: 10 for loops, the last 2 steps; the report's 4K for a released model
     final_budget: int = 0           # of the last round; 0: the budget
     compact: str = 'tail'           # 'answer': the finished pass on their answer alone
     temperature: float = 1.0        # the report's
@@ -323,8 +323,8 @@ def show(speaker, config, question, judge, **settings):
 def main(config):
     speaker = load_speaker(config.ckpt, pick_device(config.device))
     released = speaker.build_prompt is not task.build_prompt
-    budget = config.budget or (16_384 if released else 49)
-    tail = config.tail or (4096 if released else 12)
+    budget = config.budget or (16_384 if released else 41)
+    tail = config.tail or (4096 if released else 10)
     if released and not config.question:
         raise ValueError(f'{config.ckpt} is a released model: give it a --question')
     if not config.question and not config.show:

@@ -17,8 +17,8 @@ from data.loops.task import ENC, NOISE, aggregation_sample, draw_problem, trace_
 from data.reasoning import OUTCOMES, RULES, trim, write_packed
 
 
-def prepare_loops(out, context=256, rule='ap', traces=30_000, votes=30_000, low=3, high=72, noise=NOISE, budget=49,
-                  tail=12, seed=0):
+def prepare_loops(out, context=256, rule='ap', traces=30_000, votes=30_000, low=3, high=72, noise=NOISE, budget=41,
+                  tail=10, seed=0):
     """Draws, trims, packs, writes out/traces and out/votes; val is a twentieth of train's size."""
     rng = random.Random(seed)
 
@@ -48,8 +48,8 @@ if __name__ == '__main__':
     parser.add_argument('--low', type=int, default=3, help='fewest steps of a solution (default: 3)')
     parser.add_argument('--high', type=int, default=72, help='most steps of a solution (default: 72)')
     parser.add_argument('--noise', type=float, default=NOISE, help=f'share of wrong values (default: {NOISE})')
-    parser.add_argument('--budget', type=int, default=49, help='tokens of a continuation (default: 49, 1 + 8 steps)')
-    parser.add_argument('--tail', type=int, default=12, help='tokens of a tail (default: 12, 2 steps)')
+    parser.add_argument('--budget', type=int, default=41, help='tokens of a continuation (default: 41, 1 + 8 steps)')
+    parser.add_argument('--tail', type=int, default=10, help='tokens of a tail (default: 10, 2 steps)')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     try:

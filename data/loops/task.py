@@ -6,7 +6,7 @@ A program with one register, modulo 10. Its K operations run R times over, from 
     trace        5 4a-2=3 4b*7=1 4c+3=4 3a-2=2 ... 1c+3=8        (written without the spaces)
     answer       8
 
-A trace first states the current value. Then each step is 6 tokens: loops left, label, operation, operand, `=`, value.
+A trace first states the current value. Then each step is 5 tokens: loops left, label, operation, `=`, value.
 So depth (K R steps, 3 to 72) and context come apart, as Markovian RSA (rsa.py) needs it: the last two steps of a trace
 are all that a rollout must know of its past. The next round finds them behind the question, in brackets, one pair of
 brackets for each candidate:
@@ -27,14 +27,16 @@ from collections import Counter
 from typing import NamedTuple
 
 from data.reasoning import Turn
-from data.tokenizer import PATTERN, SPECIAL_TOKENS, make_encoding
+from data.tokenizer import SPECIAL_TOKENS, make_encoding
 
 OPERATIONS = [f'+{n}' for n in range(1, 6)] + [f'-{n}' for n in range(1, 6)] + ['*3', '*7', '*9']    # all can be undone
-STEP = 6                                           # tokens of a step
+STEP = 5                                           # tokens of a step
 LENGTHS = {'easy': (3, 7), 'medium': (14, 20), 'hard': (25, 32), 'deep': (56, 64)}      # steps of the test problems
 NOISE = 0.02                                       # of the values written in training, wrong on purpose
 
-ENC = make_encoding(PATTERN, [bytes([b]) for b in range(256)], SPECIAL_TOKENS)          # a token a character
+# A token a character, but for the operations, which are one token each: with operand and sign apart, a new value would
+# depend on three tokens instead of two, and take several times longer to learn.
+ENC = make_encoding(r'[-+*]\d|[\s\S]', [bytes([b]) for b in range(256)] + [op.encode() for op in OPERATIONS], SPECIAL_TOKENS)
 USER, ASSISTANT, END, THINK, CLOSE = map(ENC.encode_single_token,
                                          ['<|user|>', '<|assistant|>', '<|end|>', '<think>', '</think>'])
 OPEN_TAIL, CLOSE_TAIL = ENC.encode_ordinary('[]')
