@@ -179,7 +179,7 @@ class RSAConfig:
     device: str = 'auto'
 
     def __post_init__(self):
-        for key, low in (('problems', 1), ('rounds', -1), ('budget', 0), ('tail', 0), ('final_budget', 0), ('rows', 1),
+        for key, low in (('problems', 1), ('population', 1), ('rounds', -1), ('budget', 0), ('tail', 0), ('final_budget', 0), ('rows', 1),
                          ('temperature', 0), ('top_p', 0), ('seed', 0)):
             if getattr(self, key) < low:
                 raise ValueError(f'{key} is {getattr(self, key)}, it must be at least {low}')
@@ -276,11 +276,10 @@ def rows_of_table(speaker, config, split, budget, tail):
     """Measure the methods on one split, cheapest first; yields a row of `measure` for each."""
     problems = task.test_problems(split, config.problems)
     low, high = task.LENGTHS[split]
-    T = config.rounds if config.rounds >= 0 else max(1, high * task.STEP // budget)
+    T = config.rounds if config.rounds >= 0 else task.rounds_needed(high, budget)
     rsa = dict(budget=budget, tail=tail, final_budget=config.final_budget or None, compact=config.compact, rounds=T)
     yield measure(speaker, problems, config, 'one bounded rollout each, T=0', budget=budget, tail=tail, candidates=1, rounds=0)
-    # 1 for the stated value, 3 for </think>, answer and <|end|>
-    needed = high * task.STEP + 4
+    needed = 1 + high * task.STEP + 3               # the start value, the steps, and </think>, answer, <|end|>
     room = speaker.model.config.context - max(len(speaker.build_prompt(speaker.encode(p.question), [])) for p in problems)
     if needed <= room:
         yield measure(speaker, problems, config, 'one unbounded rollout each', budget=room, tail=1, candidates=1, rounds=0)
@@ -333,7 +332,7 @@ def main(config):
     T, judge = 2, lambda question, output: ''
     if not released:
         problem, judge = task.parse(question), task.judge
-        T = max(1, problem.steps * task.STEP // budget)
+        T = task.rounds_needed(problem.steps, budget)
         print(f'{question}   {problem.steps} steps, the answer is {task.solve(question)}')
     show(speaker, config, question, judge, candidates=config.candidates, budget=budget, tail=tail, compact=config.compact,
          rounds=config.rounds if config.rounds >= 0 else T, final_budget=config.final_budget or None)

@@ -1,18 +1,20 @@
+# The loops task (data/loops/), of which 1.1M parameters learn to reason in bounded rounds: first `python data/loops/prepare.py`.
 out_dir = 'runs/loops'
-dataset = 'data/loops/traces:0.8 data/loops/votes:0.2'
+dataset = 'data/loops/traces:0.7 data/loops/votes:0.3'
 n_layer = 4
 n_embd = 128
-n_head = 2
-n_kv_head = 1
+n_head = 4              # two KV heads: one sees this token's value, the other that of the token before
+n_kv_head = 2
 head_dim = 32
 n_expert = 4
 expert_dim = 128
 router_dim = 32
-batch_size = 16
-max_steps = 1000
+batch_size = 16         # 16 * 256 = 4,096 tokens a step
+max_steps = 600
 warmup_steps = 20
 lr = 1e-2
-min_lr = 1e-3
-eval_every = 100
-eval_batches = 4
+min_lr = 5e-4
+eval_every = 200
+eval_batches = 10
+checkpoint_every = 100
 sample_tokens = 0

@@ -185,6 +185,21 @@ def test_judge_knows_right_from_wrong(problem, seed):
     assert answers == {'wrong'} and judge(problem.question, f'{text}</think>{solve(problem.question)}') == 'ok'
 
 
+def test_as_many_rounds_as_a_trace_takes():
+    """Counted by hand: rollouts that each state the value, then write whole steps, and the answer if it fits."""
+    def rollouts(steps, budget):
+        n = 0
+        while True:
+            n, room = n + 1, budget - 1
+            done = min(steps, room // STEP)
+            steps, room = steps - done, room - done * STEP
+            if steps == 0 and room >= 3:
+                return n
+    for steps in range(3, 73):
+        for budget in (6, 21, 41, 81):
+            assert task.rounds_needed(steps, budget) == max(1, rollouts(steps, budget) - 1)
+
+
 # ---- aggregation ----
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=5))

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))                                 # the repository's root, for `rsa`
 import configurator
 from data.loops.prepare import prepare_loops
-from data.loops.task import LENGTHS, test_problems
+from data.loops.task import LENGTHS, rounds_needed, test_problems
 from rsa import RSAConfig, load_speaker, measure, rows_of_table
 from sample import pick_device
 
@@ -96,7 +96,7 @@ def trim(config, out, context=112):
             for split in (config.splits or 'easy medium hard').split():
                 problems = test_problems(split, config.problems)
                 room = context - max(len(speaker.build_prompt(speaker.encode(p.question), [])) for p in problems)
-                T = max(1, LENGTHS[split][1] // 8)
+                T = rounds_needed(LENGTHS[split][1], 41)
                 for name, kwargs in (('one rollout', dict(candidates=1, rounds=0, budget=room, tail=1)),
                                      (f'C=4, T={T}', dict(candidates=4, rounds=T, budget=41, tail=10))):
                     row = measure(speaker, problems, settings, f'{rule} {split}', **kwargs)

@@ -164,6 +164,12 @@ def trace_sample(rng, problem, noise=NOISE):
     return sample(problem, [], continue_chain(problem, [(0, problem.start)], problem.steps, rng, noise))
 
 
+def rounds_needed(steps, budget):
+    """Rounds of aggregation, at least 1, in which to end a trace: each of the T + 1 rollouts spends a token on stating the
+    value, and </think>, answer and <|end|> take 3."""
+    return max(1, -(-(steps * STEP + 3) // max(1, budget - 1)) - 1)
+
+
 def judge(question, text):
     """What a rollout says last, against the truth: 'ok', 'wrong', or '' if it says nothing that can be checked."""
     problem = parse(question)
