@@ -88,7 +88,7 @@ def trim(config, out, context=112):
     for rule in 'ap', 'truncate', 'drop':
         data = out / f'data_{rule}'
         if not (data / 'votes' / 'meta.json').exists():
-            prepare_loops(data, context=context, rule=rule, high=36)
+            prepare_loops(data, context=context, rule=rule)
         for seed in range(config.seeds):
             speaker = train(out / f'{rule}{seed}', seed, config, f'--context={context}', '--batch_size=36',
                             f'--dataset={data}/traces:0.5 {data}/votes:0.5')

@@ -3,8 +3,9 @@
     python data/loops/prepare.py [--out=DIR] [--context=N] [--rule=ap|truncate|drop] [--traces=N] [--votes=N]
                                  [--low=N] [--high=N] [--noise=P] [--budget=N] [--tail=N] [--seed=N]
 
-DIR/traces holds problems of `low` to `high` steps with their solutions, trimmed to the context by the rule; DIR/votes
-aggregation examples, for problems of any length and 0, 1, 2 or 4 candidates. A training config mixes the two by weight.
+DIR/traces holds problems of `low` to `high` steps with their solutions, trimmed to the context by the rule (at the default
+settings all fit); DIR/votes aggregation examples, for problems of 3 to 72 steps and 0, 1, 2 or 4 candidates: of a problem
+too deep for the context, the model sees one budget at a time. A training config mixes the two sets by weight.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from data.loops.task import ENC, NOISE, aggregation_sample, draw_problem, trace_
 from data.reasoning import OUTCOMES, RULES, trim, write_packed
 
 
-def prepare_loops(out, context=256, rule='ap', traces=30_000, votes=30_000, low=3, high=72, noise=NOISE, budget=41,
+def prepare_loops(out, context=256, rule='ap', traces=30_000, votes=30_000, low=3, high=36, noise=NOISE, budget=41,
                   tail=10, seed=0):
     """Draws, trims, packs, writes out/traces and out/votes; val is a twentieth of train's size."""
     rng = random.Random(seed)
@@ -46,7 +47,7 @@ if __name__ == '__main__':
     parser.add_argument('--traces', type=int, default=30_000, help='solutions (default: 30000)')
     parser.add_argument('--votes', type=int, default=30_000, help='aggregation examples (default: 30000)')
     parser.add_argument('--low', type=int, default=3, help='fewest steps of a solution (default: 3)')
-    parser.add_argument('--high', type=int, default=72, help='most steps of a solution (default: 72)')
+    parser.add_argument('--high', type=int, default=36, help='most steps of a solution (default: 36)')
     parser.add_argument('--noise', type=float, default=NOISE, help=f'share of wrong values (default: {NOISE})')
     parser.add_argument('--budget', type=int, default=41, help='tokens of a continuation (default: 41, 1 + 8 steps)')
     parser.add_argument('--tail', type=int, default=10, help='tokens of a tail (default: 10, 2 steps)')
