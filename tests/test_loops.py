@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from common import ENV, ROOT
+from common import ENV, ROOT, TINY_RUN
 from data.loader import open_dataset
 from data.loops import task
 from data.loops.prepare import prepare_loops
@@ -322,3 +322,29 @@ def test_the_script_prints_what_it_wrote_and_gives_errors_one_line(tmp_path):
     assert run('--context=128').stdout.count('windows of 128') == 4
     out = run('--context=3')
     assert out.returncode == 1 and out.stderr.startswith('error: ') and out.stderr.count('\n') == 1
+
+
+# ---- experiments ----
+
+def experiment(*flags):
+    return subprocess.run([sys.executable, 'data/loops/experiment.py', *map(str, flags)], cwd=ROOT, env=ENV, capture_output=True,
+                          text=True)
+
+
+def test_an_experiment_trains_measures_and_goes_on_where_it_was_stopped(tmp_path):
+    (tmp_path / 'recipe.py').write_text('\n'.join(flag.removeprefix('--') for flag in TINY_RUN if 'device' not in flag))
+    flags = ['trim', f'--recipe={tmp_path}/recipe.py', f'--out={tmp_path}/out', '--samples=40', '--steps=2', '--seeds=1', '--problems=2',
+             '--splits=easy', '--device=cpu']
+    first, again = experiment(*flags), experiment(*flags)
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr
+    table = [line.split(' | ') for line in first.stdout.splitlines() if line.startswith('| 3-7')]
+    assert [row[1] for row in table] == [f'{rule}: {what}' for rule in ('ap', 'truncate', 'drop') for what in ('one rollout', 'C=4, T=1')]
+    assert 'windows of 116' in first.stdout and again.stdout.splitlines()[-6:] == first.stdout.splitlines()[-6:]
+    assert 'windows of 116' not in again.stdout
+
+
+@pytest.mark.parametrize('flags', [[], ['trimm'], ['trim', '--seeds=0'], ['main', '--problem=3'], ['trim', '--recipe=nowhere.py', '--samples=20']])
+def test_a_bad_experiment_gets_one_line(tmp_path, flags):
+    out = experiment(*flags, *[f'--out={tmp_path}'] * (len(flags) > 2))
+    assert out.returncode == 1 and 'Traceback' not in out.stderr
+    assert out.stderr.splitlines()[-1].startswith('experiment.py: ')

@@ -4,7 +4,7 @@
     python data/loops/experiment.py aggregation   the same training with and without aggregation examples, under RSA
     python data/loops/experiment.py trim          ap, truncate and drop at a context that holds half of a long trace
 
---seeds=N (3), --problems=N (200), --steps=N (optimizer steps of a run, 0: those of the config), --out=DIR (runs/loops_NAME).
+Settings: those of ExperimentConfig, say --seeds=1 --problems=50 --steps=100 for a first look.
 Prints one table: for each row the mean over the seeds and, in brackets, the seeds one by one.
 """
 
@@ -27,24 +27,31 @@ from sample import pick_device
 class ExperimentConfig:
     seeds: int = 3
     problems: int = 200
-    steps: int = 0                  # of a training run; 0: as many as the config file says
+    recipe: str = 'config/loops.py' # by which the models are trained
+    samples: int = 30_000           # of each kind, in the sets that `trim` prepares
+    steps: int = 0                  # of a training run; 0: as many as the recipe says
     out: str = ''                   # folder of the runs
     splits: str = ''                # lengths to measure; '': those that the experiment is about
     device: str = 'auto'
 
     def __post_init__(self):
-        for key, low in (('seeds', 1), ('problems', 1), ('steps', 0)):
+        for key, low in (('seeds', 1), ('problems', 1), ('samples', 1), ('steps', 0)):
             if getattr(self, key) < low:
                 raise ValueError(f'{key} is {getattr(self, key)}, it must be at least {low}')
 
 
 def train(out, seed, config, *flags):
-    """Train by config/loops.py into the folder out (train.py goes on where it was stopped) -> the model to measure."""
+    """Train by the recipe into the folder out (train.py goes on where it was stopped) -> the model to measure."""
     flags = [f'--out_dir={out}', f'--seed={seed}', f'--device={config.device}', *flags]
     if config.steps:
         flags += [f'--max_steps={config.steps}']
-    subprocess.run([sys.executable, 'train.py', 'config/loops.py', *flags], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, 'train.py', config.recipe, *flags], cwd=ROOT, check=True)
     return load_speaker(out, pick_device(config.device))
+
+
+def prepare_once(out, **settings):
+    if not (out / 'votes' / 'meta.json').exists():            # written last
+        prepare_loops(out, **settings)
 
 
 def report(rows):
@@ -81,14 +88,13 @@ def aggregation(config, out):
     report(rows)
 
 
-def trim(config, out, context=112):
-    """Problems of 3 to 36 steps, up to 215 tokens with question and solution, in windows of 112. One rollout has the rest
-    of that context to answer in; Markovian RSA reads tails, so that all lengths can be answered in it."""
+def trim(config, out, context=116):
+    """Problems of 3 to 36 steps in windows of 116 tokens, which hold some 18 steps beside the question. One rollout has the
+    rest of that context to answer in; Markovian RSA reads tails, so that all lengths can be answered in it."""
     rows = {}
     for rule in 'ap', 'truncate', 'drop':
         data = out / f'data_{rule}'
-        if not (data / 'votes' / 'meta.json').exists():
-            prepare_loops(data, context=context, rule=rule)
+        prepare_once(data, context=context, rule=rule, traces=config.samples, votes=config.samples)
         for seed in range(config.seeds):
             speaker = train(out / f'{rule}{seed}', seed, config, f'--context={context}', '--batch_size=36',
                             f'--dataset={data}/traces:0.5 {data}/votes:0.5')
@@ -111,6 +117,8 @@ if __name__ == '__main__':
         if len(sys.argv) < 2 or sys.argv[1] not in EXPERIMENTS:
             raise ValueError(f'name an experiment: {", ".join(EXPERIMENTS)}')
         config, = configurator.read(sys.argv[2:], ExperimentConfig)
+        if sys.argv[1] != 'trim':                             # which prepares sets of its own
+            prepare_once(ROOT / 'data/loops')
         EXPERIMENTS[sys.argv[1]](config, Path(config.out or ROOT / 'runs' / f'loops_{sys.argv[1]}'))
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f'experiment.py: {error}')
