@@ -300,23 +300,24 @@ def print_table(speaker, config, budget, tail):
                   f'| {seconds:.0f} |', flush=True)
 
 
-def show(speaker, config, question, judge, **settings):
-    """One problem's population, round by round: who read whom, what each said, and for loops whether it is right so far."""
+def show(speaker, config, question, judge, spaced, **settings):
+    """One problem's population, round by round: who read whom ('!': a tail that is wrong), and what each said. judge(question,
+    text) -> 'ok', 'wrong' or ''; spaced(text) -> the text, easier to read."""
     result, = markovian_rsa([speaker.encode(question)], sampler(speaker, config), speaker.build_prompt, seed=config.seed,
                             answer_of=speaker.answer_of, population=config.population, **settings)
     text = lambda tokens: speaker.decode(tokens) if tokens is not None else ''
+    marks = []
     for t, now in enumerate(result['rounds']):
-        said = [text(output) for output in now['outputs']]
+        said, before = [text(output) for output in now['outputs']], marks
         marks = [judge(question, output) for output in said]
         print(f'\nround {t}' + (f': {marks.count("ok")} of {len(marks)} are right so far' if any(marks) else ''))
         for i, (drawn, output, mark) in enumerate(zip(now['draws'], said, marks)):
-            reads = f'reads {" ".join(f"{j:2}" for j in drawn)}  ' if drawn else ''
+            reads = 'reads ' + ' '.join(f'{j:2}{"!" if before[j] == "wrong" else " "}' for j in drawn) + ' ' if drawn else ''
             waits = '(finished) ' if now['prompts'][i] is None else ''
-            print(f'{i:2}  {reads}{mark:6}{waits}{output}')
-    votes = Counter(text(answer) for answer in result['answers'] if answer is not None)
-    print(f'\nanswers: ' + (', '.join(f'{answer.strip()} ({n})' for answer, n in votes.most_common()) or 'none')
+            print(f'{i:2}  {reads}{mark:6}{waits}{spaced(output)}')
+    votes = Counter(text(answer).strip() for answer in result['answers'] if answer is not None)
+    print('\nanswers: ' + (', '.join(f'{answer} ({n})' for answer, n in votes.most_common()) or 'none')
           + f'; {result["tokens"]:,} tokens generated')
-    return result
 
 
 def main(config):
@@ -329,12 +330,12 @@ def main(config):
     if not config.question and not config.show:
         return print_table(speaker, config, budget, tail)
     question = config.question or task.test_problems(config.split.split()[0], 1)[0].question
-    T, judge = 2, lambda question, output: ''
+    T, judge, spaced = 2, lambda question, text: '', lambda text: text
     if not released:
-        problem, judge = task.parse(question), task.judge
+        problem, judge, spaced = task.parse(question), task.judge, task.spaced
         T = task.rounds_needed(problem.steps, budget)
         print(f'{question}   {problem.steps} steps, the answer is {task.solve(question)}')
-    show(speaker, config, question, judge, candidates=config.candidates, budget=budget, tail=tail, compact=config.compact,
+    show(speaker, config, question, judge, spaced, candidates=config.candidates, budget=budget, tail=tail, compact=config.compact,
          rounds=config.rounds if config.rounds >= 0 else T, final_budget=config.final_budget or None)
 
 

@@ -524,7 +524,7 @@ def test_show_tells_every_round_and_who_read_whom(run_folder, monkeypatch, capsy
     assert message is None and out.startswith(f'{question}   ') and f'the answer is {task.solve(question)}' in out
     T = task.rounds_needed(task.parse(question).steps, 41)
     assert re.findall(r'^round (\d)', out, re.M) == [str(t) for t in range(T + 1)]
-    assert len(re.findall(r'^ \d  reads  \d  \d ', out, re.M)) == 4 * T and 'answers: none' in out
+    assert len(re.findall(r"^ \d  reads  \d. +\d. ", out, re.M)) == 4 * T and 'answers: none' in out
 
 
 def test_a_question_typed_in_is_run_as_long_as_it_needs(run_folder, monkeypatch, capsys):
@@ -541,10 +541,11 @@ def test_show_marks_what_is_right_so_far():
         patch.setattr(rsa, 'generate', lambda model, prompts, n, *args, **kwargs: [next(said) for _ in prompts])
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            rsa.show(speaker, RSAConfig(population=3), '1x:a-2=5', task.judge, candidates=1, rounds=1, budget=11, tail=5)
+            rsa.show(speaker, RSAConfig(population=3), '1x:a-2=5', task.judge, task.spaced, candidates=1, rounds=1, budget=11, tail=5)
     lines = out.getvalue().splitlines()
     assert 'round 0: 2 of 3 are right so far' in lines and any('(finished)' in line for line in lines)
-    assert [line.split()[1] for line in lines[2:5]] == ['ok', 'wrong', 'ok']
+    assert [line.split()[1:] for line in lines[2:5]] == [['ok', '5', '1a-2=3'], ['wrong', '5', '1a-2=4'], ['ok', '3</think>3<|end|>']]
+    assert [line.split('reads')[1][:5] for line in lines[7:10]] == ['  0  ', '  1! ', '  2  ']
     assert lines[-1].startswith('answers: 3 (1); ')
 
 

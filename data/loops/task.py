@@ -184,6 +184,11 @@ def judge(question, text):
     return 'ok' if int(said) == value else 'wrong'
 
 
+def spaced(text):
+    """A trace as in the first lines of this file, easier to read."""
+    return re.sub(r'^(\d)(?=\d)|(=\d)(?!<)', r'\1\2 ', text).rstrip()
+
+
 # --- aggregation -------------------------------------------------------------------------------------------
 
 
