@@ -30,7 +30,7 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
@@ -163,7 +163,7 @@ class RSAConfig:
     ckpt: str = 'runs/loops'        # a run folder of train.py, trained on the loops task; or a released folder, for --question
     split: str = 'hard'             # easy, medium, hard or deep: 3-7, 14-20, 25-32, 56-64 steps; or several: 'easy hard'
     question: str = ''              # answer this one instead; a released model answers only what is asked here
-    show: bool = False              # print what every candidate of one problem says, round by round, instead of the table
+    show: bool = False              # of the question, or the split's first, print what every candidate says, round by round
     problems: int = 200             # of a split
     population: int = 16            # N
     candidates: int = 4             # C
@@ -251,18 +251,23 @@ def sampler(speaker, config):
                                        stop=speaker.stop, seed=next(seeds))
 
 
-def measure(speaker, problems, config, name, **settings):
-    """One row of the table: RSA with these settings on all problems, some at a time.
-    Returns (name, mean, its CI, majority, tokens a problem, longest prompt, seconds)."""
-    generate, n = sampler(speaker, config), max(1, config.rows // config.population)
+def measure(speaker, problems, config, name, budget=None, **settings):
+    """One row of the table: RSA with these settings on all problems, some at a time. Without a budget, a rollout has what its
+    question leaves of the context. Returns (name, mean, its CI, majority, tokens a problem, longest prompt, seconds)."""
+    generate, at_a_time = sampler(speaker, config), max(1, config.rows // config.population)
     scores, tokens, longest, began = [], 0, 0, time.perf_counter()
+    groups = defaultdict(list)                                  # budget -> problems that have it
+    for problem in problems:
+        room = speaker.model.config.context - len(speaker.build_prompt(speaker.encode(problem.question), []))
+        groups[budget or room].append(problem)
+    chunks = [(limit, group[i:i + at_a_time]) for limit, group in groups.items() for i in range(0, len(group), at_a_time)]
     with tqdm(total=len(problems), desc=name, leave=False, dynamic_ncols=True, unit='problem') as bar:
-        for i in range(0, len(problems), n):
-            chunk = [problem.question for problem in problems[i:i + n]]
-            results = markovian_rsa([speaker.encode(question) for question in chunk], generate, speaker.build_prompt,
-                                    answer_of=speaker.answer_of, population=config.population, seed=config.seed, **settings)
-            for question, result in zip(chunk, results):
-                right = str(task.solve(question))
+        for limit, chunk in chunks:
+            results = markovian_rsa([speaker.encode(problem.question) for problem in chunk], generate, speaker.build_prompt,
+                                    answer_of=speaker.answer_of, population=config.population, seed=config.seed, budget=limit,
+                                    **settings)
+            for problem, result in zip(chunk, results):
+                right = str(task.solve(problem.question))
                 scores.append(score(result['answers'], lambda answer: speaker.decode(answer) == right))
                 tokens += result['tokens']
                 longest = max(longest, *(len(p) for now in result['rounds'] for p in now['prompts'] if p is not None))
@@ -279,10 +284,9 @@ def rows_of_table(speaker, config, split, budget, tail):
     T = config.rounds if config.rounds >= 0 else task.rounds_needed(high, budget)
     rsa = dict(budget=budget, tail=tail, final_budget=config.final_budget or None, compact=config.compact, rounds=T)
     yield measure(speaker, problems, config, 'one bounded rollout each, T=0', budget=budget, tail=tail, candidates=1, rounds=0)
-    needed = 1 + high * task.STEP + 3               # the start value, the steps, and </think>, answer, <|end|>
-    room = speaker.model.config.context - max(len(speaker.build_prompt(speaker.encode(p.question), [])) for p in problems)
-    if needed <= room:
-        yield measure(speaker, problems, config, 'one unbounded rollout each', budget=room, tail=1, candidates=1, rounds=0)
+    prompt = max(len(speaker.build_prompt(speaker.encode(problem.question), [])) for problem in problems)
+    if prompt + 1 + high * task.STEP + 3 <= speaker.model.config.context:       # start value, steps, </think>, answer, <|end|>
+        yield measure(speaker, problems, config, 'one unbounded rollout each', tail=1, candidates=1, rounds=0)
     for C in sorted({1, config.candidates}):
         yield measure(speaker, problems, config, f'C={C}, T={T}', candidates=C, **rsa)
 
@@ -300,24 +304,19 @@ def print_table(speaker, config, budget, tail):
                   f'| {seconds:.0f} |', flush=True)
 
 
-def show(speaker, config, question, judge, spaced, **settings):
-    """One problem's population, round by round: who read whom ('!': a tail that is wrong), and what each said. judge(question,
-    text) -> 'ok', 'wrong' or ''; spaced(text) -> the text, easier to read."""
-    result, = markovian_rsa([speaker.encode(question)], sampler(speaker, config), speaker.build_prompt, seed=config.seed,
-                            answer_of=speaker.answer_of, population=config.population, **settings)
-    text = lambda tokens: speaker.decode(tokens) if tokens is not None else ''
+def print_population(result, question, decode, judge=lambda question, text: '', spaced=str):
+    """A result of markovian_rsa, round by round: who read whom ('!': a tail that is wrong), and what each said.
+    judge(question, text) -> 'ok', 'wrong' or ''; spaced(text) -> the text, easier to read."""
     marks = []
     for t, now in enumerate(result['rounds']):
-        said, before = [text(output) for output in now['outputs']], marks
-        marks = [judge(question, output) for output in said]
+        said, before = [decode(output) for output in now['outputs']], marks
+        marks = [judge(question, text) for text in said]
         print(f'\nround {t}' + (f': {marks.count("ok")} of {len(marks)} are right so far' if any(marks) else ''))
-        for i, (drawn, output, mark) in enumerate(zip(now['draws'], said, marks)):
+        for i, (drawn, text, mark) in enumerate(zip(now['draws'], said, marks)):
             reads = 'reads ' + ' '.join(f'{j:2}{"!" if before[j] == "wrong" else " "}' for j in drawn) + ' ' if drawn else ''
             waits = '(finished) ' if now['prompts'][i] is None else ''
-            print(f'{i:2}  {reads}{mark:6}{waits}{spaced(output)}')
-    votes = Counter(text(answer).strip() for answer in result['answers'] if answer is not None)
-    print('\nanswers: ' + (', '.join(f'{answer} ({n})' for answer, n in votes.most_common()) or 'none')
-          + f'; {result["tokens"]:,} tokens generated')
+            print(f'{i:2}  {reads}{mark:6}{waits}{spaced(text)}')
+    print()
 
 
 def main(config):
@@ -329,14 +328,22 @@ def main(config):
         raise ValueError(f'{config.ckpt} is a released model: give it a --question')
     if not config.question and not config.show:
         return print_table(speaker, config, budget, tail)
+
     question = config.question or task.test_problems(config.split.split()[0], 1)[0].question
-    T, judge, spaced = 2, lambda question, text: '', lambda text: text
+    T, extras = 2, ()
     if not released:
-        problem, judge, spaced = task.parse(question), task.judge, task.spaced
+        problem, extras = task.parse(question), (task.judge, task.spaced)
         T = task.rounds_needed(problem.steps, budget)
         print(f'{question}   {problem.steps} steps, the answer is {task.solve(question)}')
-    show(speaker, config, question, judge, spaced, candidates=config.candidates, budget=budget, tail=tail, compact=config.compact,
-         rounds=config.rounds if config.rounds >= 0 else T, final_budget=config.final_budget or None)
+    result, = markovian_rsa([speaker.encode(question)], sampler(speaker, config), speaker.build_prompt, seed=config.seed,
+                            answer_of=speaker.answer_of, population=config.population, candidates=config.candidates,
+                            rounds=config.rounds if config.rounds >= 0 else T, budget=budget, tail=tail,
+                            final_budget=config.final_budget or None, compact=config.compact)
+    if config.show:
+        print_population(result, question, speaker.decode, *extras)
+    votes = Counter(speaker.decode(answer).strip() for answer in result['answers'] if answer is not None)
+    print('answers: ' + (', '.join(f'{answer} ({n})' for answer, n in votes.most_common()) or 'none')
+          + f'; {result["tokens"]:,} tokens generated')
 
 
 if __name__ == '__main__':

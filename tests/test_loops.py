@@ -333,7 +333,7 @@ def experiment(*flags):
 
 def test_an_experiment_trains_measures_and_goes_on_where_it_was_stopped(tmp_path):
     (tmp_path / 'recipe.py').write_text('\n'.join(flag.removeprefix('--') for flag in TINY_RUN if 'device' not in flag))
-    flags = ['trim', f'--recipe={tmp_path}/recipe.py', f'--out={tmp_path}/out', '--samples=40', '--steps=2', '--seeds=1', '--problems=2',
+    flags = ['trim', f'--recipe={tmp_path}/recipe.py', f'--out={tmp_path}/out', '--samples=400', '--steps=2', '--seeds=1', '--problems=2',
              '--splits=easy', '--device=cpu']
     first, again = experiment(*flags), experiment(*flags)
     assert (first.returncode, again.returncode) == (0, 0), first.stderr
@@ -343,7 +343,7 @@ def test_an_experiment_trains_measures_and_goes_on_where_it_was_stopped(tmp_path
     assert 'windows of 116' not in again.stdout
 
 
-@pytest.mark.parametrize('flags', [[], ['trimm'], ['trim', '--seeds=0'], ['main', '--problem=3'], ['trim', '--recipe=nowhere.py', '--samples=20']])
+@pytest.mark.parametrize('flags', [[], ['trimm'], ['trim', '--seeds=0'], ['main', '--problem=3'], ['trim', '--recipe=nowhere.py', '--samples=400']])
 def test_a_bad_experiment_gets_one_line(tmp_path, flags):
     out = experiment(*flags, *[f'--out={tmp_path}'] * (len(flags) > 2))
     assert out.returncode == 1 and 'Traceback' not in out.stderr

@@ -1,7 +1,5 @@
 """Markovian RSA (rsa.py) under fake models: its special cases, its bounds, its bookkeeping, and why voting helps; then its
 command line, with tiny random ones."""
-import contextlib
-import io
 import itertools
 import math
 import random
@@ -470,8 +468,9 @@ def test_the_table_is_what_the_algorithm_gives(run_folder, monkeypatch, capsys):
     table = cells(out)
     methods = ['one bounded rollout each, T=0', 'one unbounded rollout each', 'C=1, T={}', 'C=2, T={}']
     assert [row[:2] for row in table] == [[steps, method.format(T)] for steps, T in (('3-7', 1), ('25-32', 4)) for method in methods]
-    longest = max(len(ENC.encode_ordinary(p.question)) for p in problems_of('hard', 3)) + 4
-    assert [int(row[4].replace(',', '')) for row in table[4:]] == [4 * n for n in (41, 256 - longest, 5 * 41, 5 * 41)]
+    lengths = [len(ENC.encode_ordinary(p.question)) + 4 for p in problems_of('hard', 3)]
+    longest, rest = max(lengths), round(4 * sum(256 - n for n in lengths) / 3)
+    assert [int(row[4].replace(',', '')) for row in table[4:]] == [4 * 41, rest, 4 * 5 * 41, 4 * 5 * 41]
     assert [int(row[5]) for row in table[4:]] == [longest + n for n in (0, 0, 12, 24)]          # whatever T is
     assert {row[2] for row in table} == {'0.0 +-0.0'}
 
@@ -528,25 +527,23 @@ def test_show_tells_every_round_and_who_read_whom(run_folder, monkeypatch, capsy
 
 
 def test_a_question_typed_in_is_run_as_long_as_it_needs(run_folder, monkeypatch, capsys):
-    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--question=8x:a-2b*7c+3=5', *FLAGS)
+    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--question=8x:a-2b*7c+3=5', '--show=True', *FLAGS)
+    short, _ = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--question=8x:a-2b*7c+3=5', *FLAGS)
+    assert short.splitlines() == [out.splitlines()[0], out.splitlines()[-1]]
     assert message is None and '24 steps, the answer is' in out and len(re.findall('^round', out, re.M)) == 4
 
 
-def test_show_marks_what_is_right_so_far():
-    """A model that is right or wrong on purpose: its marks, votes and answers are printed."""
+def test_show_marks_what_is_right_so_far(capsys):
+    """Three chains of one step: one right, one wrong, one that is done before the second round."""
     said = iter([ENC.encode_ordinary('51a-2=3'), ENC.encode_ordinary('51a-2=4'),
                  [*ENC.encode_ordinary('3'), task.CLOSE, *ENC.encode_ordinary('3'), task.END]] * 2)
-    speaker = Speaker(None, ENC.encode_ordinary, ENC.decode, [task.END], task.build_prompt, task.answer_of)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rsa, 'generate', lambda model, prompts, n, *args, **kwargs: [next(said) for _ in prompts])
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            rsa.show(speaker, RSAConfig(population=3), '1x:a-2=5', task.judge, task.spaced, candidates=1, rounds=1, budget=11, tail=5)
-    lines = out.getvalue().splitlines()
-    assert 'round 0: 2 of 3 are right so far' in lines and any('(finished)' in line for line in lines)
-    assert [line.split()[1:] for line in lines[2:5]] == [['ok', '5', '1a-2=3'], ['wrong', '5', '1a-2=4'], ['ok', '3</think>3<|end|>']]
-    assert [line.split('reads')[1][:5] for line in lines[7:10]] == ['  0  ', '  1! ', '  2  ']
-    assert lines[-1].startswith('answers: 3 (1); ')
+    result, = markovian_rsa([ENC.encode_ordinary('1x:a-2=5')], lambda prompts, n: [next(said) for _ in prompts], task.build_prompt,
+                            answer_of=task.answer_of, population=3, candidates=1, rounds=1, budget=11, tail=5)
+    rsa.print_population(result, '1x:a-2=5', ENC.decode, task.judge, task.spaced)
+    assert capsys.readouterr().out.splitlines() == [
+        '', 'round 0: 2 of 3 are right so far', ' 0  ok    5 1a-2=3', ' 1  wrong 5 1a-2=4', ' 2  ok    3</think>3<|end|>',
+        '', 'round 1: 2 of 3 are right so far', ' 0  reads  0  ok    5 1a-2=3', ' 1  reads  1! wrong 5 1a-2=4',
+        ' 2  reads  2  ok    (finished) 3</think>3<|end|>', '']
 
 
 def test_a_released_model_is_asked_in_its_chat_format(released_folder, monkeypatch, capsys):
@@ -566,8 +563,8 @@ def test_a_released_model_is_asked_in_its_chat_format(released_folder, monkeypat
     assert [speaker.answer_of(o) for o in ([], speaker.encode('a</think>c'), [*speaker.encode('ac'), 2])] == [None] * 3
 
     out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={released_folder}', '--question=2 + 2?', '--budget=6',
-                              '--tail=3', *FLAGS)
-    assert message is None and len(re.findall('^round', out, re.M)) == 3 and 'tokens generated' in out
+                              '--tail=3', '--show=True', *FLAGS)
+    assert message is None and len(re.findall('^round', out, re.M)) == 3 and re.search(r'answers: none; \d+ tokens generated$', out)
 
 
 BAD_ARGUMENTS = {

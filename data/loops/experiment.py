@@ -98,12 +98,10 @@ def trim(config, out, context=116):
         for seed in range(config.seeds):
             speaker = train(out / f'{rule}{seed}', seed, config, f'--context={context}', '--batch_size=36',
                             f'--dataset={data}/traces:0.5 {data}/votes:0.5')
-            settings = RSAConfig(problems=config.problems, seed=seed)
             for split in (config.splits or 'easy medium hard').split():
-                problems = test_problems(split, config.problems)
-                room = context - max(len(speaker.build_prompt(speaker.encode(p.question), [])) for p in problems)
-                T = rounds_needed(LENGTHS[split][1], 41)
-                for name, kwargs in (('one rollout', dict(candidates=1, rounds=0, budget=room, tail=1)),
+                problems, T = test_problems(split, config.problems), rounds_needed(LENGTHS[split][1], 41)
+                settings = RSAConfig(seed=seed)
+                for name, kwargs in (('one rollout', dict(candidates=1, rounds=0, tail=1)),
                                      (f'C=4, T={T}', dict(candidates=4, rounds=T, budget=41, tail=10))):
                     row = measure(speaker, problems, settings, f'{rule} {split}', **kwargs)
                     rows.setdefault((split, f'{rule}: {name}'), []).append(row)
