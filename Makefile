@@ -1,4 +1,5 @@
-# `make demo` trains a small model and samples from it; `make test` runs all tests. Both set up what they need, once.
+# `make demo` trains a small model to write and another to reason, and shows both; `make test` runs all tests. Both set up what
+# they need, once.
 #
 # An activated environment whose torch was built for CUDA or ROCm is used as it is: no other torch is installed there, and
 # other packages only where they are missing.
@@ -10,9 +11,11 @@ else
 PY := .venv/bin/python
 endif
 
-demo: data/stdlib/meta.json
+demo: data/stdlib/meta.json data/loops/votes/meta.json
 	$(PY) train.py config/demo.py
 	$(PY) sample.py --ckpt=runs/demo --prompt='def ' --max_new_tokens=150 --temperature=0.6
+	$(PY) train.py config/loops.py
+	$(PY) rsa.py --ckpt=runs/loops --split=hard
 
 # One thread: the tests' tensors are tiny, and several threads only wait for each other when the machine is busy.
 test: environment
@@ -24,6 +27,9 @@ bench-quick: environment
 
 data/stdlib/meta.json: | environment
 	$(PY) data/stdlib/prepare.py
+
+data/loops/votes/meta.json: | environment
+	$(PY) data/loops/prepare.py
 
 ifeq ($(PY),.venv/bin/python)
 environment: .venv/ready

@@ -20,9 +20,26 @@ over all candidates and rounds; prompts, and the tails copied into them, do not 
 Source: ZAYA1-8B report (arXiv 2605.05365), section VI. The C = 1 of Delethink: Aghajohari et al., arXiv 2510.06557.
 
 Legend: N population, C candidates, T rounds (of aggregation, so there are T + 1 in all), beta budget, tau tail.
+
+After the algorithm, from `describe` on, the command line: `python rsa.py --ckpt=runs/loops --split=hard` measures a model
+trained on the loops task (data/loops/task.py), `--show=True` prints how a population fares, `--question=...` takes yours.
 """
+import itertools
+import os
 import random
 import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import configurator
+from data.loops import task
+from sample import generate, load, pick_device
 
 
 def draw(rng, population, candidates):
@@ -136,3 +153,205 @@ def mean_ci95(values):
         raise ValueError('no values to average: give those of at least one problem')
     std = statistics.stdev(values) if len(values) > 1 else float('nan')         # one problem says nothing of the spread
     return statistics.fmean(values), 1.96 * std / len(values) ** 0.5
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RSAConfig:
+    ckpt: str = 'runs/loops'        # a run folder of train.py, trained on the loops task; or a released folder, for --question
+    split: str = 'hard'             # easy, medium, hard or deep: 3-7, 14-20, 25-32, 56-64 steps; or several: 'easy hard'
+    question: str = ''              # answer this one instead; a released model answers only what is asked here
+    show: bool = False              # of the question, or the split's first, print what every candidate says, round by round
+    problems: int = 200             # of a split
+    population: int = 16            # N
+    candidates: int = 4             # C
+    rounds: int = -1                # T; -1: as many as the split's longest problem needs; the report's 2 for a released model
+    budget: int = 0                 # beta; 0: 41 for loops, the stated value and 8 steps; the report's 16K for a released model
+    tail: int = 0                   # tau; 0: 10 for loops, the last 2 steps; the report's 4K for a released model
+    final_budget: int = 0           # of the last round; 0: the budget
+    compact: str = 'tail'           # 'answer': the finished pass on their answer alone
+    temperature: float = 1.0        # the report's
+    top_p: float = 1.0
+    rows: int = 512                 # generated together: as many problems at a time as fit, but at least one
+    seed: int = 0
+    device: str = 'auto'
+
+    def __post_init__(self):
+        for key, low in (('problems', 1), ('population', 1), ('rounds', -1), ('budget', 0), ('tail', 0), ('final_budget', 0), ('rows', 1),
+                         ('temperature', 0), ('top_p', 0), ('seed', 0)):
+            if getattr(self, key) < low:
+                raise ValueError(f'{key} is {getattr(self, key)}, it must be at least {low}')
+        unknown = [name for name in self.split.split() if name not in task.LENGTHS]
+        if unknown or not self.split.split():
+            raise ValueError(f'split is {self.split!r}, choose from {", ".join(task.LENGTHS)}')
+
+
+class Speaker(NamedTuple):
+    """A model and the language that it was trained to hear and speak. Questions, tails, outputs: lists of tokens."""
+    model: torch.nn.Module
+    encode: Callable                # text of a question -> tokens
+    decode: Callable
+    stop: list                      # tokens that end an output
+    build_prompt: Callable          # as in markovian_rsa
+    answer_of: Callable             # as in markovian_rsa
+
+
+def load_speaker(folder, device):
+    """The model in a run folder or a released one. Raises ValueError if it is neither, or not trained on loops."""
+    model, encode, decode, stop = load(folder, device)
+    if os.path.exists(os.path.join(folder, 'config.json')):
+        return Speaker(model, lambda text: without_begin(encode, text), decode, stop, *chat_format(encode, stop))
+    if model.config.vocab_size != task.ENC.n_vocab:
+        raise ValueError(f'{folder} was not trained on the loops task: prepare it with data/loops/prepare.py and train '
+                         'with config/loops.py')
+    return Speaker(model, encode, decode, stop, task.build_prompt, task.answer_of)
+
+
+def chat_format(encode, stop):
+    """build_prompt and answer_of for a released model, which has to be told in words what the tails are.
+
+    Assumed is the chat format with <|im_start|> and <|im_end|> (ChatML), a bare <think> to begin with, and that the answer
+    is what follows the last </think>. Tails go into the prompt as the tokens they are.
+    """
+    text = lambda words: without_begin(encode, words)
+    begin, open_user, close_think = encode(''), text('<|im_start|>user\n'), text('</think>')
+    open_reply = text('<|im_end|>\n<|im_start|>assistant\n<think>\n')
+
+    def build_prompt(question, tails):
+        if not tails:
+            return begin + open_user + question + open_reply
+        several = f'{len(tails)} attempts, each cut off and shown from near its end' if len(tails) > 1 else \
+            'an attempt, cut off and shown from near its end'
+        prompt = begin + open_user + question + text(f'\n\nBelow is what is left of {several}. It may hold mistakes. Check it, '
+                                                     'keep what is right, and write one solution that is better.\n')
+        for i, tail in enumerate(tails):
+            prompt += text(f'\n--- attempt {i + 1} ---\n') + [token for token in tail if token not in stop]
+        return prompt + open_reply
+
+    def answer_of(output):
+        if not output or output[-1] not in stop:
+            return None
+        n = len(close_think)
+        ends = [i + n for i in range(len(output) - n + 1) if output[i:i + n] == close_think]
+        return output[ends[-1]:-1] or None if ends else None
+    return build_prompt, answer_of
+
+
+def without_begin(encode, text):
+    """The tokens of a text in the middle of a prompt: without the one that a tokenizer may put first."""
+    return encode(text)[len(encode('')):]
+
+
+def sampler(speaker, config):
+    """generate(prompts, max_new_tokens) for markovian_rsa: another seed at every call."""
+    seeds = itertools.count(config.seed * 1_000_003)
+    return lambda prompts, n: generate(speaker.model, prompts, n, config.temperature, top_p=config.top_p,
+                                       stop=speaker.stop, seed=next(seeds))
+
+
+def measure(speaker, problems, config, name, budget=None, **settings):
+    """One row of the table: RSA with these settings on all problems, some at a time. Without a budget, a rollout has what its
+    question leaves of the context. Returns (name, mean, its CI, majority, tokens a problem, longest prompt, seconds)."""
+    generate, at_a_time = sampler(speaker, config), max(1, config.rows // config.population)
+    scores, tokens, longest, began = [], 0, 0, time.perf_counter()
+    groups = defaultdict(list)                                  # budget -> problems that have it
+    for problem in problems:
+        room = speaker.model.config.context - len(speaker.build_prompt(speaker.encode(problem.question), []))
+        groups[budget or room].append(problem)
+    chunks = [(limit, group[i:i + at_a_time]) for limit, group in groups.items() for i in range(0, len(group), at_a_time)]
+    with tqdm(total=len(problems), desc=name, leave=False, dynamic_ncols=True, unit='problem') as bar:
+        for limit, chunk in chunks:
+            results = markovian_rsa([speaker.encode(problem.question) for problem in chunk], generate, speaker.build_prompt,
+                                    answer_of=speaker.answer_of, population=config.population, seed=config.seed, budget=limit,
+                                    **settings)
+            for problem, result in zip(chunk, results):
+                right = str(task.solve(problem.question))
+                scores.append(score(result['answers'], lambda answer: speaker.decode(answer) == right))
+                tokens += result['tokens']
+                longest = max(longest, *(len(p) for now in result['rounds'] for p in now['prompts'] if p is not None))
+            bar.update(len(chunk))
+    mean, half = mean_ci95([s['mean'] for s in scores])
+    return (name, mean, half, statistics.fmean(s['majority'] for s in scores), tokens / len(problems), longest,
+            time.perf_counter() - began)
+
+
+def rows_of_table(speaker, config, split, budget, tail):
+    """Measure the methods on one split, cheapest first; yields a row of `measure` for each."""
+    problems = task.test_problems(split, config.problems)
+    low, high = task.LENGTHS[split]
+    T = config.rounds if config.rounds >= 0 else task.rounds_needed(high, budget)
+    rsa = dict(budget=budget, tail=tail, final_budget=config.final_budget or None, compact=config.compact, rounds=T)
+    yield measure(speaker, problems, config, 'one bounded rollout each, T=0', budget=budget, tail=tail, candidates=1, rounds=0)
+    prompt = max(len(speaker.build_prompt(speaker.encode(problem.question), [])) for problem in problems)
+    if prompt + 1 + high * task.STEP + 3 <= speaker.model.config.context:       # start value, steps, </think>, answer, <|end|>
+        yield measure(speaker, problems, config, 'one unbounded rollout each', tail=1, candidates=1, rounds=0)
+    for C in sorted({1, config.candidates}):
+        yield measure(speaker, problems, config, f'C={C}, T={T}', candidates=C, **rsa)
+
+
+def print_table(speaker, config, budget, tail):
+    N = config.population
+    print(f'{config.problems} held-out problems of each length, N={N}, beta={budget}, tau={tail}, temperature '
+          f'{config.temperature:g}; mean with its 95 % CI over problems\n')
+    print(f'| steps | method | mean of {N}, % | majority of {N}, % | generated tokens | longest prompt | seconds |')
+    print('| --- | --- | --- | --- | --- | --- | --- |')
+    for split in config.split.split():
+        steps = '-'.join(map(str, task.LENGTHS[split]))
+        for name, mean, half, majority, tokens, longest, seconds in rows_of_table(speaker, config, split, budget, tail):
+            print(f'| {steps} | {name} | {100 * mean:.1f} +-{100 * half:.1f} | {100 * majority:.1f} | {tokens:,.0f} | {longest} '
+                  f'| {seconds:.0f} |', flush=True)
+
+
+def print_population(result, question, decode, judge=lambda question, text: '', spaced=str):
+    """A result of markovian_rsa, round by round: who read whom ('!': a tail that is wrong), and what each said.
+    judge(question, text) -> 'ok', 'wrong' or ''; spaced(text) -> the text, easier to read."""
+    marks = []
+    for t, now in enumerate(result['rounds']):
+        said, before = [decode(output) for output in now['outputs']], marks
+        marks = [judge(question, text) for text in said]
+        print(f'\nround {t}' + (f': {marks.count("ok")} of {len(marks)} are right so far' if any(marks) else ''))
+        for i, (drawn, text, mark) in enumerate(zip(now['draws'], said, marks)):
+            reads = 'reads ' + ' '.join(f'{j:2}{"!" if before[j] == "wrong" else " "}' for j in drawn) + ' ' if drawn else ''
+            waits = '(finished) ' if now['prompts'][i] is None else ''
+            print(f'{i:2}  {reads}{mark:6}{waits}{spaced(text)}')
+    print()
+
+
+def main(config):
+    speaker = load_speaker(config.ckpt, pick_device(config.device))
+    released = speaker.build_prompt is not task.build_prompt
+    budget = config.budget or (16_384 if released else 41)
+    tail = config.tail or (4096 if released else 10)
+    if released and not config.question:
+        raise ValueError(f'{config.ckpt} is a released model: give it a --question')
+    if not config.question and not config.show:
+        return print_table(speaker, config, budget, tail)
+
+    question = config.question or task.test_problems(config.split.split()[0], 1)[0].question
+    T, extras = 2, ()
+    if not released:
+        problem, extras = task.parse(question), (task.judge, task.spaced)
+        T = task.rounds_needed(problem.steps, budget)
+        print(f'{question}   {problem.steps} steps, the answer is {task.solve(question)}')
+    result, = markovian_rsa([speaker.encode(question)], sampler(speaker, config), speaker.build_prompt, seed=config.seed,
+                            answer_of=speaker.answer_of, population=config.population, candidates=config.candidates,
+                            rounds=config.rounds if config.rounds >= 0 else T, budget=budget, tail=tail,
+                            final_budget=config.final_budget or None, compact=config.compact)
+    if config.show:
+        print_population(result, question, speaker.decode, *extras)
+    votes = Counter(speaker.decode(answer).strip() for answer in result['answers'] if answer is not None)
+    print('answers: ' + (', '.join(f'{answer} ({n})' for answer, n in votes.most_common()) or 'none')
+          + f'; {result["tokens"]:,} tokens generated')
+
+
+if __name__ == '__main__':
+    try:
+        main(*configurator.read(sys.argv[1:], RSAConfig))
+    except (ValueError, OSError) as error:
+        sys.exit(f'rsa.py: {error}')
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        sys.exit(f'rsa.py: out of memory; try a smaller --rows, --population or --budget ({str(error).splitlines()[0]})')
+    except KeyboardInterrupt:
+        sys.exit('rsa.py: stopped')

@@ -155,7 +155,8 @@ def load(folder, device):
     model = Zaya(ZayaConfig(**checkpoint['model_config'])).to(device).eval()
     model.load_state_dict(checkpoint['model'])
     tokenizer = load_tokenizer(os.path.join(folder, 'bpe.json'))
-    return model, tokenizer.encode_ordinary, tokenizer.decode, [tokenizer.eot_token]
+    ends = [name for name in ('<|endoftext|>', '<|end|>') if name in tokenizer.special_tokens_set]      # document, turn
+    return model, tokenizer.encode_ordinary, tokenizer.decode, [tokenizer.encode_single_token(name) for name in ends]
 
 
 def complete(model, encode, decode, stop, prompt, config):

@@ -1,14 +1,25 @@
-"""Markovian RSA (rsa.py) under fake models: its special cases, its bounds, its bookkeeping, and why voting helps."""
+"""Markovian RSA (rsa.py) under fake models: its special cases, its bounds, its bookkeeping, and why voting helps; then its
+command line, with tiny random ones."""
 import itertools
 import math
 import random
+import re
 import statistics
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
+import torch
 from hypothesis import given, strategies as st
 
-from rsa import majority_vote, markovian_rsa, mean_ci95, score
+import rsa
+import sample
+from common import run_script, tiny_model
+from data.loops import task
+from data.loops.task import ENC, test_problems as problems_of
+from data.tokenizer import save_tokenizer
+from model import save_checkpoint
+from rsa import RSAConfig, Speaker, load_speaker, majority_vote, markovian_rsa, mean_ci95, sampler, score
 
 OPEN, CLOSE, MARK = 100, 101, 9         # a tail's brackets in a prompt; the answer follows the first MARK in an output
 
@@ -407,3 +418,180 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
         mean, half = mean_ci95([rng.betavariate(2, 1) for _ in range(60)])      # true mean 2/3
         hits += abs(mean - 2 / 3) < half
     assert 930 < hits < 965
+
+
+# ---- the command line ----
+
+FLAGS = ['--problems=3', '--population=4', '--candidates=2', '--device=cpu']
+
+
+@pytest.fixture(scope='module')
+def run_folder(tmp_path_factory):
+    """A tiny model with random weights, as a run on the loops task leaves it."""
+    folder = tmp_path_factory.mktemp('run')
+    model = tiny_model(vocab_size=ENC.n_vocab, context=256)
+    save_checkpoint(folder, {'model': model.state_dict(), 'model_config': asdict(model.config), 'step': 1})
+    save_tokenizer(folder / 'bpe.json', ENC)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def released_folder(tmp_path_factory):
+    """A tiny random model in the released layout, with a byte-level tokenizer that puts <bos> first and knows ChatML."""
+    pytest.importorskip('safetensors')
+    tokenizers = pytest.importorskip('tokenizers')
+    folder = tmp_path_factory.mktemp('released')
+    special = ['<bos>', '<|im_start|>', '<|im_end|>', '<think>', '</think>']
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator([], tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single='<bos> $A', special_tokens=[('<bos>', 0)])
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    model = tiny_model(vocab_size=tokenizer.get_vocab_size(), context=1024, skip_expert=True)
+    model.released_config = {'eos_token_id': 2}
+    model.save_pretrained(folder)
+    return folder
+
+
+def cells(out):
+    """The table in what was printed: [[cell, ...], ...] without its head."""
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in out.splitlines() if line.startswith('|')][2:]
+
+
+def test_the_table_is_what_the_algorithm_gives(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(sample, 'generate', lambda model, prompts, n, *args, **kwargs: [[48] * n for _ in prompts])
+    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--split=easy hard', *FLAGS)
+    assert message is None
+    table = cells(out)
+    methods = ['one bounded rollout each, T=0', 'one unbounded rollout each', 'C=1, T={}', 'C=2, T={}']
+    assert [row[:2] for row in table] == [[steps, method.format(T)] for steps, T in (('3-7', 1), ('25-32', 4)) for method in methods]
+    lengths = [len(ENC.encode_ordinary(p.question)) + 4 for p in problems_of('hard', 3)]
+    longest, rest = max(lengths), round(4 * sum(256 - n for n in lengths) / 3)
+    assert [int(row[4].replace(',', '')) for row in table[4:]] == [4 * 41, rest, 4 * 5 * 41, 4 * 5 * 41]
+    assert [int(row[5]) for row in table[4:]] == [longest + n for n in (0, 0, 12, 24)]          # whatever T is
+    assert {row[2] for row in table} == {'0.0 +-0.0'}
+
+
+def test_the_table_counts_right_answers(run_folder, monkeypatch, capsys):
+    """A model that gives every second candidate the right answer, at once."""
+    said = itertools.cycle([True, False])
+
+    def generate(model, prompts, n, *args, **kwargs):
+        answers = [task.solve(re.search(r'<.user.>(.*?=\d)', ENC.decode(prompt))[1]) + next(said) - 1 for prompt in prompts]
+        return [[task.CLOSE, *ENC.encode_ordinary(str(answer % 10)), task.END] for answer in answers]
+    monkeypatch.setattr(sample, 'generate', generate)
+    out, _ = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--split=hard', *FLAGS)
+    assert [row[2:5] for row in cells(out)] == [['50.0 +-0.0', '100.0', '12'], ['50.0 +-0.0', '100.0', '12'],
+                                                ['50.0 +-0.0', '100.0', '12'], ['50.0 +-0.0', '100.0', '60']]
+
+
+def test_a_split_too_deep_for_the_context_has_no_unbounded_row(run_folder, monkeypatch, capsys):
+    out, _ = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--split=deep', '--rounds=1', *FLAGS)
+    assert [row[1] for row in cells(out)] == ['one bounded rollout each, T=0', 'C=1, T=1', 'C=2, T=1']
+
+
+def test_more_rows_at_a_time_change_neither_problems_nor_draws(run_folder):
+    """One problem at a time, or all at once: the same prompts go in, in the same order, if the model says the same."""
+    def prompts(rows):
+        speaker, seen = load_speaker(run_folder, torch.device('cpu')), []
+        config = RSAConfig(problems=5, population=3, rows=rows, temperature=0)
+        with pytest.MonkeyPatch.context() as patch:
+            def fake(model, batch, n, *args, **kwargs):
+                seen.extend(map(tuple, batch))
+                return [prompt[-7:-3] for prompt in batch]
+            patch.setattr(rsa, 'generate', fake)
+            rsa.measure(speaker, problems_of('easy', 5), config, '', candidates=2, rounds=3, budget=11, tail=5)
+        return Counter(seen)
+    assert prompts(1) == prompts(6) == prompts(512)
+
+
+def test_no_two_calls_draw_the_same_random_numbers(run_folder):
+    generate = sampler(load_speaker(run_folder, torch.device('cpu')), RSAConfig())
+    prompts = [[task.USER, 50]] * 2
+    first, second = generate(prompts, 20), generate(prompts, 20)
+    assert len({tuple(output) for output in first + second}) == 4
+    assert first == sampler(load_speaker(run_folder, torch.device('cpu')), RSAConfig())(prompts, 20)
+    assert first != sampler(load_speaker(run_folder, torch.device('cpu')), RSAConfig(seed=1))(prompts, 20)
+
+
+def test_show_tells_every_round_and_who_read_whom(run_folder, monkeypatch, capsys):
+    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--show=True', '--split=medium', *FLAGS)
+    question = problems_of('medium', 1)[0].question
+    assert message is None and out.startswith(f'{question}   ') and f'the answer is {task.solve(question)}' in out
+    T = task.rounds_needed(task.parse(question).steps, 41)
+    assert re.findall(r'^round (\d)', out, re.M) == [str(t) for t in range(T + 1)]
+    assert len(re.findall(r"^ \d  reads  \d. +\d. ", out, re.M)) == 4 * T and 'answers: none' in out
+
+
+def test_a_question_typed_in_is_run_as_long_as_it_needs(run_folder, monkeypatch, capsys):
+    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--question=8x:a-2b*7c+3=5', '--show=True', *FLAGS)
+    short, _ = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--question=8x:a-2b*7c+3=5', *FLAGS)
+    assert short.splitlines() == [out.splitlines()[0], out.splitlines()[-1]]
+    assert message is None and '24 steps, the answer is' in out and len(re.findall('^round', out, re.M)) == 4
+
+
+def test_show_marks_what_is_right_so_far(capsys):
+    """Three chains of one step: one right, one wrong, one that is done before the second round."""
+    said = iter([ENC.encode_ordinary('51a-2=3'), ENC.encode_ordinary('51a-2=4'),
+                 [*ENC.encode_ordinary('3'), task.CLOSE, *ENC.encode_ordinary('3'), task.END]] * 2)
+    result, = markovian_rsa([ENC.encode_ordinary('1x:a-2=5')], lambda prompts, n: [next(said) for _ in prompts], task.build_prompt,
+                            answer_of=task.answer_of, population=3, candidates=1, rounds=1, budget=11, tail=5)
+    rsa.print_population(result, '1x:a-2=5', ENC.decode, task.judge, task.spaced)
+    assert capsys.readouterr().out.splitlines() == [
+        '', 'round 0: 2 of 3 are right so far', ' 0  ok    5 1a-2=3', ' 1  wrong 5 1a-2=4', ' 2  ok    3</think>3<|end|>',
+        '', 'round 1: 2 of 3 are right so far', ' 0  reads  0  ok    5 1a-2=3', ' 1  reads  1! wrong 5 1a-2=4',
+        ' 2  reads  2  ok    (finished) 3</think>3<|end|>', '']
+
+
+def test_a_released_model_is_asked_in_its_chat_format(released_folder, monkeypatch, capsys):
+    speaker = load_speaker(str(released_folder), torch.device('cpu'))
+    question = speaker.encode('2 + 2?')
+    text = lambda tokens: speaker.decode(tokens)
+    assert text(speaker.build_prompt(question, [])) == \
+        '<bos><|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n<think>\n'
+    tails = [speaker.encode('so it is 4'), [*speaker.encode('</think>5'), 2], []]
+    prompt = text(speaker.build_prompt(question, tails))
+    assert prompt.startswith('<bos><|im_start|>user\n2 + 2?\n\n') and prompt.count('<bos>') == 1
+    assert prompt.endswith('--- attempt 3 ---\n<|im_end|>\n<|im_start|>assistant\n<think>\n')
+    assert 'attempt 1 ---\nso it is 4\n' in prompt and 'attempt 2 ---\n</think>5\n' in prompt and '3 attempts' in prompt
+    long = len(speaker.build_prompt(question, [[9] * 100] * 4))
+    assert long - len(speaker.build_prompt(question, [[9]] * 4)) == 4 * 99
+    assert text(speaker.answer_of([*speaker.encode('a</think>b</think>c'), 2])) == 'c'
+    assert [speaker.answer_of(o) for o in ([], speaker.encode('a</think>c'), [*speaker.encode('ac'), 2])] == [None] * 3
+
+    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={released_folder}', '--question=2 + 2?', '--budget=6',
+                              '--tail=3', '--show=True', *FLAGS)
+    assert message is None and len(re.findall('^round', out, re.M)) == 3 and re.search(r'answers: none; \d+ tokens generated$', out)
+
+
+BAD_ARGUMENTS = {
+    '--ckpt=nowhere': 'nowhere: no such folder',
+    '--split=harder': "split is 'harder', choose from easy, medium, hard, deep",
+    '--split=': "split is ''",
+    '--candidates=5': 'candidates is 5: that many cannot be drawn from a population of 4',
+    '--population=0': 'population is 0',
+    '--problems=0': 'problems is 0',
+    '--tail=50': 'tail is 50, more than the budget of 41',
+    '--compact=head': "compact is 'head'",
+    '--question=4x:a-2': 'is not a question like',
+    '--budget=500': 'more than the context of 256',
+    '--sho=True': "unknown key 'sho'; did you mean 'show'?",
+}
+
+
+@pytest.mark.parametrize('argument', BAD_ARGUMENTS)
+def test_bad_arguments_get_one_line(run_folder, monkeypatch, capsys, argument):
+    _, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', *FLAGS, argument)
+    assert BAD_ARGUMENTS[argument] in message
+
+
+def test_a_model_of_something_else_gets_one_line(released_folder, dataset, tmp_path, monkeypatch, capsys):
+    model = tiny_model(vocab_size=300)
+    save_checkpoint(tmp_path, {'model': model.state_dict(), 'model_config': asdict(model.config), 'step': 1})
+    (tmp_path / 'bpe.json').write_bytes((dataset / 'bpe.json').read_bytes())
+    for folder, words in (tmp_path, 'was not trained on the loops task'), (released_folder, 'give it a --question'):
+        _, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={folder}', *FLAGS)
+        assert words in message

@@ -282,7 +282,8 @@ def expected_text(run_folder, prompt, n, rows=1, **options):
     model = Zaya(ZayaConfig(**state['model_config']))
     model.load_state_dict(state['model'])
     ids = tokenizer.encode_ordinary(prompt)
-    new = generate(model, [ids] * rows, n, stop=[tokenizer.eot_token], **options)
+    stop = [tokenizer.eot_token, tokenizer.encode_single_token('<|end|>')]
+    new = generate(model, [ids] * rows, n, stop=stop, **options)
     return [prompt + tokenizer.decode(row) for row in new]
 
 
@@ -351,10 +352,10 @@ def test_generation_stops_at_the_released_end_token(released_folder, tmp_path, e
     assert sample.load(tmp_path, 'cpu')[3] == {'[5, 7]': [5, 7], '5': [5], 'None': []}[str(eos)]
 
 
-def test_generation_stops_at_the_end_of_a_document(run_folder):
+def test_generation_stops_at_the_end_of_a_document_and_of_a_turn(run_folder):
     _, encode, decode, stop = sample.load(run_folder, 'cpu')
-    assert [decode([token]) for token in stop] == ['<|endoftext|>'] and decode(encode('naïve')) == 'naïve'
-    assert not set(stop) & set(encode('<|endoftext|>'))         # a prompt cannot forge it
+    assert [decode([token]) for token in stop] == ['<|endoftext|>', '<|end|>'] and decode(encode('naïve')) == 'naïve'
+    assert not set(stop) & set(encode('<|endoftext|><|end|>'))  # a prompt cannot forge them
 
 
 BAD_ARGUMENTS = {

@@ -1,0 +1,21 @@
+# The loops task (data/loops/), of which 1.1M parameters learn to reason in bounded rounds: first `python data/loops/prepare.py`.
+out_dir = 'runs/loops'
+dataset = 'data/loops/traces:0.7 data/loops/votes:0.3'
+n_layer = 4
+n_embd = 128
+n_head = 4              # two KV heads: one sees this token's value, the other that of the token before
+n_kv_head = 2
+head_dim = 32
+n_expert = 4
+expert_dim = 128
+router_dim = 32
+batch_size = 8          # 8 * 256 = 2,048 tokens a step: what is learned late, arithmetic, takes steps rather than tokens
+max_steps = 700         # 1.4M tokens
+warmup_steps = 20
+lr = 1e-2
+min_lr = 5e-4
+balancer_lr = 3e-3      # experts are then busy for longer with the same tokens
+eval_every = 350
+eval_batches = 10
+checkpoint_every = 350
+sample_tokens = 0

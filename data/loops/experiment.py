@@ -1,0 +1,124 @@
+"""Experiments with the loops task, one command each; every training takes minutes, and a run that is there is not repeated.
+
+    python data/loops/experiment.py main          Markovian RSA against single rollouts and lone chains, at four lengths
+    python data/loops/experiment.py aggregation   the same training with and without aggregation examples, under RSA
+    python data/loops/experiment.py trim          ap, truncate and drop at a context that holds half of a long trace
+
+Settings: those of ExperimentConfig, say --seeds=1 --problems=50 --steps=100 for a first look.
+Prints one table: for each row the mean over the seeds and, in brackets, the seeds one by one.
+"""
+
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))                                 # the repository's root, for `rsa`
+import configurator
+from data.loops.prepare import prepare_loops
+from data.loops.task import LENGTHS, rounds_needed, test_problems
+from rsa import RSAConfig, load_speaker, measure, rows_of_table
+from sample import pick_device
+
+
+@dataclass
+class ExperimentConfig:
+    seeds: int = 3
+    problems: int = 200
+    recipe: str = 'config/loops.py' # by which the models are trained
+    samples: int = 30_000           # of each kind, in the sets that `trim` prepares
+    steps: int = 0                  # of a training run; 0: as many as the recipe says
+    out: str = ''                   # folder of the runs
+    splits: str = ''                # lengths to measure; '': those that the experiment is about
+    device: str = 'auto'
+
+    def __post_init__(self):
+        for key, low in (('seeds', 1), ('problems', 1), ('samples', 1), ('steps', 0)):
+            if getattr(self, key) < low:
+                raise ValueError(f'{key} is {getattr(self, key)}, it must be at least {low}')
+
+
+def train(out, seed, config, *flags):
+    """Train by the recipe into the folder out (train.py goes on where it was stopped) -> the model to measure."""
+    flags = [f'--out_dir={out}', f'--seed={seed}', f'--device={config.device}', *flags]
+    if config.steps:
+        flags += [f'--max_steps={config.steps}']
+    subprocess.run([sys.executable, 'train.py', config.recipe, *flags], cwd=ROOT, check=True)
+    return load_speaker(out, pick_device(config.device))
+
+
+def prepare_once(out, **settings):
+    if not (out / 'votes' / 'meta.json').exists():            # written last
+        prepare_loops(out, **settings)
+
+
+def report(rows):
+    """rows: {(split, what): [a row of rsa.measure for each seed]} -> the table, printed."""
+    print('\n| steps | what | mean of 16, % (seeds) | majority of 16, % (seeds) | generated tokens | longest prompt |')
+    print('| --- | --- | --- | --- | --- | --- |')
+    percent = lambda values: f'{100 * statistics.fmean(values):.1f} ({", ".join(f"{100 * v:.1f}" for v in values)})'
+    for (split, what), measured in rows.items():
+        _, means, _, majorities, tokens, longest, _ = zip(*measured)
+        print(f'| {"-".join(map(str, LENGTHS[split]))} | {what} | {percent(means)} | {percent(majorities)} | '
+              f'{statistics.fmean(tokens):,.0f} | {max(longest)} |')
+
+
+def main_table(config, out):
+    """What `make demo` shows, for several training seeds and all lengths."""
+    rows = {}
+    for seed in range(config.seeds):
+        speaker = train(out / f'{seed}', seed, config)
+        for split in (config.splits or ' '.join(LENGTHS)).split():
+            for row in rows_of_table(speaker, RSAConfig(problems=config.problems, seed=seed), split, 41, 10):
+                rows.setdefault((split, row[0]), []).append(row)
+    report(rows)
+
+
+def aggregation(config, out):
+    """Without aggregation examples a model has never been shown tails, and does not know what to do with them."""
+    rows = {}
+    for seed in range(config.seeds):
+        for name, flags in ('with', []), ('without', ['--dataset=data/loops/traces']):
+            speaker = train(out / f'{name}{seed}', seed, config, *flags)
+            for split in (config.splits or 'medium hard').split():
+                for row in rows_of_table(speaker, RSAConfig(problems=config.problems, seed=seed), split, 41, 10):
+                    rows.setdefault((split, f'{name}: {row[0]}'), []).append(row)
+    report(rows)
+
+
+def trim(config, out, context=116):
+    """Problems of 3 to 36 steps in windows of 116 tokens, which hold some 18 steps beside the question. One rollout has the
+    rest of that context to answer in; Markovian RSA reads tails, so that all lengths can be answered in it."""
+    rows = {}
+    for rule in 'ap', 'truncate', 'drop':
+        data = out / f'data_{rule}'
+        prepare_once(data, context=context, rule=rule, traces=config.samples, votes=config.samples)
+        for seed in range(config.seeds):
+            speaker = train(out / f'{rule}{seed}', seed, config, f'--context={context}', '--batch_size=36',
+                            f'--dataset={data}/traces:0.5 {data}/votes:0.5')
+            for split in (config.splits or 'easy medium hard').split():
+                problems, T = test_problems(split, config.problems), rounds_needed(LENGTHS[split][1], 41)
+                settings = RSAConfig(seed=seed)
+                for name, kwargs in (('one rollout', dict(candidates=1, rounds=0, tail=1)),
+                                     (f'C=4, T={T}', dict(candidates=4, rounds=T, budget=41, tail=10))):
+                    row = measure(speaker, problems, settings, f'{rule} {split}', **kwargs)
+                    rows.setdefault((split, f'{rule}: {name}'), []).append(row)
+    report(dict(sorted(rows.items(), key=lambda row: list(LENGTHS).index(row[0][0]))))
+
+
+EXPERIMENTS = {'main': main_table, 'aggregation': aggregation, 'trim': trim}
+
+if __name__ == '__main__':
+    try:
+        if len(sys.argv) < 2 or sys.argv[1] not in EXPERIMENTS:
+            raise ValueError(f'name an experiment: {", ".join(EXPERIMENTS)}')
+        config, = configurator.read(sys.argv[2:], ExperimentConfig)
+        if sys.argv[1] != 'trim':                             # which prepares sets of its own
+            prepare_once(ROOT / 'data/loops')
+        EXPERIMENTS[sys.argv[1]](config, Path(config.out or ROOT / 'runs' / f'loops_{sys.argv[1]}'))
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f'experiment.py: {error}')
+    except KeyboardInterrupt:
+        sys.exit('experiment.py: stopped; run the same command again to go on')
