@@ -58,7 +58,7 @@ def test_the_verifier_agrees_with_an_independent_interpreter(problem):
 
 
 def test_by_example():
-    assert [solve(q) for q in ('1x:a-2=1', '2x:a*7b+1=3', '3x:a*9=9')] == [9, 5, 1]
+    assert [solve(q) for q in ('1x:a-2=1', '2x:a*7b+1=3', '3x:a*9=9', '4x:a-2b*7c+3=5')] == [9, 5, 1, 5]
     assert Problem(4, ('-2', '*7'), 0).question == '4x:a-2b*7=0'
 
 

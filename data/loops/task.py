@@ -3,19 +3,20 @@
 A program with one register, modulo 10. Its K operations run R times over, from a start value:
 
     question     4x:a-2b*7c+3=5             4 times over: a: subtract 2, b: times 7, c: add 3; start with 5
-    trace        5 4a-2=3 4b*7=1 4c+3=4 3a-2=2 ... 1c+3=8        (written without the spaces)
-    answer       8
+    trace        5 4a-2=3 4b*7=1 4c+3=4 3a-2=2 ... 1c+3=5        (written without the spaces)
+    answer       5
 
 A trace first states the current value. Then each step is 5 tokens: loops left, label, operation, `=`, value.
 So depth (K R steps, 3 to 72) and context come apart, as Markovian RSA (rsa.py) needs it: the last two steps of a trace
 are all that a rollout must know of its past. The next round finds them behind the question, in brackets, one pair of
 brackets for each candidate:
 
-    <|user|> 4x:a-2b*7c+3=5 [4c+3=43a-2=2][4c+3=43a-2=2][4c+3=13a-2=9][</think>7] <|end|> <|assistant|> <think>
+    <|user|> 4x:a-2b*7c+3=5 [4c+3=43a-2=2][4c+3=43a-2=2][4c+3=13a-2=9][4b*7=14c+3=4] <|end|> <|assistant|> <think>
 
-and begins by stating the value that most of them agree on, 2 here; then it goes on with step b. How to do so is learned
-from `aggregation`'s examples, in the style of the ZAYA1-8B report (arXiv 2605.05365, VI): tails of experts who err now
-and then, and the right continuation. Here the experts are made up, so everything can be prepared before training.
+and begins by stating the value that most of them agree on, 2 here (the third has erred, the fourth is a step behind);
+then it goes on with step b. How to do so is learned from the examples of `aggregation_sample`, in the style of the
+ZAYA1-8B report (arXiv 2605.05365, VI): tails of experts who err now and then, and the right continuation. Here the
+experts are made up, so that everything can be prepared before training.
 
 Train and test problems differ by construction: a hash of the question says which it is.
 """
@@ -34,8 +35,7 @@ STEP = 5                                           # tokens of a step
 LENGTHS = {'easy': (3, 7), 'medium': (14, 20), 'hard': (25, 32), 'deep': (56, 64)}      # steps of the test problems
 NOISE = 0.02                                       # of the values written in training, wrong on purpose
 
-# A token a character, but for the operations, which are one token each: with operand and sign apart, a new value would
-# depend on three tokens instead of two, and take several times longer to learn.
+# A token a character, but for the operations, which are one token each: what a step does is then told by a single token.
 ENC = make_encoding(r'[-+*]\d|[\s\S]', [bytes([b]) for b in range(256)] + [op.encode() for op in OPERATIONS], SPECIAL_TOKENS)
 USER, ASSISTANT, END, THINK, CLOSE = map(ENC.encode_single_token,
                                          ['<|user|>', '<|assistant|>', '<|end|>', '<think>', '</think>'])
