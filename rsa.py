@@ -21,8 +21,8 @@ Source: ZAYA1-8B report (arXiv 2605.05365), section VI. The C = 1 of Delethink: 
 
 Legend: N population, C candidates, T rounds (of aggregation, so there are T + 1 in all), beta budget, tau tail.
 
-After the algorithm, from `describe` on, the command line: `python rsa.py --ckpt=runs/loops --split=hard` measures a model
-trained on the loops task (data/loops/task.py), `--show=True` prints how a population fares, `--question=...` takes yours.
+After the algorithm comes the command line: `python rsa.py --ckpt=runs/loops --split=hard` measures a model trained on the
+loops task (data/loops/task.py), `--show=True` prints how a population fares, `--question=...` takes one of yours.
 """
 import itertools
 import os
@@ -179,8 +179,8 @@ class RSAConfig:
     device: str = 'auto'
 
     def __post_init__(self):
-        for key, low in (('problems', 1), ('population', 1), ('rounds', -1), ('budget', 0), ('tail', 0), ('final_budget', 0), ('rows', 1),
-                         ('temperature', 0), ('top_p', 0), ('seed', 0)):
+        for key, low in (('problems', 1), ('population', 1), ('rounds', -1), ('budget', 0), ('tail', 0), ('final_budget', 0),
+                         ('rows', 1), ('temperature', 0), ('top_p', 0), ('seed', 0)):
             if getattr(self, key) < low:
                 raise ValueError(f'{key} is {getattr(self, key)}, it must be at least {low}')
         unknown = [name for name in self.split.split() if name not in task.LENGTHS]
@@ -300,8 +300,8 @@ def print_table(speaker, config, budget, tail):
     for split in config.split.split():
         steps = '-'.join(map(str, task.LENGTHS[split]))
         for name, mean, half, majority, tokens, longest, seconds in rows_of_table(speaker, config, split, budget, tail):
-            print(f'| {steps} | {name} | {100 * mean:.1f} +-{100 * half:.1f} | {100 * majority:.1f} | {tokens:,.0f} | {longest} '
-                  f'| {seconds:.0f} |', flush=True)
+            print(f'| {steps} | {name} | {100 * mean:.1f} +-{100 * half:.1f} | {100 * majority:.1f} | {tokens:,.0f} | '
+                  f'{longest} | {seconds:.0f} |', flush=True)
 
 
 def print_population(result, question, decode, judge=lambda question, text: '', spaced=str):

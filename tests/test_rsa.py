@@ -467,7 +467,8 @@ def test_the_table_is_what_the_algorithm_gives(run_folder, monkeypatch, capsys):
     assert message is None
     table = cells(out)
     methods = ['one bounded rollout each, T=0', 'one unbounded rollout each', 'C=1, T={}', 'C=2, T={}']
-    assert [row[:2] for row in table] == [[steps, method.format(T)] for steps, T in (('3-7', 1), ('25-32', 4)) for method in methods]
+    assert [row[:2] for row in table] == [[steps, method.format(T)] for steps, T in (('3-7', 1), ('25-32', 4))
+                                          for method in methods]
     lengths = [len(ENC.encode_ordinary(p.question)) + 4 for p in problems_of('hard', 3)]
     longest, rest = max(lengths), round(4 * sum(256 - n for n in lengths) / 3)
     assert [int(row[4].replace(',', '')) for row in table[4:]] == [4 * 41, rest, 4 * 5 * 41, 4 * 5 * 41]
@@ -527,8 +528,9 @@ def test_show_tells_every_round_and_who_read_whom(run_folder, monkeypatch, capsy
 
 
 def test_a_question_typed_in_is_run_as_long_as_it_needs(run_folder, monkeypatch, capsys):
-    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--question=8x:a-2b*7c+3=5', '--show=True', *FLAGS)
-    short, _ = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--question=8x:a-2b*7c+3=5', *FLAGS)
+    flags = [f'--ckpt={run_folder}', '--question=8x:a-2b*7c+3=5', *FLAGS]
+    out, message = run_script(monkeypatch, capsys, 'rsa.py', *flags, '--show=True')
+    short, _ = run_script(monkeypatch, capsys, 'rsa.py', *flags)
     assert short.splitlines() == [out.splitlines()[0], out.splitlines()[-1]]
     assert message is None and '24 steps, the answer is' in out and len(re.findall('^round', out, re.M)) == 4
 
@@ -537,8 +539,8 @@ def test_show_marks_what_is_right_so_far(capsys):
     """Three chains of one step: one right, one wrong, one that is done before the second round."""
     said = iter([ENC.encode_ordinary('51a-2=3'), ENC.encode_ordinary('51a-2=4'),
                  [*ENC.encode_ordinary('3'), task.CLOSE, *ENC.encode_ordinary('3'), task.END]] * 2)
-    result, = markovian_rsa([ENC.encode_ordinary('1x:a-2=5')], lambda prompts, n: [next(said) for _ in prompts], task.build_prompt,
-                            answer_of=task.answer_of, population=3, candidates=1, rounds=1, budget=11, tail=5)
+    result, = markovian_rsa([ENC.encode_ordinary('1x:a-2=5')], lambda prompts, n: [next(said) for _ in prompts],
+                            task.build_prompt, answer_of=task.answer_of, population=3, candidates=1, rounds=1, budget=11, tail=5)
     rsa.print_population(result, '1x:a-2=5', ENC.decode, task.judge, task.spaced)
     assert capsys.readouterr().out.splitlines() == [
         '', 'round 0: 2 of 3 are right so far', ' 0  ok    5 1a-2=3', ' 1  wrong 5 1a-2=4', ' 2  ok    3</think>3<|end|>',
@@ -564,7 +566,8 @@ def test_a_released_model_is_asked_in_its_chat_format(released_folder, monkeypat
 
     out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={released_folder}', '--question=2 + 2?', '--budget=6',
                               '--tail=3', '--show=True', *FLAGS)
-    assert message is None and len(re.findall('^round', out, re.M)) == 3 and re.search(r'answers: none; \d+ tokens generated$', out)
+    assert message is None and len(re.findall('^round', out, re.M)) == 3
+    assert re.search(r'answers: none; \d+ tokens generated$', out)
 
 
 BAD_ARGUMENTS = {

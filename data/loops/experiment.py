@@ -96,7 +96,7 @@ def trim(config, out, context=116):
         data = out / f'data_{rule}'
         prepare_once(data, context=context, rule=rule, traces=config.samples, votes=config.samples)
         for seed in range(config.seeds):
-            speaker = train(out / f'{rule}{seed}', seed, config, f'--context={context}', '--batch_size=36',
+            speaker = train(out / f'{rule}{seed}', seed, config, f'--context={context}', '--batch_size=18',
                             f'--dataset={data}/traces:0.5 {data}/votes:0.5')
             for split in (config.splits or 'easy medium hard').split():
                 problems, T = test_problems(split, config.problems), rounds_needed(LENGTHS[split][1], 41)
