@@ -10,12 +10,12 @@ n_expert = 4
 expert_dim = 128
 router_dim = 32
 batch_size = 8          # 8 * 256 = 2,048 tokens a step: what is learned late, arithmetic, takes steps rather than tokens
-max_steps = 700         # 1.4M tokens
+max_steps = 1000        # 2.0M tokens
 warmup_steps = 20
 lr = 1e-2
 min_lr = 5e-4
 balancer_lr = 3e-3      # experts are then busy for longer with the same tokens
-eval_every = 350
+eval_every = 500
 eval_batches = 10
-checkpoint_every = 350
+checkpoint_every = 500
 sample_tokens = 0
