@@ -59,6 +59,7 @@ def one_convolution(w1, b1, w2, b2):
     one w1 (C, 1, 2), b1 (C), of the grouped one w2 (C, d, 2), b2 (C) -> w (H, d, 3d), taps from old to new, and b (H, d)."""
     C, d, _ = w2.shape
     H = C // d                                                      # one group a head
+    w1, b1, w2, b2 = map(wide, (w1, b1, w2, b2))                    # products of weights: rounded once, at the end
     w1, w2 = w1.view(H, 1, d, 2), w2.view(H, d, d, 2)               # (head, out, in, time)
     w = torch.cat([w2[..., 0] * w1[..., 0],                         # x_{t-2}
                    w2[..., 0] * w1[..., 1] + w2[..., 1] * w1[..., 0],
@@ -79,7 +80,7 @@ def shifted(x, H, start=None):
 def convolve(x, w, b, start=None):
     """Both convolutions, as one: w (H, d, 3d), b (H, d). x (B, S + 2, C) as in shifted -> (B, S, C). One product a head."""
     taps = shifted(x, len(w), start)                                # (B, S, H, 3d)
-    y = torch.baddbmm(b[:, None], taps.flatten(0, 1).transpose(0, 1), w.mT)                         # (H, B S, d)
+    y = torch.baddbmm(b[:, None].to(x.dtype), taps.flatten(0, 1).transpose(0, 1), w.mT.to(x.dtype))    # (H, B S, d)
     return y.transpose(0, 1).reshape(len(x), -1, b.numel())
 
 
@@ -98,6 +99,12 @@ def norm(x, length):
     """Each head of x (B, S, H, d) to the length (H), in x's dtype; a zero vector stays zero instead of 0 / 0."""
     eps = torch.finfo(x.dtype).eps
     return x * (length[:, None] / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps))
+
+
+def lengths(temperature, Hq, d):
+    """The length of each head, (Hq + Hk): sqrt(d) for queries, T sqrt(d) for keys. temperature (Hk)."""
+    T = wide(temperature)
+    return d ** 0.5 * torch.cat([T.new_ones(Hq), T])
 
 
 # ---- step 5 ----
@@ -119,16 +126,21 @@ def rope(x, cos, sin):
 
 # ---- steps 2 to 5 in a row ----
 
-def mix(x, w, b, length, Hk, cos, sin, start=None):
-    """[q~; k~] to q and k. x (B, S + 2, C), two columns of past first; w (H, d, 3d), b (H, d) of one_convolution; length (H),
-    sqrt(d) for query heads, T sqrt(d) for key heads; cos, sin (B or 1, S, n) -> q (B, Hq, S, d), k (B, Hk, S, d).
-    In float32 but for the convolution: small errors here would bend every attention logit."""
-    H, d = b.shape
-    heads = lambda t: wide(t).unflatten(-1, (H, d))                 # (B, S, H, d): queries and keys go together
-    z = heads(convolve(x, w.to(x.dtype), b.to(x.dtype), start))
-    z = z + torch.cat(qk_mean(*heads(x[:, 2:]).split([H - Hk, Hk], 2)), 2)
-    y = rope(norm(z, length), cos, sin)
-    return y.transpose(1, 2).split([H - Hk, Hk], 1)
+def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
+    """From the projected qk = [q~; k~] (B, S, C) to q (B, Hq, S, d) and k (B, Hk, S, d), in qk's dtype.
+
+    past (B, 2, C): the two columns before qk. w1, b1 and w2, b2: weights and biases of the two convolutions, as above.
+    temperature (Hk). cos, sin (B or 1, S, n) of rope_table. start (B, S) bool or None: as in CCA.forward."""
+    (B, S, C), d, Hk = qk.shape, w2.shape[1], len(temperature)
+    Hq = C // d - Hk
+    # 2. Two kernels of 2 eat two columns of padding, the past. At the start of a sequence it is zero, and since it stands
+    # BEFORE the first convolution, what the second one sees of it is not zero, but the first one's bias.
+    z = convolve(torch.cat([past, qk], 1), *one_convolution(w1, b1, w2, b2), start)                     # (B, S, C)
+    # 3 to 5 in float32: here small errors would bend every attention logit. Queries and keys go together.
+    heads = lambda t: wide(t).unflatten(-1, (Hq + Hk, d))           # (B, S, Hq + Hk, d)
+    z = heads(z) + torch.cat(qk_mean(*heads(qk).split([Hq, Hk], 2)), 2)
+    y = rope(norm(z, lengths(temperature, Hq, d)), cos, sin)
+    return y.to(qk.dtype).transpose(1, 2).split([Hq, Hk], 1)
 
 
 class CCA(nn.Module):
@@ -165,25 +177,20 @@ class CCA(nn.Module):
             qk_past, v_past = qk.new_zeros(B, 2, qk.shape[-1]), v.new_zeros(B, 1, v.shape[-1])
         else:
             qk_past, v_past = cache.conv[self.layer].to(qk.dtype), cache.value[self.layer].to(v.dtype)
-        qk_padded = torch.cat([qk_past, qk], 1)                                # (B, S + 2, C), from t = -2
         v_padded = torch.cat([v_past, v_delayed], 1)                           # (B, S + 1, Hk d / 2), from t = -1
-        # 2 to 5. Two kernels of 2 eat the two columns of padding. Padding BEFORE the first convolution means that its bias
-        # lands on the padded position, too: what the second sees of the past at a start is that bias, not zero.
-        w, b = one_convolution(*map(wide, (self.conv_depthwise_weight, self.conv_depthwise_bias,
-                                           self.conv_grouped_weight, self.conv_grouped_bias)))
-        T = wide(self.temperature)
-        length = d ** 0.5 * torch.cat([T.new_ones(Hq), T])                     # (Hq + Hk)
-        fast = fused.wanted() and qk.dtype == w.dtype                          # the same with its gradient by hand
-        q, k = (fused.Mix.apply if fast else mix)(qk_padded, w, b, length, Hk, cos, sin, start)
+        # 2 to 5. Convolutions, QK-mean, norm and RoPE; fused.mix is the same with its gradient by hand.
+        fast = fused.wanted() and qk.dtype == wide(qk).dtype
+        q, k = (fused.mix if fast else mix)(qk, qk_past, self.conv_depthwise_weight, self.conv_depthwise_bias,
+                                            self.conv_grouped_weight, self.conv_grouped_bias, self.temperature, cos, sin, start)
         # 6. Values: half of the latent sees this token, the other half the one before. 2 KV heads: one head each.
         v_before = v_padded[:, :-1]                                            # (B, S, Hk d / 2)
         if start is not None:
             v_before = v_before.masked_fill(start[..., None], 0)
         v = torch.cat([v, v_before], -1).unflatten(-1, (Hk, -1))               # (B, S, Hk, d)
         # 7. Attend in the latent: (B, H, S, d) is the layout of scaled_dot_product_attention.
-        q, k, v = q.to(v.dtype), k.to(v.dtype), v.transpose(1, 2)
+        v = v.transpose(1, 2)
         if cache is not None:
-            cache.remember(self.layer, qk_padded, v_padded)
+            cache.remember(self.layer, torch.cat([qk_past, qk], 1), v_padded)
             k, v = cache.append(self.layer, k, v)                              # now (B, Hk, P, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True,
                                            is_causal=mask is None and S > 1)   # scale 1 / sqrt(d) is its default

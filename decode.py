@@ -59,8 +59,8 @@ def fold(model):
         dtype, T = attn.o_proj.weight.dtype, wide(attn.temperature)
         matrix = lambda W, scale: (wide(W).T * scale).to(dtype).contiguous()
         qkv = torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight, attn.v_proj_delayed.weight])
-        w, b = one_convolution(*map(wide, (attn.conv_depthwise_weight, attn.conv_depthwise_bias,
-                                           attn.conv_grouped_weight, attn.conv_grouped_bias)))         # (H, d, 3 d), (H, d)
+        w, b = one_convolution(attn.conv_depthwise_weight, attn.conv_depthwise_bias,
+                               attn.conv_grouped_weight, attn.conv_grouped_bias)                       # (H, d, 3 d), (H, d)
         w = 2 * w
         w[..., 2 * d:] += torch.eye(d, device=w.device)
         constant = lambda s: wide(s.residual_bias * s.residual_scale + s.branch_bias * s.branch_scale)

@@ -64,8 +64,16 @@ class ResidualScaling(torch.autograd.Function):
         return torch.mul(g, a_r, out=p), g * a_f, da_r, a_r * sum_g, da_f, a_f * sum_g
 
 
+def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
+    """cca.mix, with the same arguments and results."""
+    w, b = cca.one_convolution(w1, b1, w2, b2)
+    length = cca.lengths(temperature, len(w) - len(temperature), b.shape[1])
+    return Mix.apply(torch.cat([past, qk], 1), w, b, length, len(temperature), cos, sin, start)
+
+
 class Mix(torch.autograd.Function):
-    """Steps 2 to 5 of CCA, with the arguments and results of cca.mix: convolution, QK-mean, norm, RoPE. Heads come first here,
+    """Steps 2 to 5 of CCA: convolution, QK-mean, norm, RoPE. x (B, S + 2, C), two columns of past first; w (H, d, 3d), b (H, d) of
+    cca.one_convolution; length (H) of cca.lengths -> q (B, Hq, S, d), k (B, Hk, S, d). Inside, heads come first,
     (H, B, S, d), for that is how one product a head leaves them, and attention likes it.
 
     Of q~, k~:  z_q = conv_q + q~ / 2 + k~ / 2,   z_k = conv_k + k~ / 2 + mean(q~) / 2;   the head's own half joins the

@@ -39,12 +39,12 @@ def test_residual_scaling_equals_the_formula(seed, shape):
 @given(seeds, st.sampled_from([(4, 1, 8), (4, 2, 8), (6, 3, 4), (2, 2, 12)]), st.integers(1, 6), st.booleans())
 def test_mix_equals_the_steps_one_by_one(seed, shape, S, packed):
     Hq, Hk, d = shape
-    H, B, g = Hq + Hk, 2, torch.Generator().manual_seed(seed)
-    x, w, b, length = leaves(seed, (B, S + 2, H * d), (H, d, 3 * d), (H, d), (H,))
+    C, B, g = (Hq + Hk) * d, 2, torch.Generator().manual_seed(seed)
     table = [t.double() for t in cca.rope_table(torch.arange(S)[None] + seed % 100, d // 2, 10_000.0)]
     start = torch.rand(B, S, generator=g) < 0.4 if packed else None
-    joined = lambda f: lambda *inputs: torch.cat(f(*inputs, Hk, *table, start), 1)
-    check_equal(joined(fused.Mix.apply), joined(cca.mix), [x, w, b, length], seed)
+    joined = lambda f: lambda *inputs: torch.cat(f(*inputs, *table, start), 1)
+    check_equal(joined(fused.mix), joined(cca.mix),
+                leaves(seed, (B, S, C), (B, 2, C), (C, 1, 2), (C,), (C, d, 2), (C,), (Hk,)), seed)
 
 
 def test_mix_of_zeros_is_zero_with_finite_gradients():
