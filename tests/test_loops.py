@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+import configurator
+import train
 from common import ENV, ROOT, TINY_RUN
 from data.loader import open_dataset
 from data.loops import task
+from data.loops.experiment import ExperimentConfig, trim
 from data.loops.prepare import prepare_loops
 from data.loops.task import (CLOSE, END, ENC, LENGTHS, OPERATIONS, STEP, THINK, Problem, aggregation_sample, answer_of,
                              build_prompt, continue_chain, draw_problem, expert, judge, parse, side, solve, tail_of,
                              test_problems as problems_of, trace_sample, vote, write)
 from data.reasoning import flatten
 from data.tokenizer import load_tokenizer, save_tokenizer
+from model import ZayaConfig
 
 operations = st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=8).map(tuple)
 problems = st.builds(Problem, st.integers(1, 9), operations, st.integers(0, 9))
@@ -331,26 +335,27 @@ def test_the_script_prints_what_it_wrote_and_gives_errors_one_line(tmp_path):
 
 # ---- experiments ----
 
-def experiment(*flags):
-    return subprocess.run([sys.executable, 'data/loops/experiment.py', *flags], cwd=ROOT, env=ENV, capture_output=True, text=True)
-
-
-def test_an_experiment_trains_measures_and_goes_on_where_it_was_stopped(tmp_path):
+def test_an_experiment_trains_measures_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    def run(command, **kwargs):                                 # train.py, in this process
+        train.train(*configurator.read(command[2:], train.TrainConfig, ZayaConfig))
+    monkeypatch.setattr(subprocess, 'run', run)
     (tmp_path / 'recipe.py').write_text('\n'.join(flag.removeprefix('--') for flag in TINY_RUN if 'device' not in flag))
-    flags = ['trim', f'--recipe={tmp_path}/recipe.py', f'--out={tmp_path}/out', '--samples=400', '--steps=2', '--seeds=1',
-             '--problems=2', '--splits=easy', '--device=cpu']
-    first, again = experiment(*flags), experiment(*flags)
-    assert (first.returncode, again.returncode) == (0, 0), first.stderr
-    table = [line.split(' | ') for line in first.stdout.splitlines() if line.startswith('| 3-7')]
+    config = ExperimentConfig(recipe=f'{tmp_path}/recipe.py', samples=400, steps=2, seeds=1, problems=2, splits='easy', device='cpu')
+    trim(config, tmp_path / 'out')
+    first = capsys.readouterr().out
+    table = [line.split(' | ') for line in first.splitlines() if line.startswith('| 3-7')]
     assert [row[1] for row in table] == [f'{rule}: {what}' for rule in ('ap', 'truncate', 'drop')
                                          for what in ('one rollout', 'C=4, T=1')]
-    assert 'windows of 116' in first.stdout and again.stdout.splitlines()[-6:] == first.stdout.splitlines()[-6:]
-    assert 'windows of 116' not in again.stdout
+    trim(config, tmp_path / 'out')
+    again = capsys.readouterr().out
+    assert 'windows of 116' in first and 'windows of 116' not in again          # what is prepared stays
+    assert again.splitlines()[-6:] == first.splitlines()[-6:]
 
 
 @pytest.mark.parametrize('flags', [[], ['trimm'], ['trim', '--seeds=0'], ['main', '--problem=3'],
                                    ['trim', '--recipe=nowhere.py', '--samples=400']])
 def test_a_bad_experiment_gets_one_line(tmp_path, flags):
-    out = experiment(*flags, *[f'--out={tmp_path}'] * (len(flags) > 2))
+    flags = [*flags, f'--out={tmp_path}'] if flags else []
+    out = subprocess.run([sys.executable, 'data/loops/experiment.py', *flags], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert out.returncode == 1 and 'Traceback' not in out.stderr
     assert out.stderr.splitlines()[-1].startswith('experiment.py: ')
