@@ -54,9 +54,10 @@ Problem check(const Tensor& qk, const optional<Tensor>& past, const Tensor& w1, 
                       " channels must be the query heads', a multiple of ", Hk, " (of temperature's), and the ", Hk,
                       " key heads', of ", D, " each");
     TORCH_CHECK_VALUE(B * S < (1 << 30), "cca_mix: at most 2^30 tokens at once, got ", B * S);
-    TORCH_CHECK_VALUE(aligned(qk), "cca_mix: qk's rows must be contiguous and begin at multiples of 16 bytes, the strides are ",
-                      qk.strides(), "; qk.contiguous() makes them so");
-    TORCH_CHECK_VALUE(tile == 0 || tile == 16 || tile == (p.dtype == FLOAT ? 32 : 64), "cca_mix: no tile of ", tile, " rows");
+    TORCH_CHECK_VALUE(aligned(qk) && (B == 1 || S == 1 || qk.stride(0) == S * qk.stride(1)),
+                      "cca_mix: qk's rows must be contiguous, begin at multiples of 16 bytes, and be equally spaced, its strides are ",
+                      qk.strides(), "; qk.contiguous() has such");
+    TORCH_CHECK_VALUE(tile >= CHOOSE && tile <= LARGE_TILE, "cca_mix: tile must be 0, 1 or 2, it is ", tile);
     check_shape("conv_depthwise_weight", w1, {C, 1, 2});
     check_shape("conv_depthwise_bias", b1, {C});
     check_shape("conv_grouped_weight", w2, {C, D, 2});
@@ -87,7 +88,7 @@ Problem check(const Tensor& qk, const optional<Tensor>& past, const Tensor& w1, 
         return aligned(u) ? u : u.clone();
     };
     a.B = B, a.S = S, a.Hk = Hk, a.Hq = C / D - Hk, a.D = D, a.n = cos.size(2), a.tile = tile;
-    a.qk = p.pointer(qk), a.qk_b = qk.stride(0), a.qk_s = qk.stride(1);
+    a.qk = p.pointer(qk), a.qk_s = S > 1 ? qk.stride(1) : qk.stride(0);
     if (past) a.past = p.pointer(plain(*past, qk.scalar_type()));
     if (start) a.start = p.pointer<bool>(start->contiguous());
     a.w1 = p.pointer<float>(plain(w1, at::kFloat));
@@ -138,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     a.dq = p.pointer(gq), a.dq_b = gq.stride(0), a.dq_h = gq.stride(1), a.dq_s = gq.stride(2);
     a.dk = p.pointer(gk), a.dk_b = gk.stride(0), a.dk_h = gk.stride(1), a.dk_s = gk.stride(2);
     a.w2_t = p.pointer(w2.to(qk.scalar_type()).view({-1, a.D, 2 * a.D}).transpose(1, 2).contiguous());
-    const Partials n = partials(a, p.dtype);
+    const Partials n = partials(a);
     const auto floats = qk.options().dtype(at::kFloat);
     Tensor dqk = at::empty({a.B, a.S, C}, qk.options()), dpast = at::empty({past ? a.B : 0, 2, C}, qk.options());
     Tensor dy = at::empty({a.B, a.S, C}, qk.options());
@@ -157,16 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
 }  // namespace
 
-#define ARGUMENTS                                                                                                       \
-    "Tensor qk, Tensor? past, Tensor conv_depthwise_weight, Tensor conv_depthwise_bias, Tensor conv_grouped_weight, "   \
-    "Tensor conv_grouped_bias, Tensor temperature, Tensor cos, Tensor sin, Tensor? start=None, int tile=0"
-
-TORCH_LIBRARY(nanozaya, m) {
-    m.def("cca_forward(" ARGUMENTS ") -> (Tensor q, Tensor k)");
-    m.def("cca_backward(Tensor dq, Tensor dk, " ARGUMENTS
-          ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
+// The operators' signatures are in __init__.py.
 #ifdef FOR_CPU
 TORCH_LIBRARY_IMPL(nanozaya, CPU, m) {
 #else

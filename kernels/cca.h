@@ -6,11 +6,13 @@
 #pragma once
 #include <stdint.h>
 
+enum Tile { CHOOSE, SMALL_TILE, LARGE_TILE };
+
 struct Args {
     int B, S, Hq, Hk, D, n;
-    int tile;                               // rows of a block's tile: 0 chooses; 16 and 64 (float: 32) are there
+    int tile;                               // 0: chosen by the number of rows; SMALL_TILE or LARGE_TILE: that one
     const void* qk;                         // (B, S, C) T, [q~; k~]
-    int64_t qk_b, qk_s;                     // its strides
+    int64_t qk_s;                           // its stride from row to row; sequences follow one another, S rows each
     const void* past;                       // (B, 2, C) T, the two columns before qk; null: zeros
     const bool* start;                      // (B, S), a document begins here; null: nowhere
     const float *w1, *b1;                   // depthwise convolution (C, 2), (C)
@@ -37,7 +39,7 @@ enum DType { FLOAT, BF16, F16 };
 
 /// Numbers of partial sums, functions of the shapes alone: the order of every sum is always the same.
 struct Partials { int n_tiles, n_tiles_input, n_splits; };
-Partials partials(const Args& a, DType dtype);
+Partials partials(const Args& a);
 
 /// Each launches on `stream` (ignored on the CPU) and returns null or an error message.
 const char* cca_forward(const Args& a, DType dtype, void* stream);

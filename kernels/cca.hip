@@ -51,18 +51,21 @@ __device__ inline Token token(const Args& a, int r) { return {r / a.S, r % a.S};
 /// Does x_{t-1} count for token t? Not across the beginning of a document.
 __device__ inline bool begins(const Args& a, Token t) { return a.start && a.start[(int64_t)t.b * a.S + t.s]; }
 
-/// x at 8 channels; s may be -1 or -2.
-template <typename T> __device__ inline void load_x(const Args& a, int b, int s, int channel, float (&x)[8]) {
-    const T* p;
-    if (s >= 0)
-        p = (const T*)a.qk + b * a.qk_b + s * a.qk_s + channel;
-    else if (a.past)
-        p = (const T*)a.past + ((int64_t)b * 2 + 2 + s) * (a.Hq + a.Hk) * a.D + channel;
-    else {
+/// x of row r at 8 channels.
+template <typename T> __device__ inline Eight<T> load_row(const Args& a, int r, int channel) {
+    const T* p = (const T*)a.qk + r * a.qk_s + channel;
+    return load_eight<T>([&](int i) { return p + i; });
+}
+
+/// x_{t-1} (back = 1) or x_{t-2} of a token, wherever it lies.
+template <typename T> __device__ inline void load_before(const Args& a, Token t, int back, int channel, float (&x)[8]) {
+    if (t.s >= back)
+        unpack(load_row<T>(a, t.b * a.S + t.s - back, channel), x);
+    else if (a.past) {
+        const T* p = (const T*)a.past + ((int64_t)t.b * 2 + 2 + t.s - back) * (a.Hq + a.Hk) * a.D + channel;
+        load8<T>([&](int i) { return p + i; }, x);
+    } else
         for (int i = 0; i < 8; i++) x[i] = 0;
-        return;
-    }
-    load8<T>([&](int i) { return p + i; }, x);
 }
 
 /// The depthwise convolution's parameters of 8 channels.
@@ -137,19 +140,6 @@ template <typename T, int M, int N> struct Product {
 
 // ---- step 3 and all together ----
 
-/// QK-mean's m_t for 8 dims of head j of a group, of which 0..G-1 are query heads and G the key head.
-template <typename T> __device__ inline void qk_mean(const Args& a, Token t, int group, int j, int dim, float (&m)[8]) {
-    const int G = a.Hq / a.Hk;
-    float x[8];
-    load_x<T>(a, t.b, t.s, (a.Hq + group) * a.D + dim, m);
-    for (int i = 0; i < 8; i++) m[i] *= 0.5f;
-    const int first = j < G ? j : 0, last = j < G ? j + 1 : G;
-    for (int h = first; h < last; h++) {
-        load_x<T>(a, t.b, t.s, (group * G + h) * a.D + dim, x);
-        for (int i = 0; i < 8; i++) m[i] += x[i] * (0.5f / (last - first));
-    }
-}
-
 /// RoPE of 8 dims from `dim` on, given the 8 dims that they are paired with (n before or after), by the angle of token t,
 /// sign = 1, or by its opposite, sign = -1. Dims from 2n on stay. n is a multiple of 8.
 __device__ inline int rope_partner(const Args& a, int dim) { return dim < a.n ? dim + a.n : dim < 2 * a.n ? dim - a.n : dim; }
@@ -179,27 +169,41 @@ __global__ void __launch_bounds__(THREADS, 2) cca_rows(Args a, int heads_per_blo
 
     for (int j = j0; j < smaller(j0 + heads_per_block, G + 1); j++) {
         const int head = j < G ? group * G + j : a.Hq + group, channel = head * D + dim;
-        {   // 1. Read each x once: what is x_t for one row is x_{t-1} for the next.
+        float mean[RUN][8];                                     // QK-mean's m_t
+        {   // 1. Read each x once: what is x_t for one row is x_{t-1} for the next. All loads are under way at once.
+            Eight<T> rows[RUN + 2], key[RUN];
+#pragma unroll
+            for (int i = 0; i < RUN + 2; i++) rows[i] = load_row<T>(a, smaller(larger(r0 + i - 2, 0), R - 1), channel);
+#pragma unroll
+            for (int i = 0; i < RUN; i++) key[i] = load_row<T>(a, smaller(r0 + i, R - 1), (a.Hq + group) * D + dim);
             const Depthwise depthwise(a, channel);
-            float x0[8], x1[8] = {}, x2[8] = {}, a_before[8], a_now[8], pairs[8];
-            for (int i = 0; i < RUN && run + i < ROWS; i++) {
-                if (r0 + i < R) {
-                    const Token t = token(a, r0 + i);
-                    load_x<T>(a, t.b, t.s, channel, x0);
-                    if (i == 0 || t.s < 2) {
-                        load_x<T>(a, t.b, t.s - 1, channel, x1);
-                        load_x<T>(a, t.b, t.s - 2, channel, x2);
+            float x0[8], x1[8], x2[8], a_before[8], a_now[8], pairs[8];
+            unpack(rows[0], x2);
+            unpack(rows[1], x1);
+#pragma unroll
+            for (int i = 0; i < RUN; i++) {
+                const Token t = token(a, smaller(r0 + i, R - 1));               // rows past the last repeat it
+                unpack(rows[i + 2], x0);
+                unpack(key[i], mean[i]);
+                for (int e = 0; e < 8; e++) mean[i][e] = 0.5f * (mean[i][e] + (j < G ? x0[e] : 0));
+                if (t.s < 2) {                                  // the row above is not of this sequence
+                    load_before<T>(a, t, 1, channel, x1);
+                    load_before<T>(a, t, 2, channel, x2);
+                }
+                depthwise(a, t, x0, x1, x2, a_before, a_now);
+                if (run + i < ROWS)
+                    for (int half = 0; half < 2; half++) {
+                        for (int e = 0; e < 4; e++) pairs[2 * e] = a_before[4 * half + e], pairs[2 * e + 1] = a_now[4 * half + e];
+                        store8<T>([&](int e) { return mixed + at<T>(run + i, 2 * dim + 8 * half + e, 2 * D); }, pairs);
                     }
-                    depthwise(a, t, x0, x1, x2, a_before, a_now);
-                } else {
-                    for (int e = 0; e < 8; e++) a_before[e] = a_now[e] = 0;
-                }
-                for (int half = 0; half < 2; half++) {
-                    for (int e = 0; e < 4; e++) pairs[2 * e] = a_before[4 * half + e], pairs[2 * e + 1] = a_now[4 * half + e];
-                    store8<T>([&](int e) { return mixed + at<T>(run + i, 2 * dim + 8 * half + e, 2 * D); }, pairs);
-                }
                 for (int e = 0; e < 8; e++) x2[e] = x1[e], x1[e] = x0[e];
             }
+            for (int h = 0; h < (j < G ? 0 : G); h++)           // the key's mean has all query heads of the group
+#pragma unroll
+                for (int i = 0; i < RUN; i++) {
+                    unpack(load_row<T>(a, smaller(r0 + i, R - 1), (group * G + h) * D + dim), x0);
+                    for (int e = 0; e < 8; e++) mean[i][e] += 0.5f / G * x0[e];
+                }
         }
         __syncthreads();
         {   // 2. The grouped convolution.
@@ -211,20 +215,18 @@ __global__ void __launch_bounds__(THREADS, 2) cca_rows(Args a, int heads_per_blo
             product.each([&](int row, int out, float sum) { y[at<float>(row, out, D)] = sum; });
         }
         __syncthreads();
-        // 3. Row by row. Not unrolled: the loads of several rows at once would take more registers than there are.
+        // 3. Row by row.
         float bias[8], db2[8] = {}, dtemperature = 0;
         load8<float>([&](int e) { return a.b2 + channel + e; }, bias);
         const float s = sqrtf(float(D)) * (j < G ? 1 : a.temperature[group]);
-#pragma unroll 1
+#pragma unroll
         for (int i = 0; i < RUN; i++) {
             const bool real = run + i < ROWS && r0 + i < R;
             const Token t = token(a, real ? r0 + i : 0);
             float v[8] = {}, squares = 0;
             if (real) {
-                float mean[8];
-                qk_mean<T>(a, t, group, j, dim, mean);
                 load8<float>([&](int e) { return y + at<float>(run + i, dim + e, D); }, v);
-                for (int e = 0; e < 8; e++) v[e] += bias[e] + mean[e], squares += v[e] * v[e];
+                for (int e = 0; e < 8; e++) v[e] += bias[e] + mean[i][e], squares += v[e] * v[e];
             }
             const float norm = sqrtf(row_sum<D>(squares)), safe = norm > EPS ? norm : EPS;
             if constexpr (!BACKWARD) {
@@ -338,8 +340,8 @@ __global__ void __launch_bounds__(THREADS, 2) cca_backward_input(Args a) {
         load_pn(run + i, p, da);
         load_pn(run + i + 1, p1, da1);
         load_pn(run + i + 2, p2, n2);
-        load_x<T>(a, t.b, t.s, channel, x0);
-        load_x<T>(a, t.b, t.s - 1, channel, x1);
+        unpack(load_row<T>(a, r0 + i, channel), x0);
+        load_before<T>(a, t, 1, channel, x1);
         for (int e = 0; e < 8; e++) {
             da[e] += sees ? p1[e] : 0;
             da1[e] += sees_next ? p2[e] : 0;
@@ -350,7 +352,7 @@ __global__ void __launch_bounds__(THREADS, 2) cca_backward_input(Args a) {
         }
         if (t.s == 0 && !first) {                               // a_{-1}, which lies in the past
             float x2[8];
-            load_x<T>(a, t.b, -2, channel, x2);
+            load_before<T>(a, t, 2, channel, x2);
             for (int e = 0; e < 8; e++) dw_now[e] += p[e] * x1[e], dw_before[e] += p[e] * x2[e], db1[e] += p[e];
         }
         if (t.s == 0 && a.dpast) {
@@ -425,9 +427,9 @@ __global__ void __launch_bounds__(THREADS, 2) cca_backward_weight(Args a, int to
             float x0[8], x1[8], x2[8], a_before[8] = {}, a_now[8] = {};
             if (r < last) {
                 const Token t = token(a, r);
-                load_x<T>(a, t.b, t.s, channel, x0);
-                load_x<T>(a, t.b, t.s - 1, channel, x1);
-                load_x<T>(a, t.b, t.s - 2, channel, x2);
+                unpack(load_row<T>(a, r, channel), x0);
+                load_before<T>(a, t, 1, channel, x1);
+                load_before<T>(a, t, 2, channel, x2);
                 Depthwise(a, channel)(a, t, x0, x1, x2, a_before, a_now);
             }
             for (int e = 0; e < 8; e++) {
@@ -451,15 +453,13 @@ constexpr int FEW_ROWS = 1024;      // up to here a block takes 16 rows and one 
 constexpr int ENOUGH_BLOCKS = 512;  // from here on a block takes a whole KV group, whose k~ and q~ it then finds in its cache
 constexpr int WEIGHT_TOKENS = 512, MOST_SPLITS = 32;
 
-static int tile_rows(const Args& a, int large) {
-    return a.tile ? a.tile : int64_t(a.B) * a.S <= FEW_ROWS ? 16 : large;
-}
 static int divide_up(int a, int b) { return (a + b - 1) / b; }
-static int large_tile(DType dtype) { return dtype == FLOAT ? 32 : 64; }         // 32 KiB of shared memory at D = 128
+static bool small_tile(const Args& a) { return a.tile ? a.tile == SMALL_TILE : a.B * a.S <= FEW_ROWS; }
+constexpr int BACKWARD_ROWS = 32;
 
-Partials partials(const Args& a, DType dtype) {
+Partials partials(const Args& a) {
     const int R = a.B * a.S;
-    return {divide_up(R, tile_rows(a, large_tile(dtype))), divide_up(R, INPUT_OUT),
+    return {divide_up(R, small_tile(a) ? 16 : BACKWARD_ROWS), divide_up(R, INPUT_OUT),
             smaller(divide_up(R, WEIGHT_TOKENS), MOST_SPLITS)};
 }
 
@@ -470,25 +470,24 @@ template <typename T, int D, int ROWS, bool BACKWARD> static const char* launch_
                   a, heads_per_block);
 }
 
-template <typename T, int D, int LARGE, bool BACKWARD> static const char* run(const Args& a, void* stream) {
-    const char* error = tile_rows(a, LARGE) == 16 ? launch_rows<T, D, 16, BACKWARD>(a, stream)
-                                                  : launch_rows<T, D, LARGE, BACKWARD>(a, stream);
-    if constexpr (BACKWARD) {
-        const Partials n = partials(a, sizeof(T) == 4 ? FLOAT : BF16);
-        const int heads = a.Hq + a.Hk, tokens_per_block = divide_up(a.B * a.S, n.n_splits);
-        if (!error) error = launch(cca_backward_input<T, D>, dim3(n.n_tiles_input, heads), THREADS, stream, a);
-        if (!error) error = launch(cca_backward_weight<T, D>, dim3(n.n_splits, heads, 2), THREADS, stream, a, tokens_per_block);
-    }
+template <typename T, int D> static const char* forward(const Args& a, void* stream) {
+    constexpr int LARGE = sizeof(T) == 4 ? 32 : 64;             // 32 KiB of shared memory at D = 128: two blocks a CU
+    return small_tile(a) ? launch_rows<T, D, 16, false>(a, stream) : launch_rows<T, D, LARGE, false>(a, stream);
+}
+
+template <typename T, int D> static const char* backward(const Args& a, void* stream) {
+    const Partials n = partials(a);
+    const int heads = a.Hq + a.Hk, tokens_per_block = divide_up(a.B * a.S, n.n_splits);
+    const char* error = small_tile(a) ? launch_rows<T, D, 16, true>(a, stream) : launch_rows<T, D, BACKWARD_ROWS, true>(a, stream);
+    if (!error) error = launch(cca_backward_input<T, D>, dim3(n.n_tiles_input, heads), THREADS, stream, a);
+    if (!error) error = launch(cca_backward_weight<T, D>, dim3(n.n_splits, heads, 2), THREADS, stream, a, tokens_per_block);
     return error;
 }
 
-template <bool BACKWARD> static const char* choose(const Args& a, DType dtype, void* stream) {
-    if (a.D == 64)
-        return dtype == FLOAT ? run<float, 64, 32, BACKWARD>(a, stream)
-             : dtype == BF16 ? run<bf16, 64, 64, BACKWARD>(a, stream) : run<f16, 64, 64, BACKWARD>(a, stream);
-    return dtype == FLOAT ? run<float, 128, 32, BACKWARD>(a, stream)
-         : dtype == BF16 ? run<bf16, 128, 64, BACKWARD>(a, stream) : run<f16, 128, 64, BACKWARD>(a, stream);
-}
-
-const char* cca_forward(const Args& a, DType dtype, void* stream) { return choose<false>(a, dtype, stream); }
-const char* cca_backward(const Args& a, DType dtype, void* stream) { return choose<true>(a, dtype, stream); }
+#define FOR_TYPE(PASS)                                                                                    \
+    (a.D == 64 ? dtype == FLOAT ? PASS<float, 64>(a, stream)                                            \
+                 : dtype == BF16 ? PASS<bf16, 64>(a, stream) : PASS<f16, 64>(a, stream)                 \
+               : dtype == FLOAT ? PASS<float, 128>(a, stream)                                           \
+                 : dtype == BF16 ? PASS<bf16, 128>(a, stream) : PASS<f16, 128>(a, stream))
+const char* cca_forward(const Args& a, DType dtype, void* stream) { return FOR_TYPE(forward); }
+const char* cca_backward(const Args& a, DType dtype, void* stream) { return FOR_TYPE(backward); }

@@ -286,18 +286,23 @@ template <> __device__ inline void unpack2<f16>(uint32_t word, float& a, float& 
 template <typename T> __device__ inline Chunk load_chunk(const T* p) { return *reinterpret_cast<const Chunk*>(p); }
 template <typename T> __device__ inline void store_chunk(T* p, Chunk c) { *reinterpret_cast<Chunk*>(p) = c; }
 
-/// A thread's share of a row: 8 neighbouring channels. `at(i)` points to element i, a multiple of a chunk's elements.
-template <typename T, typename At> __device__ inline void load8(At at, float (&x)[8]) {
-    if constexpr (sizeof(T) == 4) {
-        for (int half = 0; half < 2; half++) {
-            const Chunk c = load_chunk(at(4 * half));
-            for (int i = 0; i < 4; i++) x[4 * half + i] = bit_cast<float>(c.word[i]);
-        }
-    } else {
-        const Chunk c = load_chunk(at(0));
-        for (int i = 0; i < 4; i++) unpack2<T>(c.word[i], x[2 * i], x[2 * i + 1]);
-    }
+/// A thread's share of a row: 8 neighbouring channels, as they lie in memory. Loading (which takes long, but many loads
+/// can be under way at once) and unpacking (which waits for them) are separate steps.
+template <typename T> struct Eight { Chunk chunk[sizeof(T) / 2]; };
+
+/// `at(i)` points to element i, a multiple of a chunk's elements.
+template <typename T, typename At> __device__ inline Eight<T> load_eight(At at) {
+    Eight<T> x;
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) x.chunk[i] = load_chunk(at(4 * i));
+    return x;
 }
+template <typename T> __device__ inline void unpack(const Eight<T>& eight, float (&x)[8]) {
+    if constexpr (sizeof(T) == 4)
+        for (int i = 0; i < 8; i++) x[i] = bit_cast<float>(eight.chunk[i / 4].word[i % 4]);
+    else
+        for (int i = 0; i < 4; i++) unpack2<T>(eight.chunk[0].word[i], x[2 * i], x[2 * i + 1]);
+}
+template <typename T, typename At> __device__ inline void load8(At at, float (&x)[8]) { unpack(load_eight<T>(at), x); }
 template <typename T, typename At> __device__ inline void store8(At at, const float (&x)[8]) {
     if constexpr (sizeof(T) == 4) {
         for (int half = 0; half < 2; half++) {
