@@ -27,6 +27,8 @@ library.define(f'cca_backward(Tensor dq, Tensor dk, {arguments}) -> (Tensor, Ten
 
 @torch.library.register_fake('nanozaya::cca_forward', lib=library)
 def _(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None, tile=0):
+    if any(t is not None and t.device != qk.device for t in (past, w1, b1, w2, b2, temperature, cos, sin, start)):
+        raise ValueError(f"cca_mix: all tensors must be on qk's device, {qk.device}")
     (B, S, C), d, Hk = qk.shape, w2.shape[1], temperature.shape[0]
     return qk.new_empty(B, C // d - Hk, S, d), qk.new_empty(B, Hk, S, d)
 
@@ -53,6 +55,7 @@ def gradients(ctx, dq, dk):
 torch.library.register_autograd('nanozaya::cca_forward', gradients, setup_context=remember, lib=library)
 
 
+@torch.compiler.assume_constant_result                          # torch.compile: call it while tracing, do not look inside
 def load(device):
     from kernels import build                                   # here, so that `python -m kernels.build` imports it once
     build.load(device)
@@ -79,20 +82,31 @@ def cca_mix(qk, past, conv_depthwise_weight, conv_depthwise_bias, conv_grouped_w
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def usable(kernel, device, dtype, head_dim, n):
     """Whether cca.py should call cca_mix. kernel: 'torch' never; 'auto' on a GPU where it can be built, and says so in one
     line if it cannot; 'hip' always, and raises RuntimeError or ValueError if it cannot. device: of torch.device.type."""
     if kernel == 'torch' or kernel == 'auto' and device != 'cuda':
         return False                                            # on a CPU the kernel is for checking, and slow
+    reason = trouble(device, dtype, head_dim, n)
+    if reason and kernel == 'hip':
+        raise reason
+    if reason:
+        say_once(f'CCA runs without its kernel: {str(reason).splitlines()[0]}')
+    return not reason
+
+
+@functools.cache
+def trouble(device, dtype, head_dim, n):
+    """Why cca_mix cannot be called, an exception, or None."""
     try:
         if dtype not in DTYPES or head_dim not in HEAD_DIMS or n % 8:
             raise ValueError(f'the kernel takes {", ".join(map(str, DTYPES))}, head_dim {" or ".join(map(str, HEAD_DIMS))} and a '
                              f'multiple of 16 rotated dims, not {dtype}, {head_dim} and {2 * n}')
         load(device)
-        return True
     except (RuntimeError, ValueError) as error:
-        if kernel == 'hip':
-            raise
-        print(f"CCA runs without its kernel: {str(error).splitlines()[0]}", file=sys.stderr)
-        return False
+        return error
+
+
+@functools.cache
+def say_once(line):
+    print(line, file=sys.stderr)

@@ -10,7 +10,7 @@ enum Tile { CHOOSE, SMALL_TILE, LARGE_TILE };
 
 struct Args {
     int B, S, Hq, Hk, D, n;
-    int tile;                               // 0: chosen by the number of rows; SMALL_TILE or LARGE_TILE: that one
+    int tile;                               // CHOOSE by the number of rows; SMALL_TILE: 16; LARGE_TILE: 32 or 64, a KV group each
     const void* qk;                         // (B, S, C) T, [q~; k~]
     int64_t qk_s;                           // its stride from row to row; sequences follow one another, S rows each
     const void* past;                       // (B, 2, C) T, the two columns before qk; null: zeros

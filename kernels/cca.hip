@@ -450,7 +450,7 @@ __global__ void __launch_bounds__(THREADS, 2) cca_backward_weight(Args a, int to
 // ---- launches ----
 
 constexpr int FEW_ROWS = 1024;      // up to here a block takes 16 rows and one head: decoding should not wait for one block
-constexpr int ENOUGH_BLOCKS = 512;  // from here on a block takes a whole KV group, whose k~ and q~ it then finds in its cache
+constexpr int ENOUGH_BLOCKS = 512;  // from here on a block takes a whole KV group: k~ and q~, of which each mean needs all, are in its cache
 constexpr int WEIGHT_TOKENS = 512, MOST_SPLITS = 32;
 
 static int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -465,7 +465,7 @@ Partials partials(const Args& a) {
 
 template <typename T, int D, int ROWS, bool BACKWARD> static const char* launch_rows(const Args& a, void* stream) {
     const int tiles = divide_up(a.B * a.S, ROWS), heads = a.Hq / a.Hk + 1;
-    const int heads_per_block = tiles * a.Hk >= ENOUGH_BLOCKS ? heads : 1;
+    const int heads_per_block = a.tile == LARGE_TILE || tiles * a.Hk >= ENOUGH_BLOCKS ? heads : 1;
     return launch(cca_rows<T, D, ROWS, BACKWARD>, dim3(tiles, a.Hk * divide_up(heads, heads_per_block)), THREADS, stream,
                   a, heads_per_block);
 }

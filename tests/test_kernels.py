@@ -134,11 +134,9 @@ def test_tiles_meet_without_a_seam(dtype, S):
     check(problem(dtype, 1, S, 2, 1, 64, True, False, False), LARGE)
 
 
-def test_many_blocks_share_the_heads_and_the_tokens():
-    """1,500 tokens: large tiles by the kernel's own choice, three portions of tokens for the weight's gradient; 600 sequences of
-    3 and a KV group for each of 8 heads: enough blocks for each to take a whole group."""
-    check(problem(torch.bfloat16, 3, 500, 1, 1, 64, False, True, False), 0)
-    check(problem(torch.bfloat16, 400, 3, 16, 8, 64, True, False, True), SMALL)
+def test_many_tokens_are_right_whatever_tile_the_kernel_chooses():
+    """1,030: large tiles by its own choice, and three portions of tokens for the gradient of the grouped weight."""
+    check(problem(torch.bfloat16, 2, 515, 1, 1, 64, False, False, False), 0)
 
 
 def test_the_depthwise_bias_lands_on_the_padded_position():
@@ -307,7 +305,8 @@ def test_auto_never_fails_and_hip_says_why(monkeypatch, capsys):
     def broken(device):
         raise RuntimeError('the kernel could not be built: no compiler\nmore')
     monkeypatch.setattr(kernels, 'load', broken)
-    kernels.usable.__wrapped__.cache_clear() if hasattr(kernels.usable, '__wrapped__') else kernels.usable.cache_clear()
+    kernels.trouble.cache_clear()
+    kernels.say_once.cache_clear()
     assert not kernels.usable('torch', 'cuda', torch.bfloat16, 128, 32)
     assert not kernels.usable('auto', 'cpu', torch.float32, 64, 16)             # slow on a CPU
     assert capsys.readouterr().err == ''
@@ -320,6 +319,7 @@ def test_auto_never_fails_and_hip_says_why(monkeypatch, capsys):
         kernels.usable('hip', 'cuda', torch.bfloat16, 128, 32)
     with pytest.raises(ValueError, match='head_dim 64 or 128'):
         kernels.usable('hip', 'cpu', torch.float32, 32, 8)
+    kernels.trouble.cache_clear()                               # of what was broken here only
 
 
 def test_a_compiler_that_is_missing_is_named(monkeypatch, tmp_path):
@@ -339,10 +339,11 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch, tmp_path):
 def test_nvidia_s_register_layout_is_right_too_and_nothing_out_of_bounds_is_touched(kind):
     environment = ENV | {'NANOZAYA_CPU_BUILD': kind}
     build.cpu_library(kind)
-    if kind == 'cpu_asan':                                      # it must be loaded before all else
-        runtime = subprocess.run(['g++', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
-        environment |= {'LD_PRELOAD': runtime, 'ASAN_OPTIONS': 'detect_leaks=0'}
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k', 'float64 or seam and 65'],
+    if kind == 'cpu_asan':                                      # its runtime must be loaded before all else, and wants C++'s
+        runtime = [subprocess.run(['g++', f'-print-file-name={name}'], capture_output=True, text=True).stdout.strip()
+                   for name in ('libasan.so', 'libstdc++.so')]
+        environment |= {'LD_PRELOAD': ' '.join(runtime), 'ASAN_OPTIONS': 'detect_leaks=0'}
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-s', '-p', 'no:cacheprovider', __file__, '-k', 'those_of_float64 or seam and 65'],
                           env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
