@@ -1,11 +1,13 @@
 // PyTorch's door to cca.hip: checks everything that comes in, makes the results, takes the current stream.
-// Nothing here is of CUDA or HIP, so that one file, compiled by any C++ compiler, serves all machines.
+// For ROCm, torch.utils.cpp_extension translates what is of CUDA here.
 #define TORCH_ASSERT_ONLY_METHOD_OPERATORS      // no header of all operators: compiles in half the time
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
+#ifndef FOR_CPU
+#include <c10/cuda/CUDAStream.h>
+#endif
 #include "cca.h"
 
 namespace {
@@ -99,10 +101,9 @@ Problem check(const Tensor& qk, const optional<Tensor>& past, const Tensor& w1, 
     a.cos = p.pointer<float>(plain(cos, at::kFloat));
     a.sin = p.pointer<float>(plain(sin, at::kFloat));
     a.table_b = cos.size(0) == 1 ? 0 : S * cos.size(2);
-    if (!qk.is_cpu()) {
-        const c10::impl::VirtualGuardImpl device(qk.device().type());
-        p.stream = device.getStreamNativeHandle(device.getStream(qk.device()));
-    }
+#ifndef FOR_CPU
+    p.stream = c10::cuda::getCurrentCUDAStream(qk.device().index()).stream();
+#endif
     return p;
 }
 

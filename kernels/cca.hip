@@ -82,10 +82,17 @@ struct Depthwise {
     /// the padded position: at a beginning, a_{t-1} is that bias, not zero.
     __device__ void operator()(const Args& a, Token t, const float (&x0)[8], const float (&x1)[8], const float (&x2)[8],
                                float (&a_before)[8], float (&a_now)[8]) const {
-        const bool first = begins(a, t), second = t.s > 0 && begins(a, {t.b, t.s - 1});
         for (int i = 0; i < 8; i++) {
-            a_now[i] = (first ? 0 : before[i] * x1[i]) + (now[i] * x0[i] + bias[i]);
-            a_before[i] = first ? bias[i] : (second ? 0 : before[i] * x2[i]) + (now[i] * x1[i] + bias[i]);
+            a_now[i] = before[i] * x1[i] + (now[i] * x0[i] + bias[i]);
+            a_before[i] = before[i] * x2[i] + (now[i] * x1[i] + bias[i]);
+        }
+        if (a.start) {
+            const bool first = begins(a, t), second = t.s > 0 && begins(a, {t.b, t.s - 1});
+            for (int i = 0; i < 8; i++) {
+                if (first) a_now[i] = now[i] * x0[i] + bias[i];
+                if (first) a_before[i] = bias[i];
+                else if (second) a_before[i] = now[i] * x1[i] + bias[i];
+            }
         }
     }
 };
@@ -140,6 +147,19 @@ template <typename T, int M, int N> struct Product {
 
 // ---- step 3 and all together ----
 
+/// QK-mean's m_t of row r for 8 dims of head j of a group, of which 0..G-1 are query heads and G the key head. These rows were
+/// read a moment ago: they come from a cache.
+template <typename T> __device__ inline void qk_mean(const Args& a, int r, int group, int j, int dim, float (&m)[8]) {
+    const int G = a.Hq / a.Hk, first = j < G ? j : 0, last = j < G ? j + 1 : G;
+    float x[8];
+    unpack(load_row<T>(a, r, (a.Hq + group) * a.D + dim), m);
+    for (int i = 0; i < 8; i++) m[i] *= 0.5f;
+    for (int h = first; h < last; h++) {
+        unpack(load_row<T>(a, r, (group * G + h) * a.D + dim), x);
+        for (int i = 0; i < 8; i++) m[i] += x[i] * (0.5f / (last - first));
+    }
+}
+
 /// RoPE of 8 dims from `dim` on, given the 8 dims that they are paired with (n before or after), by the angle of token t,
 /// sign = 1, or by its opposite, sign = -1. Dims from 2n on stay. n is a multiple of 8.
 __device__ inline int rope_partner(const Args& a, int dim) { return dim < a.n ? dim + a.n : dim < 2 * a.n ? dim - a.n : dim; }
@@ -166,31 +186,27 @@ __global__ void __launch_bounds__(THREADS, 2) cca_rows(Args a, int heads_per_blo
     const int group = blockIdx.y / portions, j0 = blockIdx.y % portions * heads_per_block;
     const int dim = threadIdx.x % LANES * 8, run = threadIdx.x / LANES * RUN;   // my dims of the head, my first row
     const int r0 = blockIdx.x * ROWS + run;
+    Token tokens[RUN];
+    for (int i = 0; i < RUN; i++) tokens[i] = token(a, smaller(r0 + i, R - 1)); // rows past the last repeat it
 
     for (int j = j0; j < smaller(j0 + heads_per_block, G + 1); j++) {
         const int head = j < G ? group * G + j : a.Hq + group, channel = head * D + dim;
-        float mean[RUN][8];                                     // QK-mean's m_t
         {   // 1. Read each x once: what is x_t for one row is x_{t-1} for the next. All loads are under way at once.
-            Eight<T> rows[RUN + 2], key[RUN];
+            Eight<T> rows[RUN + 2];
 #pragma unroll
             for (int i = 0; i < RUN + 2; i++) rows[i] = load_row<T>(a, smaller(larger(r0 + i - 2, 0), R - 1), channel);
-#pragma unroll
-            for (int i = 0; i < RUN; i++) key[i] = load_row<T>(a, smaller(r0 + i, R - 1), (a.Hq + group) * D + dim);
             const Depthwise depthwise(a, channel);
             float x0[8], x1[8], x2[8], a_before[8], a_now[8], pairs[8];
             unpack(rows[0], x2);
             unpack(rows[1], x1);
 #pragma unroll
             for (int i = 0; i < RUN; i++) {
-                const Token t = token(a, smaller(r0 + i, R - 1));               // rows past the last repeat it
                 unpack(rows[i + 2], x0);
-                unpack(key[i], mean[i]);
-                for (int e = 0; e < 8; e++) mean[i][e] = 0.5f * (mean[i][e] + (j < G ? x0[e] : 0));
-                if (t.s < 2) {                                  // the row above is not of this sequence
-                    load_before<T>(a, t, 1, channel, x1);
-                    load_before<T>(a, t, 2, channel, x2);
+                if (tokens[i].s < 2) {                          // the row above is not of this sequence
+                    load_before<T>(a, tokens[i], 1, channel, x1);
+                    load_before<T>(a, tokens[i], 2, channel, x2);
                 }
-                depthwise(a, t, x0, x1, x2, a_before, a_now);
+                depthwise(a, tokens[i], x0, x1, x2, a_before, a_now);
                 if (run + i < ROWS)
                     for (int half = 0; half < 2; half++) {
                         for (int e = 0; e < 4; e++) pairs[2 * e] = a_before[4 * half + e], pairs[2 * e + 1] = a_now[4 * half + e];
@@ -198,12 +214,6 @@ __global__ void __launch_bounds__(THREADS, 2) cca_rows(Args a, int heads_per_blo
                     }
                 for (int e = 0; e < 8; e++) x2[e] = x1[e], x1[e] = x0[e];
             }
-            for (int h = 0; h < (j < G ? 0 : G); h++)           // the key's mean has all query heads of the group
-#pragma unroll
-                for (int i = 0; i < RUN; i++) {
-                    unpack(load_row<T>(a, smaller(r0 + i, R - 1), (group * G + h) * D + dim), x0);
-                    for (int e = 0; e < 8; e++) mean[i][e] += 0.5f / G * x0[e];
-                }
         }
         __syncthreads();
         {   // 2. The grouped convolution.
@@ -222,11 +232,13 @@ __global__ void __launch_bounds__(THREADS, 2) cca_rows(Args a, int heads_per_blo
 #pragma unroll
         for (int i = 0; i < RUN; i++) {
             const bool real = run + i < ROWS && r0 + i < R;
-            const Token t = token(a, real ? r0 + i : 0);
+            const Token t = tokens[i];
             float v[8] = {}, squares = 0;
+            float mean[8];
+            qk_mean<T>(a, smaller(r0 + i, R - 1), group, j, dim, mean);
             if (real) {
                 load8<float>([&](int e) { return y + at<float>(run + i, dim + e, D); }, v);
-                for (int e = 0; e < 8; e++) v[e] += bias[e] + mean[i][e], squares += v[e] * v[e];
+                for (int e = 0; e < 8; e++) v[e] += bias[e] + mean[e], squares += v[e] * v[e];
             }
             const float norm = sqrtf(row_sum<D>(squares)), safe = norm > EPS ? norm : EPS;
             if constexpr (!BACKWARD) {
@@ -252,7 +264,7 @@ __global__ void __launch_bounds__(THREADS, 2) cca_rows(Args a, int heads_per_blo
         }
         __syncthreads();
         if constexpr (!BACKWARD) {
-#pragma unroll 1
+#pragma unroll 1                                                // several rows at once would need more registers than there are
             for (int i = 0; i < RUN && run + i < ROWS && r0 + i < R; i++) {
                 const Token t = token(a, r0 + i);
                 float v[8], partner[8];

@@ -267,9 +267,9 @@ template <> __device__ inline void unpack2<f16>(uint32_t word, float& a, float& 
         : "=f"(a), "=f"(b) : "r"(word));
 }
 #else
-__device__ inline uint32_t bf16_bits(float x) {                 // gfx942 has no instruction for this
-    const uint32_t bits = bit_cast<uint32_t>(x);
-    return x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;         // in the upper half; NaN stays NaN
+__device__ inline uint32_t bf16_bits(float x) {                 // in the upper half; gfx942 has no instruction for this
+    const uint32_t bits = bit_cast<uint32_t>(x), rounded = bits + 0x7fff + (bits >> 16 & 1), nan = bits | 0x400000;
+    return x == x ? rounded : nan;                              // both at hand: a selection, not a branch
 }
 template <> __device__ inline uint32_t pack2<bf16>(float a, float b) {
     return bf16_bits(a) >> 16 | (bf16_bits(b) & 0xffff0000);
