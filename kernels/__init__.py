@@ -100,8 +100,8 @@ def trouble(device, dtype, head_dim, n):
     """Why cca_mix cannot be called, an exception, or None."""
     try:
         if dtype not in DTYPES or head_dim not in HEAD_DIMS or n % 8:
-            raise ValueError(f'the kernel takes {", ".join(map(str, DTYPES))}, head_dim {" or ".join(map(str, HEAD_DIMS))} and a '
-                             f'multiple of 16 rotated dims, not {dtype}, {head_dim} and {2 * n}')
+            raise ValueError(f'the kernel takes {", ".join(map(str, DTYPES))}, head_dim {" or ".join(map(str, HEAD_DIMS))} '
+                             f'and a multiple of 16 rotated dims, not {dtype}, {head_dim} and {2 * n}')
         load(device)
     except (RuntimeError, ValueError) as error:
         return error

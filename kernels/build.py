@@ -27,7 +27,7 @@ import torch
 HERE = Path(__file__).parent
 SOURCES = 'cca.hip', 'cca.h', 'portable.h', 'binding.cpp'
 # Builds for the CPU: as on an AMD GPU; with NVIDIA's lanes and register layout; with AddressSanitizer.
-CPU_FLAGS = {'cpu': [], 'cpu_nvidia': ['-DIMITATE_NVIDIA'], 'cpu_asan': ['-fsanitize=address', '-g1']}
+CPU_FLAGS = {'cpu': ['-O1'], 'cpu_nvidia': ['-O0', '-DIMITATE_NVIDIA'], 'cpu_asan': ['-O0', '-g1', '-fsanitize=address']}
 GFX942_LDS = 65536              # bytes of shared memory (LDS) that a compute unit has
 GFX942_REGISTERS = 512          # vector registers, of 64 lanes, that a SIMD shares out to its waves, in eights
 MFMA = {'float32': 'v_mfma_f32_16x16x4_f32', 'bf16': 'v_mfma_f32_16x16x16_bf16', 'fp16': 'v_mfma_f32_16x16x16_f16'}
@@ -66,10 +66,11 @@ def cpu_library(kind='cpu'):
         binding = cache_folder('binding') / 'binding.o'                         # the same for every kind
         if not binding.exists():
             binding.parent.mkdir(parents=True, exist_ok=True)
-            command([compiler, '-std=c++20', '-fPIC', '-DFOR_CPU', *includes, '-c', HERE / 'binding.cpp', '-o', folder / 'binding.o'])
+            command([compiler, '-std=c++20', '-fPIC', '-DFOR_CPU', *includes, '-c', HERE / 'binding.cpp',
+                     '-o', folder / 'binding.o'])
             os.replace(folder / 'binding.o', binding)
-        # -O1: most of the time goes into compiling. -x c++: g++ does not know .hip.
-        command([compiler, '-std=c++17', '-O1', '-fPIC', '-Wall', '-Wextra', '-Werror', '-Wno-unknown-pragmas', *CPU_FLAGS[kind],
+        # Low optimization: most of the time goes into compiling. -x c++: g++ does not know .hip.
+        command([compiler, '-std=c++17', '-fPIC', '-Wall', '-Wextra', '-Werror', '-Wno-unknown-pragmas', *CPU_FLAGS[kind],
                  '-x', 'c++', '-c', HERE / 'cca.hip', '-o', folder / 'cca.o'])
         libraries = cpp_extension.library_paths()[0]
         command([compiler, '-shared', *CPU_FLAGS[kind], binding, folder / 'cca.o', f'-L{libraries}', '-ltorch_cpu', '-lc10',
@@ -159,9 +160,9 @@ def gfx942_kernels(assembly):
         body = assembly[assembly.index(f'\n{symbol}:'):]
         body = body[:body.index('s_endpgm')]
         registers, lds = number('vgpr_count'), number('group_segment_fixed_size')
-        dtype = next(name for code, name in (('I4bf16', 'bf16'), ('I3f16', 'fp16'), ('If', 'float32')) if code in symbol)
+        name, dtype = describe(symbol)
         kernels.append({
-            'kernel': kernel_name(symbol), 'dtype': dtype, 'vgprs': registers, 'lds': lds,
+            'kernel': name, 'dtype': dtype, 'vgprs': registers, 'lds': lds,
             'spills': number('vgpr_spill_count') + number('sgpr_spill_count'), 'scratch': number('private_segment_fixed_size'),
             'mfma': body.count(MFMA[dtype]),
             # A block of 256 threads puts one wave on each of the 4 SIMDs, so waves a SIMD = blocks a compute unit.
@@ -169,19 +170,24 @@ def gfx942_kernels(assembly):
     return kernels
 
 
-def kernel_name(symbol):
-    """_Z8cca_rowsIfLi64ELi16ELb0EEv4Argsi -> 'cca_rows, D 64, 16 rows, forward'"""
-    name, parameters = re.match(r'_Z\d+([a-z_0-9]+?)I(?:f|4bf16|3f16)(.*?)EEv', symbol).groups()
-    numbers = re.findall(r'L[ib](\d+)', parameters)
-    return f'{name}, D {numbers[0]}' + (f', {numbers[1]} rows, {"backward" if numbers[2] == "1" else "forward"}' if numbers[1:] else '')
+def describe(symbol):
+    """_Z8cca_rowsIfLi64ELi16ELb0EEv4Argsi -> 'cca_rows, D 64, 16 rows, forward', 'float32'"""
+    name, dtype, parameters = re.match(r'_Z\d+([a-z_]+)I(f|4bf16|3f16)(.*?)EEv', symbol).groups()
+    D, *rows_and_pass = re.findall(r'L[ib](\d+)', parameters)
+    if rows_and_pass:
+        rows, backward = rows_and_pass
+        name = f'{name}, D {D}, {rows} rows, {"backward" if backward == "1" else "forward"}'
+    else:
+        name = f'{name}, D {D}'
+    return name, {'f': 'float32', '4bf16': 'bf16', '3f16': 'fp16'}[dtype]
 
 
 def check_gfx942(kernels):
     """Raises ValueError where a kernel would not run well: spilled registers, scratch memory, too much LDS, no matrix units."""
     for k in kernels:
         if k['spills'] or k['scratch'] or k['lds'] > GFX942_LDS or not k['mfma']:
-            raise ValueError(f'gfx942: {k["kernel"]} in {k["dtype"]} has {k["spills"]} spilled registers, {k["scratch"]} bytes of scratch, '
-                             f'{k["lds"]} bytes of LDS of {GFX942_LDS}, {k["mfma"]} {MFMA[k["dtype"]]}')
+            raise ValueError(f'gfx942: {k["kernel"]} in {k["dtype"]} has {k["spills"]} spilled registers, '
+                             f'{k["scratch"]} bytes of scratch, {k["lds"]} bytes of LDS of {GFX942_LDS}, {k["mfma"]} {MFMA[k["dtype"]]}')
 
 
 def find_nvcc():
@@ -196,7 +202,7 @@ def sm_90_kernels():
     with tempfile.TemporaryDirectory() as folder:
         output = command([nvcc, '-x', 'cu', '-std=c++17', '-O3', '-arch=sm_90', '-Xptxas', '-v', '-c', HERE / 'cca.hip',
                           '-o', Path(folder) / 'cca.o'])
-    return [(f"{kernel_name(symbol)} {'bf16' if 'I4bf16' in symbol else 'fp16' if 'I3f16' in symbol else 'float32'}", used) for symbol, used
+    return [(' '.join(describe(symbol)), used) for symbol, used
             in re.findall(r"Compiling entry function '(\w+)'.*?(Used \d+ registers[^\n]*)", output, re.S)]
 
 
@@ -217,7 +223,8 @@ def report():
         print('gfx942 (MI300), compiled only; waves: how many a SIMD can hold at once, at most 8\n')
         print('| kernel | dtype | VGPRs | LDS, bytes | waves | MFMA | spills, scratch |\n| --- | --- | --- | --- | --- | --- | --- |')
         for k in kernels:
-            print(f'| {k["kernel"]} | {k["dtype"]} | {k["vgprs"]} | {k["lds"]:,} | {k["waves"]} | {k["mfma"]} | {k["spills"]}, {k["scratch"]} |')
+            print(f'| {k["kernel"]} | {k["dtype"]} | {k["vgprs"]} | {k["lds"]:,} | {k["waves"]} | {k["mfma"]} '
+                  f'| {k["spills"]}, {k["scratch"]} |')
         check_gfx942(kernels)
     except (FileNotFoundError, RuntimeError) as error:
         print(f'gfx942 (MI300): {error}')

@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(THREADS, 2) cca_rows(Args a, int heads_per_blo
 
 constexpr int INPUT_ROWS = 32, INPUT_OUT = INPUT_ROWS - 2;      // a row needs the two rows after it
 
-/// Block (x, y): rows x INPUT_OUT onwards, head y. With (p_t; n_t) = W2^T dy_t, the gradients that y_t sends to a_{t-1} and a_t:
+/// Block (x, y): rows x INPUT_OUT onwards, head y. With (p_t; n_t) = W2^T dy_t, what y_t sends back to a_{t-1} and a_t:
 ///     da_t = n_t + p_{t+1},   dx_t = w1_1 da_t + w1_0 da_{t+1} + QK-mean's
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 2) cca_backward_input(Args a) {
@@ -462,7 +462,7 @@ __global__ void __launch_bounds__(THREADS, 2) cca_backward_weight(Args a, int to
 // ---- launches ----
 
 constexpr int FEW_ROWS = 1024;      // up to here a block takes 16 rows and one head: decoding should not wait for one block
-constexpr int ENOUGH_BLOCKS = 512;  // from here on a block takes a whole KV group: k~ and q~, of which each mean needs all, are in its cache
+constexpr int ENOUGH_BLOCKS = 512;  // from here on a block takes a whole KV group, whose q~ and k~ its means then find cached
 constexpr int WEIGHT_TOKENS = 512, MOST_SPLITS = 32;
 
 static int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -490,7 +490,8 @@ template <typename T, int D> static const char* forward(const Args& a, void* str
 template <typename T, int D> static const char* backward(const Args& a, void* stream) {
     const Partials n = partials(a);
     const int heads = a.Hq + a.Hk, tokens_per_block = divide_up(a.B * a.S, n.n_splits);
-    const char* error = small_tile(a) ? launch_rows<T, D, 16, true>(a, stream) : launch_rows<T, D, BACKWARD_ROWS, true>(a, stream);
+    const char* error = small_tile(a) ? launch_rows<T, D, 16, true>(a, stream)
+                                      : launch_rows<T, D, BACKWARD_ROWS, true>(a, stream);
     if (!error) error = launch(cca_backward_input<T, D>, dim3(n.n_tiles_input, heads), THREADS, stream, a);
     if (!error) error = launch(cca_backward_weight<T, D>, dim3(n.n_splits, heads, 2), THREADS, stream, a, tokens_per_block);
     return error;
