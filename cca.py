@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import cca_mix, usable
+
 
 def wide(x):
     """x in float32, the least precision that the delicate steps below are done in (report, IV-D); float64 stays."""
@@ -111,6 +113,24 @@ def rope(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
+# ---- steps 2 to 5 together: what kernels/ does in one pass on a GPU ----
+
+def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
+    """qk (B, S, C) = [q~; k~] -> q (B, Hq, S, d), k (B, Hk, S, d), in qk's dtype. past (B, 2, C): the two columns before, None at
+    the start of a sequence. w1, b1: depthwise, w2, b2: grouped convolution. The rest as in CCA.forward."""
+    (B, S, C), d, Hk = qk.shape, w2.shape[1], len(temperature)
+    Hq = C // d - Hk
+    # 2. Two kernels of 2 eat the two columns of padding. Padding BEFORE the first convolution means that its bias
+    # lands on the padded position, too: what the second sees of the past at a start is that bias, not zero.
+    mixed = convolve(torch.cat([qk.new_zeros(B, 2, C) if past is None else past, qk], 1), w1, b1, w2, b2, start)       # (B, S, C)
+    # 3 to 5 in float32: here small errors would bend every attention logit. Queries and keys go together.
+    heads = lambda t: wide(t).unflatten(-1, (Hq + Hk, d))                      # (B, S, Hq + Hk, d)
+    y = heads(mixed) + torch.cat(qk_mean(*heads(qk).split([Hq, Hk], 2)), 2)
+    length = d ** 0.5 * torch.cat([wide(temperature).new_ones(Hq), wide(temperature)])         # (Hq + Hk)
+    y = rope(norm(y, length), cos, sin).to(qk.dtype).transpose(1, 2)           # the layout of scaled_dot_product_attention
+    return y.split([Hq, Hk], 1)
+
+
 class CCA(nn.Module):
     """The attention of layer `layer`. forward: x (B, S, E) -> (B, S, E), causal."""
 
@@ -118,7 +138,7 @@ class CCA(nn.Module):
         super().__init__()
         E, d, self.Hq, self.Hk = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
         C = (self.Hq + self.Hk) * d
-        self.layer, self.head_dim = layer, d
+        self.layer, self.head_dim, self.kernel = layer, d, config.kernel
         self.q_proj = nn.Linear(E, self.Hq * d, bias=False)                    # W_Q
         self.k_proj = nn.Linear(E, self.Hk * d, bias=False)                    # W_K
         self.v_proj = nn.Linear(E, self.Hk * d // 2, bias=False)               # W_V1, sees this token
@@ -142,29 +162,23 @@ class CCA(nn.Module):
         qk, v, v_delayed = F.linear(x, W).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)         # (B, S, .) each
         # What came before this chunk: zeros at the start of a sequence, else the cache's constant-size state.
         if cache is None:
-            qk_past, v_past = qk.new_zeros(B, 2, qk.shape[-1]), v.new_zeros(B, 1, v.shape[-1])
+            qk_past, v_past = None, v.new_zeros(B, 1, v.shape[-1])
         else:
             qk_past, v_past = cache.conv[self.layer].to(qk.dtype), cache.value[self.layer].to(v.dtype)
-        qk_padded = torch.cat([qk_past, qk], 1)                                # (B, S + 2, C), from t = -2
         v_padded = torch.cat([v_past, v_delayed], 1)                           # (B, S + 1, Hk d / 2), from t = -1
-        # 2. Two kernels of 2 eat the two columns of padding. Padding BEFORE the first convolution means that its bias
-        # lands on the padded position, too: what the second sees of the past at a start is that bias, not zero.
-        mixed = convolve(qk_padded, self.conv_depthwise_weight, self.conv_depthwise_bias, self.conv_grouped_weight,
-                         self.conv_grouped_bias, start)                        # (B, S, C)
-        # 3 to 5 in float32: here small errors would bend every attention logit. Queries and keys go together.
-        heads = lambda t: wide(t).unflatten(-1, (Hq + Hk, d))                  # (B, S, Hq + Hk, d)
-        qk = heads(mixed) + torch.cat(qk_mean(*heads(qk).split([Hq, Hk], 2)), 2)
-        length = d ** 0.5 * torch.cat([wide(self.temperature).new_ones(Hq), wide(self.temperature)])   # (Hq + Hk)
-        q, k = rope(norm(qk, length), cos, sin).split([Hq, Hk], 2)
+        # 2 to 5. Convolutions, QK-mean, norm and RoPE.
+        fast = usable(self.kernel, qk.device.type, qk.dtype, d, cos.shape[-1])
+        q, k = (cca_mix if fast else mix)(qk, qk_past, self.conv_depthwise_weight, self.conv_depthwise_bias, self.conv_grouped_weight,
+                                          self.conv_grouped_bias, self.temperature, cos, sin, start)       # (B, H, S, d)
         # 6. Values: half of the latent sees this token, the other half the one before. 2 KV heads: one head each.
         v_before = v_padded[:, :-1]                                            # (B, S, Hk d / 2)
         if start is not None:
             v_before = v_before.masked_fill(start[..., None], 0)
         v = torch.cat([v, v_before], -1).unflatten(-1, (Hk, -1))               # (B, S, Hk, d)
-        # 7. Attend in the latent: (B, H, S, d) is the layout of scaled_dot_product_attention.
-        q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+        # 7. Attend in the latent.
+        v = v.transpose(1, 2)
         if cache is not None:
-            cache.remember(self.layer, qk_padded, v_padded)
+            cache.remember(self.layer, torch.cat([qk_past, qk], 1), v_padded)
             k, v = cache.append(self.layer, k, v)                              # now (B, Hk, P, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True,
                                            is_causal=mask is None and S > 1)   # scale 1 / sqrt(d) is its default

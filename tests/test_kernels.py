@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 import kernels
-from common import ENV, ROOT
+from cca import mix
+from common import ENV, ROOT, tiny_model, tokens
 from kernels import build
+from model import ZayaConfig
 
 BUILD = os.environ.get('NANOZAYA_CPU_BUILD', 'cpu')
-every_build = settings(max_examples=30 if BUILD == 'cpu' else 6)
+every_build = settings(max_examples=30 if BUILD == 'cpu' else 4)
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SMALL, LARGE = 1, 2                                             # tiles, as in cca.h
 
@@ -76,8 +78,11 @@ def reference(qk, past, w1, b1, w2, b2, temperature, cos, sin, start):
     q, k = q + m_q, k + m_q.unflatten(2, (Hk, G)).mean(3)
     q, k = d ** 0.5 * F.normalize(q, dim=-1), temperature[..., None] * d ** 0.5 * F.normalize(k, dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    rotate = lambda x: torch.cat([x[..., :n] * cos - x[..., n:2 * n] * sin, x[..., n:2 * n] * cos + x[..., :n] * sin, x[..., 2 * n:]], -1)
-    return rotate(q).transpose(1, 2), rotate(k).transpose(1, 2)
+
+    def rotate(x):
+        first, second, rest = x.split([n, n, d - 2 * n], -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).transpose(1, 2)
+    return rotate(q), rotate(k)
 
 
 def exact(p, dq, dk):
@@ -89,7 +94,8 @@ def exact(p, dq, dk):
     for t in leaves.values():
         t.requires_grad_()
     q, k = reference(**p)
-    return q.detach(), k.detach(), dict(zip(leaves, torch.autograd.grad((q, k), list(leaves.values()), (dq.double(), dk.double()))))
+    gradients = torch.autograd.grad((q, k), list(leaves.values()), (dq.double(), dk.double()))
+    return q.detach(), k.detach(), dict(zip(leaves, gradients))
 
 
 def forward(p, tile=0):
@@ -106,7 +112,7 @@ def backward(dq, dk, p, tile=0):
 def check(p, tile, seed=0):
     bound, (B, S, _), d, Hk = BOUND[p['qk'].dtype], p['qk'].shape, p['w2'].shape[1], len(p['temperature'])
     g = torch.Generator().manual_seed(seed + 1)
-    dq, dk = (torch.randn(B, H, S, d, generator=g).to(p['qk'].dtype) for H in (p['qk'].shape[2] // d - Hk, Hk))
+    dq, dk = (torch.randn(B, H, S, d, generator=g).to(p['qk']) for H in (p['qk'].shape[2] // d - Hk, Hk))
     q, k, wanted = exact(p, dq, dk)
     for found, true in zip(forward(p, tile), (q, k)):
         assert found.dtype == p['qk'].dtype
@@ -134,6 +140,14 @@ def test_tiles_meet_without_a_seam(dtype, S):
     check(problem(dtype, 1, S, 2, 1, 64, True, False, False), LARGE)
 
 
+@pytest.mark.parametrize('tile', [SMALL, LARGE])
+def test_a_document_may_start_at_any_token_even_after_a_cached_past(tile):
+    """All 16 ways to have starts in four tokens, a sequence each."""
+    p = problem(torch.float32, 16, 4, 1, 1, 64, True, False, False)
+    p['start'] = torch.arange(16)[:, None] >> torch.arange(4) & 1 == 1
+    check(p, tile)
+
+
 def test_many_tokens_are_right_whatever_tile_the_kernel_chooses():
     """1,030: large tiles by its own choice, and three portions of tokens for the gradient of the grouped weight."""
     check(problem(torch.bfloat16, 2, 515, 1, 1, 64, False, False, False), 0)
@@ -157,7 +171,8 @@ def test_chunks_with_a_cached_past_give_the_bits_of_the_whole(dtype, chunks, see
     whole, columns, at = forward(p, LARGE), torch.cat([p['past'], p['qk']], 1), 0
     for n in chunks:
         rows = slice(at, at + n)
-        part = p | {'qk': p['qk'][:, rows].contiguous(), 'past': columns[:, at:at + 2], 'cos': p['cos'][:, rows], 'sin': p['sin'][:, rows]}
+        part = p | {'qk': p['qk'][:, rows].contiguous(), 'past': columns[:, at:at + 2],
+                    'cos': p['cos'][:, rows], 'sin': p['sin'][:, rows]}
         assert all(torch.equal(a, b[:, :, rows]) for a, b in zip(forward(part), whole))
         at += n
 
@@ -205,6 +220,18 @@ def test_rows_of_a_wider_tensor_and_gradients_of_any_stride_are_read_in_place(dt
     dq, dk = torch.randn(B, S, 2, 64).to(dtype).transpose(1, 2), torch.ones(1, dtype=dtype).expand(B, 1, S, 64)
     plain = backward(dq.contiguous(), dk.contiguous(), p)
     assert all(torch.equal(g, plain[name]) for name, g in backward(dq, dk, part).items())
+
+
+@pytest.mark.skipif(build.gpu_trouble() is not None, reason=str(build.gpu_trouble()))
+@given(dtypes, st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 31, 64, 65, 200, 1500]), heads, st.booleans(), st.booleans(),
+       st.booleans(), st.sampled_from([0, SMALL, LARGE]), seeds)
+@settings(max_examples=60)
+def test_a_gpu_gives_what_float64_gives(dtype, B, S, shape, past, start, rows_apart, tile, seed):
+    kernels.load('cuda')
+    p = problem(dtype, B, S, *shape, past, start, rows_apart, seed)
+    p = {name: t if t is None else t.cuda() for name, t in p.items()}
+    check(p, tile, seed)
+    assert all(torch.equal(a, b) for a, b in zip(forward(p, tile), forward(p, tile)))
 
 
 # ---- at home in PyTorch ----
@@ -299,6 +326,47 @@ def test_other_devices_are_refused():
         kernels.cca_mix(*(t if t is None else t.to('meta') for t in p.values()))
 
 
+# ---- in the model ----
+
+@given(dtypes, st.integers(1, 2), st.integers(1, 20), heads, st.booleans(), st.booleans(), seeds)
+@settings(max_examples=10)
+def test_the_kernel_equals_the_plain_definition_in_cca(dtype, B, S, shape, past, start, seed):
+    p = problem(dtype, B, S, *shape, past, start, True, seed)
+    plain = mix(*(t if t is None or t.dtype == torch.bool else t.float() for t in p.values()))
+    for a, b in zip(forward(p), plain):
+        assert (a.float() - b).norm() <= BOUND[dtype] * b.norm()
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_the_model_with_the_kernel_has_the_loss_and_gradients_of_the_model_without(packed):
+    shape = dict(n_layer=2, n_head=4, n_kv_head=2, head_dim=64)
+    idx, start = tokens(2, 12), None
+    if packed:
+        start = torch.zeros(2, 12, dtype=torch.bool)
+        start[:, 0] = start[0, 5] = start[1, [1, 2, 9]] = True
+    model, plain = tiny_model(**shape, kernel='hip'), tiny_model(**shape, kernel='torch')
+    losses = [m(idx, idx.roll(-1, 1), start)[1] for m in (model, plain)]
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+    for loss in losses:
+        loss.backward()
+    for (name, a), b in zip(model.named_parameters(), plain.parameters()):
+        assert (a.grad - b.grad).norm() <= 1e-4 * b.grad.norm(), name
+
+
+@torch.no_grad()
+def test_the_model_with_the_kernel_continues_a_cache_with_rows_of_any_length():
+    model, plain = (tiny_model(n_layer=2, n_head=2, n_kv_head=1, head_dim=64, kernel=kernel) for kernel in ('hip', 'torch'))
+    caches = [m.make_cache(2, 12) for m in (model, plain)]
+    for i, n_new in enumerate(([3, 5], [1, 1], [0, 2], [4, 1])):
+        a, b = (m(tokens(2, max(n_new), seed=i), cache=cache, n_new=n_new)[0] for m, cache in zip((model, plain), caches))
+        assert all((a[row, :n] - b[row, :n]).abs().max() < 1e-4 for row, n in enumerate(n_new) if n)
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(ValueError, match='one of auto, hip, torch'):
+        ZayaConfig(kernel='cuda')
+
+
 # ---- choosing it ----
 
 def test_auto_never_fails_and_hip_says_why(monkeypatch, capsys):
@@ -343,8 +411,9 @@ def test_nvidia_s_register_layout_is_right_too_and_nothing_out_of_bounds_is_touc
         runtime = [subprocess.run(['g++', f'-print-file-name={name}'], capture_output=True, text=True).stdout.strip()
                    for name in ('libasan.so', 'libstdc++.so')]
         environment |= {'LD_PRELOAD': ' '.join(runtime), 'ASAN_OPTIONS': 'detect_leaks=0'}
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-s', '-p', 'no:cacheprovider', __file__, '-k', 'those_of_float64 or seam and 65'],
-                          env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-s', '-p', 'no:cacheprovider', __file__,
+                           '-k', 'those_of_float64 or seam and 65'], env=environment, cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
