@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused
+from kernels import cca_mix, usable
 
 
 def wide(x):
@@ -65,6 +66,11 @@ def one_convolution(w1, b1, w2, b2):
                    w2[..., 0] * w1[..., 1] + w2[..., 1] * w1[..., 0],
                    w2[..., 1] * w1[..., 1]], -1)                    # x_t
     return w, (w2.sum(-1) @ b1.view(H, d, 1))[..., 0] + b2.view(H, d)
+
+
+def padded(past, qk):
+    """past (B, 2, C) or None, for zeros, and qk (B, S, C) -> (B, S + 2, C)."""
+    return F.pad(qk, (0, 0, 2, 0)) if past is None else torch.cat([past, qk], 1)
 
 
 def shifted(x, H, start=None):
@@ -129,13 +135,13 @@ def rope(x, cos, sin):
 def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
     """From the projected qk = [q~; k~] (B, S, C) to q (B, Hq, S, d) and k (B, Hk, S, d), in qk's dtype.
 
-    past (B, 2, C): the two columns before qk. w1, b1 and w2, b2: weights and biases of the two convolutions, as above.
+    past (B, 2, C): the two columns before qk; None at the start of a sequence. w1, b1 and w2, b2: weights and biases of the two convolutions, as above.
     temperature (Hk). cos, sin (B or 1, S, n) of rope_table. start (B, S) bool or None: as in CCA.forward."""
     (B, S, C), d, Hk = qk.shape, w2.shape[1], len(temperature)
     Hq = C // d - Hk
     # 2. Two kernels of 2 eat two columns of padding, the past. At the start of a sequence it is zero, and since it stands
     # BEFORE the first convolution, what the second one sees of it is not zero, but the first one's bias.
-    z = convolve(torch.cat([past, qk], 1), *one_convolution(w1, b1, w2, b2), start)                     # (B, S, C)
+    z = convolve(padded(past, qk), *one_convolution(w1, b1, w2, b2), start)                             # (B, S, C)
     # 3 to 5 in float32: here small errors would bend every attention logit. Queries and keys go together.
     heads = lambda t: wide(t).unflatten(-1, (Hq + Hk, d))           # (B, S, Hq + Hk, d)
     z = heads(z) + torch.cat(qk_mean(*heads(qk).split([Hq, Hk], 2)), 2)
@@ -150,7 +156,7 @@ class CCA(nn.Module):
         super().__init__()
         E, d, self.Hq, self.Hk = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
         C = (self.Hq + self.Hk) * d
-        self.layer, self.head_dim = layer, d
+        self.layer, self.head_dim, self.kernel = layer, d, config.kernel
         self.q_proj = nn.Linear(E, self.Hq * d, bias=False)                    # W_Q
         self.k_proj = nn.Linear(E, self.Hk * d, bias=False)                    # W_K
         self.v_proj = nn.Linear(E, self.Hk * d // 2, bias=False)               # W_V1, sees this token
@@ -174,14 +180,17 @@ class CCA(nn.Module):
         qk, v, v_delayed = F.linear(x, W).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)         # (B, S, .) each
         # What came before this chunk: zeros at the start of a sequence, else the cache's constant-size state.
         if cache is None:
-            qk_past, v_past = qk.new_zeros(B, 2, qk.shape[-1]), v.new_zeros(B, 1, v.shape[-1])
+            qk_past, v_past = None, v.new_zeros(B, 1, v.shape[-1])
         else:
             qk_past, v_past = cache.conv[self.layer].to(qk.dtype), cache.value[self.layer].to(v.dtype)
         v_padded = torch.cat([v_past, v_delayed], 1)                           # (B, S + 1, Hk d / 2), from t = -1
-        # 2 to 5. Convolutions, QK-mean, norm and RoPE; fused.mix is the same with its gradient by hand.
-        fast = fused.wanted() and qk.dtype == wide(qk).dtype
-        q, k = (fused.mix if fast else mix)(qk, qk_past, self.conv_depthwise_weight, self.conv_depthwise_bias,
-                                            self.conv_grouped_weight, self.conv_grouped_bias, self.temperature, cos, sin, start)
+        # 2 to 5. Convolutions, QK-mean, norm and RoPE: in one kernel, or with the gradient by hand, or plainly.
+        if usable(self.kernel, qk.device.type, qk.dtype, d, cos.shape[-1]):
+            mixer = cca_mix
+        else:
+            mixer = fused.mix if fused.wanted() and qk.dtype == wide(qk).dtype else mix
+        q, k = mixer(qk, qk_past, self.conv_depthwise_weight, self.conv_depthwise_bias, self.conv_grouped_weight,
+                     self.conv_grouped_bias, self.temperature, cos, sin, start)                        # (B, H, S, d) each
         # 6. Values: half of the latent sees this token, the other half the one before. 2 KV heads: one head each.
         v_before = v_padded[:, :-1]                                            # (B, S, Hk d / 2)
         if start is not None:

@@ -68,7 +68,7 @@ def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
     """cca.mix, with the same arguments and results."""
     w, b = cca.one_convolution(w1, b1, w2, b2)
     length = cca.lengths(temperature, len(w) - len(temperature), b.shape[1])
-    return Mix.apply(torch.cat([past, qk], 1), w, b, length, len(temperature), cos, sin, start)
+    return Mix.apply(cca.padded(past, qk), w, b, length, len(temperature), cos, sin, start)
 
 
 class Mix(torch.autograd.Function):

@@ -52,6 +52,7 @@ class ZayaConfig:
     rope_fraction: float = 0.5      # of each head's dims that are rotated
     norm_eps: float = 1e-5
     init_std: float = 0.02
+    kernel: str = 'auto'            # CCA's convolutions to RoPE: 'torch', 'hip' (kernels/), or 'auto': hip on a GPU where it builds
 
     def __post_init__(self):
         for name in ('vocab_size', 'context', 'n_layer', 'n_embd', 'n_head', 'n_kv_head', 'head_dim', 'n_expert',
@@ -61,6 +62,8 @@ class ZayaConfig:
         for name in ('rope_base', 'norm_eps', 'init_std'):
             if not 0 < getattr(self, name) < float('inf'):
                 raise ValueError(f'{name} is {getattr(self, name)}, it must be a positive number')
+        if self.kernel not in ('auto', 'hip', 'torch'):
+            raise ValueError(f"kernel is {self.kernel!r}, use one of auto, hip, torch")
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})')
         if self.n_kv_head * self.head_dim % 2:

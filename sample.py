@@ -152,7 +152,7 @@ def load(folder, device):
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f'{folder}: holds neither a checkpoint of train.py (ckpt.pt) nor a released model (config.json)')
-    model = Zaya(ZayaConfig(**checkpoint['model_config'])).to(device).eval()
+    model = Zaya(ZayaConfig(**checkpoint['model_config'] | {'kernel': 'auto'})).to(device).eval()      # this machine's kernel
     model.load_state_dict(checkpoint['model'])
     tokenizer = load_tokenizer(os.path.join(folder, 'bpe.json'))
     ends = [name for name in ('<|endoftext|>', '<|end|>') if name in tokenizer.special_tokens_set]      # document, turn

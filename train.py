@@ -175,7 +175,7 @@ def train(config, model_config):
     checkpoint = load_checkpoint(config.out_dir)
     if checkpoint is not None:
         for key, value in asdict(model_config).items():
-            if checkpoint['model_config'].get(key) != value:
+            if key != 'kernel' and checkpoint['model_config'].get(key) != value:        # the kernel changes nothing that is kept
                 raise ValueError(f"{key} is {value}, but {config.out_dir} was trained with "
                                  f"{checkpoint['model_config'].get(key)}: use it, or another out_dir")
         changed = [f'{key} {checkpoint["config"].get(key)} -> {value}' for key, value in asdict(config).items()

@@ -1,0 +1,439 @@
+"""The kernel of kernels/, run on the CPU block by block and thread by thread, against float64; and its code for GPUs.
+
+NANOZAYA_CPU_BUILD chooses among the builds for the CPU (kernels/build.py); the tests marked by `every_build` run with all.
+"""
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+import kernels
+from cca import mix
+from common import ENV, ROOT, tiny_model, tokens
+from kernels import build
+from model import ZayaConfig
+
+BUILD = os.environ.get('NANOZAYA_CPU_BUILD', 'cpu')
+every_build = settings(max_examples=30 if BUILD == 'cpu' else 4)
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SMALL, LARGE = 1, 2                                             # tiles, as in cca.h
+
+heads = st.sampled_from([(1, 1, 64), (4, 2, 64), (6, 2, 64), (2, 1, 128), (3, 3, 128)])          # Hq, Hk, d
+dtypes = st.sampled_from(list(BOUND))
+seeds = st.integers(0, 10**6)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def library():
+    if shutil.which(os.environ.get('CXX', 'g++')) is None:
+        pytest.skip('no g++ to build the kernel for the CPU with')
+    kernels.load('cpu')
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """New tensors are full of NaN, so that a kernel which leaves a hole in a result or workspace cannot pass."""
+    torch.use_deterministic_algorithms(True)                    # fill_uninitialized_memory, on by default, needs it
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def table(positions, n):
+    angle = positions[..., None] * 10_000.0 ** -(torch.arange(n, dtype=torch.float64) / n)
+    return angle.cos().float(), angle.sin().float()
+
+
+def problem(dtype, B, S, Hq, Hk, d, past, start, rows_apart, seed=0):
+    """Random arguments of the operators, as a dict: all that may be random is, biases and temperature too."""
+    g = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+    C = (Hq + Hk) * d
+    positions = torch.randint(5000, (B if rows_apart else 1, 1), generator=g) + torch.arange(S)
+    cos, sin = table(positions, d // 4)
+    return dict(qk=random(B, S, C), past=random(B, 2, C) if past else None, w1=random(C, 1, 2), b1=random(C),
+                w2=random(C, d, 2) / d ** 0.5, b2=random(C), temperature=random(Hk), cos=cos, sin=sin,
+                start=torch.rand(B, S, generator=g) < 0.3 if start else None)
+
+
+def reference(qk, past, w1, b1, w2, b2, temperature, cos, sin, start):
+    """From the equations, each document by itself, with conv1d. temperature (B, S, Hk): one for each token, see below."""
+    B, S, C = qk.shape
+    d, Hk = w2.shape[1], temperature.shape[-1]
+    Hq, G, n = C // d - Hk, (C // d - Hk) // Hk, cos.shape[-1]
+    mixed = []
+    for b in range(B):
+        begins = [0] + [s for s in range(1, S) if start is not None and start[b, s]] + [S]
+        for s0, s1 in zip(begins, begins[1:]):
+            goes_on = s0 == 0 and past is not None and not (start is not None and start[b, 0])
+            x = torch.cat([past[b] if goes_on else qk.new_zeros(2, C), qk[b, s0:s1]]).T[None]
+            mixed.append(F.conv1d(F.conv1d(x, w1, b1, groups=C), w2, b2, groups=C // d)[0].T)
+    split = lambda x: x.view(B, S, Hq + Hk, d).split([Hq, Hk], 2)
+    (q, k), (q0, k0) = split(torch.cat(mixed)), split(qk)
+    m_q = (q0 + k0.repeat_interleave(G, 2)) / 2
+    q, k = q + m_q, k + m_q.unflatten(2, (Hk, G)).mean(3)
+    q, k = d ** 0.5 * F.normalize(q, dim=-1), temperature[..., None] * d ** 0.5 * F.normalize(k, dim=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+
+    def rotate(x):
+        first, second, rest = x.split([n, n, d - 2 * n], -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).transpose(1, 2)
+    return rotate(q), rotate(k)
+
+
+def exact(p, dq, dk):
+    """q, k and the gradients of all float arguments in float64. The temperature's comes for each token: the sum over tokens
+    may all but cancel, and rounding errors are small against what is added up, not against what is left."""
+    p = {name: t if t is None or t.dtype == torch.bool else t.double() for name, t in p.items()}
+    p['temperature'] = p['temperature'].expand(*p['qk'].shape[:2], -1)
+    leaves = {name: p[name] for name in ('qk', 'past', 'w1', 'b1', 'w2', 'b2', 'temperature') if p[name] is not None}
+    for t in leaves.values():
+        t.requires_grad_()
+    q, k = reference(**p)
+    gradients = torch.autograd.grad((q, k), list(leaves.values()), (dq.double(), dk.double()))
+    return q.detach(), k.detach(), dict(zip(leaves, gradients))
+
+
+def forward(p, tile=0):
+    return torch.ops.nanozaya.cca_forward(*p.values(), tile)
+
+
+def backward(dq, dk, p, tile=0):
+    """-> the gradients by name, without that of a past that is not there."""
+    names = 'qk', 'past', 'w1', 'b1', 'w2', 'b2', 'temperature'
+    found = zip(names, torch.ops.nanozaya.cca_backward(dq, dk, *p.values(), tile))
+    return {name: g for name, g in found if p[name] is not None}
+
+
+def check(p, tile, seed=0):
+    bound, (B, S, _), d, Hk = BOUND[p['qk'].dtype], p['qk'].shape, p['w2'].shape[1], len(p['temperature'])
+    g = torch.Generator().manual_seed(seed + 1)
+    dq, dk = (torch.randn(B, H, S, d, generator=g).to(p['qk']) for H in (p['qk'].shape[2] // d - Hk, Hk))
+    q, k, wanted = exact(p, dq, dk)
+    for found, true in zip(forward(p, tile), (q, k)):
+        assert found.dtype == p['qk'].dtype
+        assert (found.double() - true).norm() <= bound * true.norm()
+    for name, found in backward(dq, dk, p, tile).items():
+        true, size = wanted[name], wanted[name].norm()
+        if name == 'temperature':
+            true = true.sum((0, 1))
+        assert found.shape == p[name].shape and (found.double() - true).norm() <= bound * size, name
+
+
+# ---- right ----
+
+@every_build
+@given(dtypes, st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 5, 13, 16, 17, 31, 33, 40]), heads, st.booleans(), st.booleans(),
+       st.booleans(), st.sampled_from([SMALL, LARGE]), seeds)
+def test_forward_and_backward_are_those_of_float64(dtype, B, S, shape, past, start, rows_apart, tile, seed):
+    check(problem(dtype, B, S, *shape, past, start, rows_apart, seed), tile, seed)
+
+
+@pytest.mark.parametrize('S', [63, 64, 65, 130])
+@pytest.mark.parametrize('dtype', BOUND)
+def test_tiles_meet_without_a_seam(dtype, S):
+    """Tiles have 16, 32 or 64 rows; backward's 32, of which 30 count."""
+    check(problem(dtype, 1, S, 2, 1, 64, True, False, False), LARGE)
+
+
+@pytest.mark.parametrize('tile', [SMALL, LARGE])
+def test_a_document_may_start_at_any_token_even_after_a_cached_past(tile):
+    """All 16 ways to have starts in four tokens, a sequence each."""
+    p = problem(torch.float32, 16, 4, 1, 1, 64, True, False, False)
+    p['start'] = torch.arange(16)[:, None] >> torch.arange(4) & 1 == 1
+    check(p, tile)
+
+
+def test_many_tokens_are_right_whatever_tile_the_kernel_chooses():
+    """1,030: large tiles by its own choice, and three portions of tokens for the gradient of the grouped weight."""
+    check(problem(torch.bfloat16, 2, 515, 1, 1, 64, False, False, False), 0)
+
+
+def test_the_depthwise_bias_lands_on_the_padded_position():
+    """Zero input, zero past: the first token's grouped convolution still sees a_{-1} = b1, through W2_0."""
+    p = problem(torch.float32, 1, 2, 1, 1, 64, False, False, False)
+    p['qk'].zero_()
+    check(p, 0)
+    y = torch.einsum('oit,i->o', p['w2'][:64], p['b1'][:64]) + p['b2'][:64]     # the same for both tokens
+    q = forward(p | {'cos': torch.ones(1, 2, 16), 'sin': torch.zeros(1, 2, 16)})[0]
+    torch.testing.assert_close(q[0, 0], 8 * F.normalize(y, dim=0).expand(2, -1))
+
+
+@given(dtypes, st.lists(st.integers(1, 9), min_size=1, max_size=5), seeds)
+@settings(max_examples=10)
+def test_chunks_with_a_cached_past_give_the_bits_of_the_whole(dtype, chunks, seed):
+    """Prefill, decoding steps of one to four tokens, anything: a row's result depends on its own two past rows alone."""
+    p = problem(dtype, 2, sum(chunks), 2, 1, 64, True, False, True, seed)
+    whole, columns, at = forward(p, LARGE), torch.cat([p['past'], p['qk']], 1), 0
+    for n in chunks:
+        rows = slice(at, at + n)
+        part = p | {'qk': p['qk'][:, rows].contiguous(), 'past': columns[:, at:at + 2],
+                    'cos': p['cos'][:, rows], 'sin': p['sin'][:, rows]}
+        assert all(torch.equal(a, b[:, :, rows]) for a, b in zip(forward(part), whole))
+        at += n
+
+
+@given(seeds)
+@settings(max_examples=5)
+def test_results_are_the_same_bits_every_time_and_alone_or_in_a_batch(seed):
+    p = problem(torch.bfloat16, 3, 21, 2, 1, 64, True, True, True, seed)
+    dq, dk = torch.randn(3, 2, 21, 64).bfloat16(), torch.randn(3, 1, 21, 64).bfloat16()
+    once, again = (forward(p) + tuple(backward(dq, dk, p).values()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again))
+    row = {name: t[1:2] if name in ('qk', 'past', 'cos', 'sin', 'start') else t for name, t in p.items()}
+    assert all(torch.equal(a, b[1:2]) for a, b in zip(forward(row), once))
+    assert all(torch.equal(g, once[2 + i][1:2]) for i, g in enumerate(list(backward(dq[1:2], dk[1:2], row).values())[:2]))
+
+
+@given(dtypes, st.integers(0, 20), seeds)
+@settings(max_examples=5)
+def test_not_a_number_reaches_its_own_token_and_the_next_two_only(dtype, t, seed):
+    p = problem(dtype, 2, 21, 2, 1, 64, True, False, False, seed)
+    p['qk'][1, t] = float('nan')
+    for x in forward(p):
+        hit = x.isnan().any(-1).all(1)                          # (B, S)
+        assert not hit[0].any() and hit[1].nonzero()[:, 0].tolist() == [s for s in (t, t + 1, t + 2) if s < 21]
+        assert not x[1, :, hit[1].logical_not()].isnan().any()
+
+
+def test_a_zero_vector_stays_zero_and_its_gradient_is_finite():
+    p = problem(torch.float32, 1, 3, 2, 1, 64, False, False, False)
+    for name in ('qk', 'b1', 'b2'):
+        p[name].zero_()
+    assert all(x.eq(0).all() for x in forward(p))
+    dq, dk = torch.randn(1, 2, 3, 64), torch.randn(1, 1, 3, 64)
+    assert all(g.isfinite().all() for g in backward(dq, dk, p).values())
+
+
+@given(dtypes, st.integers(1, 3), st.integers(1, 5))
+@settings(max_examples=5)
+def test_rows_of_a_wider_tensor_and_gradients_of_any_stride_are_read_in_place(dtype, B, S):
+    """qk may be a part of a fused projection; the gradients of attention come as (B, S, H, d), transposed, or expanded."""
+    p = problem(dtype, B, S, 2, 1, 64, False, False, False)
+    wide = torch.cat([p['qk'], torch.full((B, S, 64), float('nan'), dtype=dtype)], -1)
+    part = p | {'qk': wide[..., :192]}
+    assert all(torch.equal(a, b) for a, b in zip(forward(part), forward(p)))
+    dq, dk = torch.randn(B, S, 2, 64).to(dtype).transpose(1, 2), torch.ones(1, dtype=dtype).expand(B, 1, S, 64)
+    plain = backward(dq.contiguous(), dk.contiguous(), p)
+    assert all(torch.equal(g, plain[name]) for name, g in backward(dq, dk, part).items())
+
+
+@pytest.mark.skipif(build.gpu_trouble() is not None, reason=str(build.gpu_trouble()))
+@given(dtypes, st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 31, 64, 65, 200, 1500]), heads, st.booleans(), st.booleans(),
+       st.booleans(), st.sampled_from([0, SMALL, LARGE]), seeds)
+@settings(max_examples=60)
+def test_a_gpu_gives_what_float64_gives(dtype, B, S, shape, past, start, rows_apart, tile, seed):
+    kernels.load('cuda')
+    p = problem(dtype, B, S, *shape, past, start, rows_apart, seed)
+    p = {name: t if t is None else t.cuda() for name, t in p.items()}
+    check(p, tile, seed)
+    assert all(torch.equal(a, b) for a, b in zip(forward(p, tile), forward(p, tile)))
+
+
+# ---- at home in PyTorch ----
+
+def arguments(p, leaves=('qk', 'w1', 'b1', 'w2', 'b2', 'temperature')):
+    return [t.clone().requires_grad_() if name in leaves else t for name, t in p.items()]
+
+
+def test_autograd_returns_the_backward_operator_s_gradients_in_each_parameter_s_dtype():
+    p = problem(torch.bfloat16, 2, 5, 2, 1, 64, True, True, False)
+    p = {name: t.float() if name in ('w1', 'b1', 'w2', 'b2', 'temperature') else t for name, t in p.items()}    # master weights
+    inputs = arguments(p, ('qk', 'past', 'w1', 'b1', 'w2', 'b2', 'temperature'))
+    q, k = kernels.cca_mix(*inputs)
+    dq, dk = torch.randn_like(q), torch.randn_like(k)
+    torch.autograd.backward((q, k), (dq, dk))
+    for t, g in zip(inputs, backward(dq, dk, p).values()):
+        assert t.grad.dtype == t.dtype and torch.equal(t.grad, g.to(t.dtype))
+
+
+@pytest.mark.parametrize('past', [False, True])
+def test_the_operator_keeps_pytorch_s_rules(past):
+    p = problem(torch.float32, 1, 3, 2, 1, 64, past, True, False)
+    torch.library.opcheck(torch.ops.nanozaya.cca_forward.default, arguments(p))
+
+
+def test_torch_compile_takes_it_without_a_break():
+    inputs = arguments(problem(torch.float32, 2, 5, 2, 1, 64, False, False, False))
+
+    def f(*inputs):
+        if kernels.usable('hip', inputs[0].device.type, inputs[0].dtype, 64, 16):
+            return sum(x.square().sin().sum() for x in kernels.cca_mix(*inputs))
+    plain = torch.autograd.grad(f(*inputs), inputs[0])
+    compiled = torch.autograd.grad(torch.compile(f, fullgraph=True, backend='aot_eager')(*inputs), inputs[0])
+    torch.testing.assert_close(plain, compiled)
+
+
+# ---- bad input ----
+
+BAD = {                                                         # name: (what is wrong, exception, part of the message)
+    'float64': (lambda p: p | {'qk': p['qk'].double()}, TypeError, 'float32, bfloat16 or float16'),
+    'integers': (lambda p: p | {'qk': p['qk'].long()}, TypeError, 'float32, bfloat16 or float16'),
+    'two dims': (lambda p: p | {'qk': p['qk'][0]}, ValueError, r'shape \(B, S, C\)'),
+    'S = 0': (lambda p: p | {'qk': p['qk'][:, :0]}, ValueError, 'B and S at least 1'),
+    'B = 0': (lambda p: p | {'qk': p['qk'][:0]}, ValueError, 'B and S at least 1'),
+    'head dim': (lambda p: p | {'w2': p['w2'][:, :32]}, ValueError, 'head dim must be 64 or 128'),
+    'channels': (lambda p: p | {'qk': p['qk'][..., :-8].contiguous()}, ValueError, "qk's 184 channels"),
+    'no query head': (lambda p: p | {'qk': p['qk'][..., :64].contiguous()}, ValueError, "qk's 64 channels"),
+    'heads in groups': (lambda p: p | {'temperature': torch.ones(2)}, ValueError, 'a multiple of 2'),
+    'no temperature': (lambda p: p | {'temperature': torch.ones(0)}, ValueError, 'a multiple of 0'),
+    'w1': (lambda p: p | {'w1': p['w1'][:, 0]}, ValueError, r'conv_depthwise_weight must have the shape \[192, 1, 2\]'),
+    'b1': (lambda p: p | {'b1': p['b1'][:-1]}, ValueError, 'conv_depthwise_bias'),
+    'w2': (lambda p: p | {'w2': p['w2'][:-1]}, ValueError, 'conv_grouped_weight'),
+    'b2': (lambda p: p | {'b2': p['b2'][None]}, ValueError, 'conv_grouped_bias'),
+    'whole numbers': (lambda p: p | {'b2': p['b2'].long()}, TypeError, 'must be floats'),
+    'past shape': (lambda p: p | {'past': p['qk'][:, :1]}, ValueError, r'past must have the shape \[2, 2, 192\]'),
+    'past dtype': (lambda p: p | {'past': p['qk'][:, :2].bfloat16()}, TypeError, "qk's dtype"),
+    'start shape': (lambda p: p | {'start': torch.ones(2, 1, dtype=torch.bool)}, ValueError, 'start must have the shape'),
+    'start dtype': (lambda p: p | {'start': torch.ones(2, 4)}, TypeError, 'start must be bool'),
+    'cos': (lambda p: p | {'cos': p['cos'][:, :-1]}, ValueError, 'cos must have the shape'),
+    'cos rows': (lambda p: p | {'cos': p['cos'].expand(3, -1, -1)}, ValueError, 'cos must have the shape'),
+    'sin': (lambda p: p | {'sin': p['sin'][..., :8]}, ValueError, 'sin must have the shape'),
+    'odd rotation': (lambda p: p | {'cos': p['cos'][..., :12], 'sin': p['sin'][..., :12]}, ValueError, 'n a multiple of 8'),
+    'rotates too much': (lambda p: p | {'cos': p['cos'].repeat(1, 1, 3), 'sin': p['sin'].repeat(1, 1, 3)}, ValueError, '2n of 64'),
+    'column stride': (lambda p: p | {'qk': p['qk'].mT.contiguous().mT}, ValueError, 'contiguous'),
+    'alignment': (lambda p: p | {'qk': F.pad(p['qk'], (1, 0))[..., 1:]}, ValueError, '16 bytes'),
+    'uneven rows': (lambda p: p | {'qk': F.pad(p['qk'], (0, 0, 0, 1))[:, :4]}, ValueError, 'equally spaced'),
+    'device': (lambda p: p | {'b1': p['b1'].to('meta')}, ValueError, "on qk's device"),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_an_exception_that_says_what_was_expected(name):
+    change, error, message = BAD[name]
+    p = problem(torch.float32, 2, 4, 2, 1, 64, False, False, False)
+    forward(p)
+    with pytest.raises(error, match='cca_mix: .*' + message):
+        kernels.cca_mix(*change(p).values())
+
+
+def test_gradients_of_a_wrong_shape_are_refused():
+    p = problem(torch.float32, 2, 4, 2, 1, 64, False, False, False)
+    q, k = forward(p)
+    with pytest.raises(ValueError, match='the gradient of q'):
+        backward(q[:, :1], k, p)
+    with pytest.raises(ValueError, match='the gradient of k'):
+        backward(q, k[..., :32], p)
+
+
+def test_other_devices_are_refused():
+    p = problem(torch.float32, 2, 4, 2, 1, 64, False, False, False)
+    with pytest.raises(RuntimeError, match="no kernel for the device 'meta'"):
+        kernels.cca_mix(*(t if t is None else t.to('meta') for t in p.values()))
+
+
+# ---- in the model ----
+
+@given(dtypes, st.integers(1, 2), st.integers(1, 20), heads, st.booleans(), st.booleans(), seeds)
+@settings(max_examples=10)
+def test_the_kernel_equals_the_plain_definition_in_cca(dtype, B, S, shape, past, start, seed):
+    p = problem(dtype, B, S, *shape, past, start, True, seed)
+    plain = mix(*(t if t is None or t.dtype == torch.bool else t.float() for t in p.values()))
+    for a, b in zip(forward(p), plain):
+        assert (a.float() - b).norm() <= BOUND[dtype] * b.norm()
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_the_model_with_the_kernel_has_the_loss_and_gradients_of_the_model_without(packed):
+    shape = dict(n_layer=2, n_head=4, n_kv_head=2, head_dim=64)
+    idx, start = tokens(2, 12), None
+    if packed:
+        start = torch.zeros(2, 12, dtype=torch.bool)
+        start[:, 0] = start[0, 5] = start[1, [1, 2, 9]] = True
+    model, plain = tiny_model(**shape, kernel='hip'), tiny_model(**shape, kernel='torch')
+    losses = [m(idx, idx.roll(-1, 1), start)[1] for m in (model, plain)]
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+    for loss in losses:
+        loss.backward()
+    for (name, a), b in zip(model.named_parameters(), plain.parameters()):
+        assert (a.grad - b.grad).norm() <= 1e-4 * b.grad.norm(), name
+
+
+@torch.no_grad()
+def test_the_model_with_the_kernel_continues_a_cache_with_rows_of_any_length():
+    model, plain = (tiny_model(n_layer=2, n_head=2, n_kv_head=1, head_dim=64, kernel=kernel) for kernel in ('hip', 'torch'))
+    caches = [m.make_cache(2, 12) for m in (model, plain)]
+    for i, n_new in enumerate(([3, 5], [1, 1], [0, 2], [4, 1])):
+        a, b = (m(tokens(2, max(n_new), seed=i), cache=cache, n_new=n_new)[0] for m, cache in zip((model, plain), caches))
+        assert all((a[row, :n] - b[row, :n]).abs().max() < 1e-4 for row, n in enumerate(n_new) if n)
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(ValueError, match='one of auto, hip, torch'):
+        ZayaConfig(kernel='cuda')
+
+
+# ---- choosing it ----
+
+def test_auto_never_fails_and_hip_says_why(monkeypatch, capsys):
+    def broken(device):
+        raise RuntimeError('the kernel could not be built: no compiler\nmore')
+    monkeypatch.setattr(kernels, 'load', broken)
+    kernels.trouble.cache_clear()
+    kernels.say_once.cache_clear()
+    assert not kernels.usable('torch', 'cuda', torch.bfloat16, 128, 32)
+    assert not kernels.usable('auto', 'cpu', torch.float32, 64, 16)             # slow on a CPU
+    assert capsys.readouterr().err == ''
+    for _ in range(2):
+        assert not kernels.usable('auto', 'cuda', torch.bfloat16, 128, 32)
+    assert capsys.readouterr().err == 'CCA runs without its kernel: the kernel could not be built: no compiler\n'       # once
+    assert not kernels.usable('auto', 'cuda', torch.bfloat16, 32, 8)
+    assert 'not torch.bfloat16, 32 and 16' in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match='no compiler'):
+        kernels.usable('hip', 'cuda', torch.bfloat16, 128, 32)
+    with pytest.raises(ValueError, match='head_dim 64 or 128'):
+        kernels.usable('hip', 'cpu', torch.float32, 32, 8)
+    kernels.trouble.cache_clear()                               # of what was broken here only
+
+
+def test_a_compiler_that_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    with pytest.raises(RuntimeError, match='needs g\\+\\+'):
+        build.cpu_library()
+    monkeypatch.setenv('CXX', 'false')
+    with pytest.raises(RuntimeError, match='false failed'):
+        build.cpu_library()
+
+
+# ---- other builds ----
+
+@pytest.mark.skipif(BUILD != 'cpu', reason='runs the other builds itself')
+@pytest.mark.parametrize('kind', ['cpu_nvidia', 'cpu_asan'])
+def test_nvidia_s_register_layout_is_right_too_and_nothing_out_of_bounds_is_touched(kind):
+    environment = ENV | {'NANOZAYA_CPU_BUILD': kind}
+    build.cpu_library(kind)
+    if kind == 'cpu_asan':                                      # its runtime must be loaded before all else, and wants C++'s
+        runtime = [subprocess.run(['g++', f'-print-file-name={name}'], capture_output=True, text=True).stdout.strip()
+                   for name in ('libasan.so', 'libstdc++.so')]
+        environment |= {'LD_PRELOAD': ' '.join(runtime), 'ASAN_OPTIONS': 'detect_leaks=0'}
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-s', '-p', 'no:cacheprovider', __file__,
+                           '-k', 'those_of_float64 or seam and 65'], env=environment, cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.skipif(BUILD != 'cpu', reason='once is enough')
+def test_gfx942_code_spills_nothing_fits_the_lds_and_uses_the_matrix_units():
+    try:
+        assembly = build.gfx942_assembly()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    found = build.gfx942_kernels(assembly)
+    assert len(found) == 36 and {k['dtype'] for k in found} == {'float32', 'bf16', 'fp16'}       # nothing was overlooked
+    build.check_gfx942(found)
+    for wrong in ({'spills': 1}, {'scratch': 4}, {'lds': 70_000}, {'mfma': 0}):
+        with pytest.raises(ValueError, match='gfx942: cca_rows'):
+            build.check_gfx942([found[0] | wrong])
+
+
+@pytest.mark.skipif(BUILD != 'cpu', reason='once is enough')
+def test_nvcc_compiles_it_for_sm_90():
+    try:
+        assert len(build.sm_90_kernels()) == 36
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
