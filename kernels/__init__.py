@@ -103,8 +103,27 @@ def trouble(device, dtype, head_dim, n):
             raise ValueError(f'the kernel takes {", ".join(map(str, DTYPES))}, head_dim {" or ".join(map(str, HEAD_DIMS))} '
                              f'and a multiple of 16 rotated dims, not {dtype}, {head_dim} and {2 * n}')
         load(device)
+        if device == 'cuda' and (error := difference(device, dtype, head_dim, n)) > 0.02:
+            raise RuntimeError(f'on this GPU its results are {error:.0%} off those of cca.mix; it is not used')
     except (RuntimeError, ValueError) as error:
         return error
+
+
+def difference(device, dtype, d, n):
+    """The largest relative error of cca_mix's results and gradients against cca.mix, in float32, on a small random input."""
+    from cca import mix, rope_table
+    (B, S, Hq, Hk), g = (2, 70, 2, 1), torch.Generator().manual_seed(0)
+    C, results = (Hq + Hk) * d, []
+    shapes = (B, S, C), (B, 2, C), (C, 1, 2), (C,), (C, d, 2), (C,), (Hk,)
+    values = [torch.randn(shape, generator=g).to(dtype).to(device) for shape in shapes]
+    table = rope_table(torch.arange(S, device=device)[None], 2 * n, 10_000.0)
+    for f, to in (cca_mix, dtype), (mix, torch.float32):
+        with torch.enable_grad():
+            leaves = [t.to(to).detach().requires_grad_() for t in values]
+            q, k = f(*leaves, *table)
+            found = q, k, *torch.autograd.grad((q.float() ** 3).sum() + (k.float() ** 3).sum(), leaves)
+        results.append([t.detach().float() for t in found])
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
 
 
 @functools.cache

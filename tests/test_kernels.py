@@ -437,3 +437,23 @@ def test_nvcc_compiles_it_for_sm_90():
         assert len(build.sm_90_kernels()) == 36
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_self_check_passes_what_is_right_and_notices_what_is_wrong(monkeypatch, dtype):
+    assert kernels.difference('cpu', dtype, 64, 16) < 0.02
+    right = kernels.cca_mix
+    monkeypatch.setattr(kernels, 'cca_mix', lambda *args: (right(*args)[0], right(*args)[1] * 1.05))
+    assert kernels.difference('cpu', dtype, 64, 16) > 0.02
+
+
+def test_a_kernel_that_is_wrong_on_this_gpu_is_not_used(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, 'load', lambda device: None)
+    monkeypatch.setattr(kernels, 'difference', lambda *args: 0.5)
+    kernels.trouble.cache_clear()
+    kernels.say_once.cache_clear()
+    assert not kernels.usable('auto', 'cuda', torch.bfloat16, 128, 32)
+    assert '50% off' in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match='50% off'):
+        kernels.usable('hip', 'cuda', torch.bfloat16, 128, 32)
+    kernels.trouble.cache_clear()
