@@ -159,9 +159,9 @@ def timed(work, device):
         return time.perf_counter() - began
 
 
-def alternate(works, device, repeats):
+def alternate(works, device, repeats, warm_up=2):
     """Median seconds of each work, warmed up, in turns."""
-    times = [[timed(work, device) for work in works] for _ in range(repeats + 2)][2:]
+    times = [[timed(work, device) for work in works] for _ in range(warm_up + repeats)][warm_up:]
     return [statistics.median(column) for column in zip(*times)]
 
 
@@ -301,7 +301,7 @@ def attention_layer(device, dtype, settings):
     print('| --- | --- | --- | --- | --- | --- |')
     for name, tokens, ours, theirs in (('prefill', S, lambda: cca(x, *whole), lambda: mha(x, *whole)),
                                        ('decode', P, decode_cca, lambda: mha(x[:, :1], *last, mha_cache))):
-        a, b = alternate([ours, theirs], device, settings.repeats)
+        a, b = alternate([ours, theirs], device, settings.repeats, 1 if device.type == 'cpu' else 2)     # half a minute each
         mib = [2 * width * tokens * x.element_size() / 2 ** 20 for width in (config.n_kv_head * config.head_dim, E)]
         print(f'| {name}, {tokens:,} tokens, {dtype} | {a * 1e3:,.2f} ms | {b * 1e3:,.2f} ms | {b / a:.2f} '
               f'| {mib[0]:,.1f} MiB | {mib[1]:,.1f} MiB |', flush=True)
@@ -353,7 +353,7 @@ def scaling(device, settings):
         _, x, *ys = zip(*(row for row in results if row[0] == name))
         for ax, y, label in zip(axes[:, column], ys, ('training, tokens/s', 'peak memory of a step, MiB', 'decode, ms a step')):
             ax.plot(x, y, 'o-')
-            ax.set(xscale='log', xticks=x, xticklabels=x, ylim=(0, 1.1 * max(y)), ylabel=label if column == 0 else '')
+            ax.set(xscale='log', xticks=x, xticklabels=x, ylim=(0, 1.1 * max(y) or 1), ylabel=label if column == 0 else '')
             ax.minorticks_off()
         axes[-1, column].set_xlabel(name)
     figure.savefig('bench_scale.png', dpi=100)

@@ -17,8 +17,8 @@ import cca
 
 
 def wanted():
-    """Whether to take the functions of this file: gradients are needed, and torch.compile is not at work."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether to take the functions of this file. They are faster forward, too, so that inference wants them as well."""
+    return not torch.compiler.is_compiling()
 
 
 class RMSNorm(torch.autograd.Function):
