@@ -73,13 +73,17 @@ def padded(past, qk):
     return F.pad(qk, (0, 0, 2, 0)) if past is None else torch.cat([past, qk], 1)
 
 
+def out_of_sight(start):
+    """start (B, S) bool, where a document begins -> which tokens may not see x_{t-2} and x_{t-1}: two (B, S, 1) bool."""
+    return (start | F.pad(start, (1, 0))[:, :-1])[..., None], start[..., None]
+
+
 def shifted(x, H, start=None):
     """x (B, S + 2, C), two columns of past first -> (B, S, H, 3d): of each token, head by head, x_{t-2}, x_{t-1} and x_t side
     by side. start (B, S) bool: a document begins here, and sees zeros before it."""
     taps = [x[:, :-2], x[:, 1:-1], x[:, 2:]]
     if start is not None:
-        taps[1] = taps[1].masked_fill(start[..., None], 0)
-        taps[0] = taps[0].masked_fill((start | F.pad(start, (1, 0))[:, :-1])[..., None], 0)
+        taps[:2] = [tap.masked_fill(hidden, 0) for tap, hidden in zip(taps, out_of_sight(start))]
     return torch.cat([tap.unflatten(-1, (H, -1)) for tap in taps], -1)
 
 
@@ -135,8 +139,8 @@ def rope(x, cos, sin):
 def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
     """From the projected qk = [q~; k~] (B, S, C) to q (B, Hq, S, d) and k (B, Hk, S, d), in qk's dtype.
 
-    past (B, 2, C): the two columns before qk; None at the start of a sequence. w1, b1 and w2, b2: weights and biases of the two convolutions, as above.
-    temperature (Hk). cos, sin (B or 1, S, n) of rope_table. start (B, S) bool or None: as in CCA.forward."""
+    past (B, 2, C): the two columns before qk; None at the start of a sequence. w1, b1 and w2, b2: weights and biases of the
+    two convolutions, as above. temperature (Hk). cos, sin (B or 1, S, n) of rope_table. start (B, S) bool or None: as in CCA.forward."""
     (B, S, C), d, Hk = qk.shape, w2.shape[1], len(temperature)
     Hq = C // d - Hk
     # 2. Two kernels of 2 eat two columns of padding, the past. At the start of a sequence it is zero, and since it stands
@@ -168,6 +172,10 @@ class CCA(nn.Module):
         self.conv_grouped_bias = nn.Parameter(torch.empty(C))
         self.temperature = nn.Parameter(torch.empty(self.Hk))                  # T
 
+    def down_weight(self):
+        """[W_Q; W_K; W_V1; W_V2], (C + Hk d, E)."""
+        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.v_proj_delayed.weight])
+
     def forward(self, x, cos, sin, mask=None, start=None, cache=None):
         """x (B, S, E) -> (B, S, E). cos, sin (B or 1, S, n) from rope_table.
         mask: bool, what each token may attend to, (B or 1, 1, S, P); None: itself and all before it.
@@ -176,8 +184,7 @@ class CCA(nn.Module):
         B, S, _ = x.shape
         Hq, Hk, d = self.Hq, self.Hk, self.head_dim
         # 1. Down into the latents, all four in one product.
-        W = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.v_proj_delayed.weight])
-        qk, v, v_delayed = F.linear(x, W).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)         # (B, S, .) each
+        qk, v, v_delayed = F.linear(x, self.down_weight()).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)         # (B, S, .) each
         # What came before this chunk: zeros at the start of a sequence, else the cache's constant-size state.
         if cache is None:
             qk_past, v_past = None, v.new_zeros(B, 1, v.shape[-1])
@@ -199,7 +206,7 @@ class CCA(nn.Module):
         # 7. Attend in the latent: (B, H, S, d) is the layout of scaled_dot_product_attention.
         v = v.transpose(1, 2)
         if cache is not None:
-            cache.remember(self.layer, torch.cat([qk_past, qk], 1), v_padded)
+            cache.remember(self.layer, padded(qk_past, qk), v_padded)
             k, v = cache.append(self.layer, k, v)                              # now (B, Hk, P, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True,
                                            is_causal=mask is None and S > 1)   # scale 1 / sqrt(d) is its default

@@ -58,7 +58,6 @@ def fold(model):
         attn, router, a, m = layer.attn, layer.moe.router, layer.attn_residual, layer.moe_residual
         dtype, T = attn.o_proj.weight.dtype, wide(attn.temperature)
         matrix = lambda W, scale: (wide(W).T * scale).to(dtype).contiguous()
-        qkv = torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight, attn.v_proj_delayed.weight])
         w, b = one_convolution(attn.conv_depthwise_weight, attn.conv_depthwise_bias,
                                attn.conv_grouped_weight, attn.conv_grouped_bias)                       # (H, d, 3 d), (H, d)
         w = 2 * w
@@ -66,7 +65,7 @@ def fold(model):
         constant = lambda s: wide(s.residual_bias * s.residual_scale + s.branch_bias * s.branch_scale)
         norm = lambda rms_norm: wide(rms_norm.weight) * len(rms_norm.weight) ** 0.5
         folded.append(Folded(
-            matrix(qkv, norm(layer.attn_norm)[:, None]), w.mT.contiguous(), 2 * b[:, None],
+            matrix(attn.down_weight(), norm(layer.attn_norm)[:, None]), w.mT.contiguous(), 2 * b[:, None],
             torch.cat([T.new_ones(config.n_head), T * d ** 0.5])[:, None], matrix(attn.o_proj.weight, wide(a.branch_scale)),
             wide(a.residual_scale), constant(a), norm(layer.moe_norm), router.down_proj.weight.T.contiguous(),
             router.down_proj.bias, router.eda_scale, matrix(router.fc1.weight, norm(router.norm)[:, None]), router.fc1.bias,

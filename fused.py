@@ -3,15 +3,14 @@
 Automatic differentiation is exact but wasteful. For y = x * rsqrt(mean(x^2) + eps) * w it keeps four intermediate results,
 reads them all again on the way back, and writes as many gradients. On a CPU, where a number is multiplied faster than
 fetched, such chains take longer than the matrix products between them. Here each chain is one step: it keeps only what
-its gradient needs, and recomputes the rest. The plain formulas stay where they belong, in model.py, as the definition;
+its gradient needs, and recomputes the rest. The plain formulas stay where they belong, in model.py and cca.py, as the definition;
 tests/test_fused.py holds the two equal. torch.compile fuses the plain formulas by itself, so it is given those.
 
 Notation: g is the gradient of the loss with respect to a result, dx that with respect to x.
 
-Legend:  T tokens   E residual width   N experts   F expert width   V vocabulary
+Legend:  T tokens   E residual width   V vocabulary   B, S, C, H, Hq, Hk, G, d as in cca.py, H = Hq + Hk
 """
 import torch
-import torch.nn.functional as F
 
 import cca
 
@@ -120,8 +119,8 @@ class Mix(torch.autograd.Function):
         dw = flat.mT @ cca.shifted(x, H, start).flatten(0, 1).transpose(0, 1)   # (H, d, 3d)
         dtaps = (flat @ w).view(H, B, S, 3, d)
         if start is not None:                                                   # what was masked learns nothing
-            dtaps[..., 1, :].masked_fill_(start[..., None], 0)
-            dtaps[..., 0, :].masked_fill_((start | F.pad(start, (1, 0))[:, :-1])[..., None], 0)
+            for tap, hidden in enumerate(cca.out_of_sight(start)):
+                dtaps[..., tap, :].masked_fill_(hidden, 0)
         dx = torch.zeros_like(x)
         heads = dx.unflatten(-1, (H, d)).permute(2, 0, 1, 3)                    # (H, B, S + 2, d), the same memory
         for tap in range(3):
@@ -148,6 +147,7 @@ class Permute(torch.autograd.Function):
 
 
 def permute(x, order, inverse):
+    """Permute; without a gradient to come, the gather alone: for a few rows, as in decoding, the detour costs more than it."""
     return Permute.apply(x, order, inverse) if x.requires_grad else x.index_select(0, order)
 
 
