@@ -12,6 +12,8 @@ An orthogonal m x n matrix has RMS 1 / sqrt(max(m, n)); AdamW's updates have RMS
 
 Legend:  N experts (a stack of matrices, each orthogonalised by itself)   m, n rows and columns
 """
+from collections import defaultdict
+
 import torch
 
 A, B, C = 3.4445, -4.7750, 2.0315       # Jordan's coefficients: steep at 0, ending between 0.7 and 1.2, not exactly at 1
@@ -44,14 +46,20 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             lr, momentum = group['lr'], group['momentum']
-            for p in group['params']:
-                state = self.state[p]
-                if not state:
-                    state['momentum'] = torch.zeros_like(p)
-                average = state['momentum'].lerp_(p.grad, 1 - momentum)
-                update = orthogonalize(p.grad.lerp(average, momentum))          # Nesterov: look one step ahead
-                p.mul_(1 - lr * group['weight_decay'])
-                p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
+            stacks = defaultdict(list)                      # a layer's experts are a stack already; other matrices
+            for p in group['params']:                       # of one shape, over all layers, are made one
+                stacks[p.shape if p.ndim == 2 else p].append(p)
+            for params in stacks.values():
+                updates = []
+                for p in params:
+                    state = self.state[p]
+                    if not state:
+                        state['momentum'] = torch.zeros_like(p)
+                    average = state['momentum'].lerp_(p.grad, 1 - momentum)
+                    updates.append(p.grad.lerp(average, momentum))              # Nesterov: look one step ahead
+                for p, update in zip(params, orthogonalize(torch.stack(updates))):
+                    p.mul_(1 - lr * group['weight_decay'])
+                    p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
 
 
 def make_optimizers(model, lr, weight_decay=0.1):
