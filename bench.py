@@ -361,7 +361,7 @@ def scaling(device, settings):
 
 
 if __name__ == '__main__':
-    try:
+    with configurator.one_line_errors('bench.py'):
         settings, = configurator.read(sys.argv[1:], BenchConfig)
         device = pick_device(settings.device)
         dtype = {'auto': 'bfloat16' if device.type == 'cuda' else 'float32'}.get(settings.dtype, settings.dtype)
@@ -373,9 +373,3 @@ if __name__ == '__main__':
         else:
             side_by_side(device, dtype, settings)
             attention_layer(device, dtype, settings)
-    except (ValueError, OSError) as error:
-        sys.exit(f'bench.py: {error}')
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        sys.exit(f"bench.py: out of memory ({str(error).split(chr(10))[0]})")
-    except KeyboardInterrupt:
-        sys.exit('bench.py: stopped')

@@ -5,11 +5,15 @@ is only read, with `ast`: numbers, strings, True, False, lists of them, and arit
 key that no dataclass has is an error, not a new variable.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import operator
 import re
+import sys
 import textwrap
+
+import torch
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv}
@@ -118,3 +122,18 @@ def read(arguments, *classes):
             mentioned = [where for key, _, where in found if key in words]
             raise ValueError(': '.join([*mentioned[-1:], str(error)])) from None    # whoever spoke last is to blame
     return made
+
+
+@contextlib.contextmanager
+def one_line_errors(program, when_full='', when_stopped=''):
+    """Around a program's body: what a person can put right ends it with one line and exit code 1. The two hints: what to try
+    when memory is full, and what to know after Ctrl-C."""
+    hint = lambda text: f'; {text}' if text else ''
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        sys.exit(f'{program}: out of memory{hint(when_full)} ({(str(error) or type(error).__name__).splitlines()[0]})')
+    except (ValueError, OSError) as error:
+        sys.exit(f'{program}: {error}')
+    except KeyboardInterrupt:
+        sys.exit(f'{program}: stopped{hint(when_stopped)}')

@@ -347,11 +347,5 @@ def main(config):
 
 
 if __name__ == '__main__':
-    try:
+    with configurator.one_line_errors('rsa.py', 'try a smaller --rows, --population or --budget'):
         main(*configurator.read(sys.argv[1:], RSAConfig))
-    except (ValueError, OSError) as error:
-        sys.exit(f'rsa.py: {error}')
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        sys.exit(f'rsa.py: out of memory; try a smaller --rows, --population or --budget ({str(error).splitlines()[0]})')
-    except KeyboardInterrupt:
-        sys.exit('rsa.py: stopped')

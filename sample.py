@@ -190,7 +190,7 @@ def complete(model, encode, decode, stop, prompt, config):
 
 
 if __name__ == '__main__':
-    try:
+    with configurator.one_line_errors('sample.py', 'try fewer or shorter samples, or --device=cpu'):
         config, = configurator.read(sys.argv[1:], SampleConfig)
         model_and_tokenizer = load(config.ckpt, pick_device(config.device))
         if config.prompt or '--prompt=' in sys.argv:            # an empty prompt on purpose gets its error
@@ -198,15 +198,11 @@ if __name__ == '__main__':
         else:
             print('Type a prompt and Enter; end with Ctrl-D.', file=sys.stderr)
             while True:
-                prompt = input('> ' if sys.stdin.isatty() else '')
                 try:
+                    prompt = input('> ' if sys.stdin.isatty() else '')
                     complete(*model_and_tokenizer, prompt, config)
                 except ValueError as error:                     # this prompt was no good, the next may be
                     print(f'sample.py: {error}', file=sys.stderr)
-    except (ValueError, OSError) as error:
-        sys.exit(f'sample.py: {error}')
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        detail = str(error).split('\n')[0]
-        sys.exit(f'sample.py: out of memory; try fewer or shorter samples, or --device=cpu ({detail})')
-    except (EOFError, KeyboardInterrupt):
-        print()
+                except EOFError:
+                    print()
+                    break

@@ -326,12 +326,6 @@ def train(config, model_config):
 
 
 if __name__ == '__main__':
-    try:
+    with configurator.one_line_errors('train.py', 'try a smaller batch_size with a larger grad_accum',
+                                      'run the same command again to go on from the last checkpoint'):
         train(*configurator.read(sys.argv[1:], TrainConfig, ZayaConfig))
-    except (ValueError, OSError) as error:
-        sys.exit(f'train.py: {error}')
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        detail = str(error).split('\n')[0]
-        sys.exit(f'train.py: out of memory; try a smaller batch_size with a larger grad_accum ({detail})')
-    except KeyboardInterrupt:
-        sys.exit('train.py: stopped; run the same command again to go on from the last checkpoint')

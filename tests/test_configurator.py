@@ -2,6 +2,7 @@
 import dataclasses
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -204,3 +205,18 @@ def test_any_flag_is_read_or_refused(key, text):
         assert key in str(error)
     else:
         assert key != 'name' or settings.name == text
+
+
+@pytest.mark.parametrize('error, line', [(ValueError('lr is -1'), 'p.py: lr is -1'), (OSError(2, 'gone', 'x'), "p.py: [Errno 2] gone: 'x'"),
+                                         (torch.OutOfMemoryError('2 GiB\nmore'), 'p.py: out of memory; try less (2 GiB)'),
+                                         (MemoryError(), 'p.py: out of memory; try less (MemoryError)'),
+                                         (KeyboardInterrupt(), 'p.py: stopped; go on')])
+def test_what_a_person_can_put_right_is_one_line_and_a_failing_exit_code(error, line):
+    with pytest.raises(SystemExit) as exit, configurator.one_line_errors('p.py', 'try less', 'go on'):
+        raise error
+    assert exit.value.code == line              # sys.exit(text) prints it and exits with 1
+
+
+def test_what_is_our_own_mistake_keeps_its_traceback():
+    with pytest.raises(TypeError), configurator.one_line_errors('p.py'):
+        raise TypeError

@@ -338,6 +338,7 @@ def test_the_script_prints_what_it_wrote_and_gives_errors_one_line(tmp_path):
 def test_an_experiment_trains_measures_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     def run(command, **kwargs):                                 # train.py, in this process
         train.train(*configurator.read(command[2:], train.TrainConfig, ZayaConfig))
+        return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(subprocess, 'run', run)
     (tmp_path / 'recipe.py').write_text('\n'.join(flag.removeprefix('--') for flag in TINY_RUN if 'device' not in flag))
     config = ExperimentConfig(recipe=f'{tmp_path}/recipe.py', samples=400, steps=2, seeds=1, problems=2, splits='easy', device='cpu')

@@ -45,7 +45,8 @@ def train(out, seed, config, *flags):
     flags = [f'--out_dir={out}', f'--seed={seed}', f'--device={config.device}', *flags]
     if config.steps:
         flags += [f'--max_steps={config.steps}']
-    subprocess.run([sys.executable, 'train.py', config.recipe, *flags], cwd=ROOT, check=True)
+    if subprocess.run([sys.executable, 'train.py', config.recipe, *flags], cwd=ROOT).returncode:
+        raise ValueError(f'the training into {out} failed, for the reason above')
     return load_speaker(out, pick_device(config.device))
 
 
@@ -111,14 +112,10 @@ def trim(config, out, context=116):
 EXPERIMENTS = {'main': main_table, 'aggregation': aggregation, 'trim': trim}
 
 if __name__ == '__main__':
-    try:
+    with configurator.one_line_errors('experiment.py', when_stopped='run the same command again to go on'):
         if len(sys.argv) < 2 or sys.argv[1] not in EXPERIMENTS:
             raise ValueError(f'name an experiment: {", ".join(EXPERIMENTS)}')
         config, = configurator.read(sys.argv[2:], ExperimentConfig)
         if sys.argv[1] != 'trim':                             # which prepares sets of its own
             prepare_once(ROOT / 'data/loops')
         EXPERIMENTS[sys.argv[1]](config, Path(config.out or ROOT / 'runs' / f'loops_{sys.argv[1]}'))
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f'experiment.py: {error}')
-    except KeyboardInterrupt:
-        sys.exit('experiment.py: stopped; run the same command again to go on')
