@@ -1,10 +1,11 @@
 """Sample from a trained model: `python sample.py --ckpt=RUN_OR_HF_FOLDER --prompt='def '`, interactive without --prompt.
 
-Generation has two phases. Prefill: all prompts go through the model at once and fill the cache (cca.py); a prompt that
-several rows share is read once. Decode: one token a row and step, each step a forward over that token alone (decode.py),
+Generation has two phases. Prefill: all prompts go through the model at once and fill the cache (cca.py); what several
+rows share is read once. Decode: one token a row and step, each step a forward over that token alone (decode.py),
 which the cache makes equal to a forward over everything so far. Prompts may differ in length, and a row that has finished
 leaves the batch.
 """
+import itertools
 import os
 import sys
 from dataclasses import dataclass
@@ -49,6 +50,39 @@ def sample_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return token.gather(1, chosen)[:, 0]
 
 
+def prefill(model, prompts, max_new_tokens, least=8):
+    """prompts: B lists of token ids -> a Cache that has read them, with room for the new tokens, and the logits (B, V) after each.
+
+    Nothing is read twice: of equal prompts one, and first of all, once, what neighbours in the list begin with, a shared question
+    say, if that has `least` tokens, enough to pay for a forward more.
+    """
+    unique = {tuple(prompt): row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    heads, head_of = [], []                                     # the shared beginnings, and which of them each unique prompt has
+    for prompt in unique:
+        common = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(heads[-1], prompt[:-1]))] if heads else []
+        heads[-1:] = [common] if len(common) >= least else [*heads[-1:], prompt[:-1]]
+        head_of.append(len(heads) - 1)
+    cache = model.make_cache(len(heads), max(map(len, unique)) + max_new_tokens)
+
+    def read(rows):
+        """The next tokens of each row of the cache -> logits (B, V)."""
+        lengths = [len(row) for row in rows]
+        padded = [[*row] + [0] * (max(lengths) - len(row)) for row in rows]
+        return model(torch.tensor(padded, device=model.device), cache=cache, n_new=lengths, last_only=True)[0][:, 0]
+
+    if len(heads) == len(unique):                               # nobody shares
+        logits = read(unique)
+    else:
+        read(heads)
+        cache.keep(head_of)
+        logits = read([prompt[len(heads[head]):] for prompt, head in zip(unique, head_of)])
+    if len(unique) < len(prompts):
+        copies = [unique[tuple(prompt)] for prompt in prompts]
+        cache.keep(copies)
+        logits = logits[copies]
+    return cache, logits
+
+
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=(), seed=0, stream=None):
     """prompts: lists of token ids, of any lengths -> the new tokens of each, as lists.
@@ -76,16 +110,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         # Every row draws all its random numbers now, from its own generator.
         u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))     # ints: no salt
                          for row in range(len(prompts))]).to(model.device)                      # (B, max_new_tokens)
-        unique = {tuple(prompt): i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        lengths = [len(prompt) for prompt in unique]
-        padded = [[*prompt] + [0] * (max(lengths) - len(prompt)) for prompt in unique]
-        idx = torch.tensor(padded, device=model.device)
-        cache = model.make_cache(len(unique), max(lengths) + max_new_tokens)
-        logits = model(idx, cache=cache, n_new=lengths, last_only=True)[0][:, 0]                # prefill, (B, V)
-        if len(unique) < len(prompts):                          # rows with one prompt: it was read once, now they part
-            copies = [unique[tuple(prompt)] for prompt in prompts]
-            cache.keep(copies)
-            logits = logits[copies]
+        cache, logits = prefill(model, prompts, max_new_tokens)                                 # logits (B, V)
         rows = list(range(len(prompts)))                        # row numbers of those still in the batch
         folded = decode.fold(model)
         for t in range(max_new_tokens):

@@ -133,6 +133,21 @@ def test_a_prompt_that_rows_share_is_read_once(model, monkeypatch):
     assert together[0] != together[2] != together[3]                            # each with its own random numbers
 
 
+def test_what_neighbours_begin_with_is_read_once(model, monkeypatch):
+    seen, forward = [], type(model).forward
+    monkeypatch.setattr(type(model), 'forward', lambda self, idx, **options: (seen.append(options['n_new']), forward(self, idx, **options))[1])
+    generate(model, [[*range(10), 11], [*range(10), 12, 13], [*range(9), 20], [7, 1, 2], [*range(20, 30)], [*range(20, 30), 1]], 5)
+    assert seen == [[9, 2, 9], [2, 3, 1, 1, 1, 2]]      # three questions, the second one's alone; then what is left of each
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 3), min_size=7, max_size=12), st.lists(prompts, min_size=1, max_size=3)), max_size=3),
+       st.integers(1, 8))
+def test_rows_that_share_a_beginning_equal_those_generated_alone(model, questions, n):
+    batch = [question + rest for question, rests in questions for rest in rests]
+    together = generate(model, batch, n, temperature=0)
+    assert together == [generate(model, [prompt], n, temperature=0)[0] for prompt in batch]
+
+
 @torch.no_grad()
 @given(prompts, st.integers(1, 12))
 def test_greedy_generation_equals_full_forwards(model, prompt, n):
