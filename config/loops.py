@@ -1,6 +1,6 @@
 # The loops task (data/loops/), of which 1.1M parameters learn to reason in bounded rounds: first `python data/loops/prepare.py`.
 out_dir = 'runs/loops'
-dataset = 'data/loops/traces:0.7 data/loops/votes:0.3'
+dataset = 'data/loops/traces:0.5 data/loops/votes:0.5'
 n_layer = 4
 n_embd = 128
 n_head = 4              # two KV heads: one sees this token's value, the other that of the token before

@@ -210,13 +210,12 @@ def expert(rng, problem, end, wrong):
     return continue_chain(problem, chain, n - error, rng, 0)
 
 
-def tail_of(rng, problem, chain, tail):
-    """The last `tail` tokens of an expert's rollout. It began some rounds ago or only just, and says its answer where
-    it is at the end; one in thirty thinks that it is there too early."""
-    begin = 0 if rng.random() < 0.9 else max(0, len(chain) - 1 - rng.randrange(3))
-    tokens = write(problem, chain[begin:])
-    early = rng.random() < 1 / 30
-    if early or chain[-1][0] == problem.steps and rng.random() < 0.7:
+def tail_of(rng, problem, chain, tail, written, answers=True):
+    """The last `tail` tokens of an expert's rollout, which wrote about so many steps in this round, and says its answer, if it
+    `answers`, where it is at the end; one in thirty thinks that it is there too early."""
+    there = chain[-1][0] == problem.steps
+    tokens = write(problem, chain[-1 - max(written, not there):])
+    if there and answers or rng.random() < 1 / 30:
         tokens += [CLOSE, *ENC.encode_ordinary(str(chain[-1][1]))]
     return tokens[-tail:]
 
@@ -235,13 +234,21 @@ def aggregation_sample(rng, problem, candidates, budget, tail, noise=NOISE, shor
     one step, for the value stated first is what there is to learn. The experts are drawn until their vote is right, so
     what is stated always is; after that, `noise` as in any trace. Without candidates: the first round of a problem."""
     true = continue_chain(problem, [(0, problem.start)], problem.steps, rng, 0)
-    end = problem.steps if rng.random() < 0.2 else rng.randrange(1, problem.steps + 1)
+    # How far they have come: anywhere, often to where a round ends, or to the end of all. Only there a round can be short.
+    per_round = max(1, budget // STEP)             # steps
+    end = rng.randrange(1, problem.steps + 1)
+    if (round_end := -(-end // per_round) * per_round) < problem.steps and rng.random() < 0.4:
+        end = round_end
+    if rng.random() < 0.2:
+        end = problem.steps
+    written = rng.randrange(3) if end == problem.steps and rng.random() < 0.5 else per_round
+    answers = rng.random() < 0.8                   # or the budget has left no room for it
     wrong, begin, chains = rng.choice([0.1, 0.3, 0.5]), true[0], []
     while candidates and (not chains or begin not in true):
         chains = [expert(rng, problem, end, wrong) for _ in range(candidates)]
         begin = vote([chain[-1] for chain in chains])
-    tails = [tail_of(rng, problem, chain, tail) for chain in chains]
-    steps = 1 if candidates and rng.random() < short else budget // STEP
+    tails = [tail_of(rng, problem, chain, tail, written, answers) for chain in chains]
+    steps = 1 if candidates and rng.random() < short else per_round
     (turn,) = sample(problem, tails, continue_chain(problem, [begin], steps, rng, noise))
     room = budget + 1                              # for <think>, which is given at generation
     return [turn._replace(think=turn.think[:room], answer=turn.answer[:max(0, room - len(turn.think))])]
