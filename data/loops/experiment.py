@@ -5,7 +5,7 @@
     python data/loops/experiment.py trim          ap, truncate and drop at a context that holds half of a long trace
 
 Settings: those of ExperimentConfig, say --seeds=1 --problems=50 --steps=100 for a first look.
-Prints one table: for each row the mean over the seeds and, in brackets, the seeds one by one.
+Prints one table: for each row the mean over the seeds and, in brackets, the seeds one by one. All runs are in runs/loops_experiments.
 """
 
 import statistics
@@ -70,7 +70,7 @@ def main_table(config, out):
     """What `make demo` shows, for several training seeds and all lengths."""
     rows = {}
     for seed in range(config.seeds):
-        speaker = train(out / f'{seed}', seed, config)
+        speaker = train(out / f'with{seed}', seed, config)
         for split in (config.splits or ' '.join(LENGTHS)).split():
             for row in rows_of_table(speaker, RSAConfig(problems=config.problems, seed=seed), split, 41, 10):
                 rows.setdefault((split, row[0]), []).append(row)
@@ -78,12 +78,13 @@ def main_table(config, out):
 
 
 def aggregation(config, out):
-    """Without aggregation examples a model has never been shown tails, and does not know what to do with them."""
+    """Without aggregation examples a model has never been shown tails, and does not know what to do with them. The models
+    with them are those of `main`."""
     rows = {}
     for seed in range(config.seeds):
         for name, flags in ('with', []), ('without', ['--dataset=data/loops/traces']):
             speaker = train(out / f'{name}{seed}', seed, config, *flags)
-            for split in (config.splits or 'medium hard').split():
+            for split in (config.splits or 'hard').split():
                 for row in rows_of_table(speaker, RSAConfig(problems=config.problems, seed=seed), split, 41, 10):
                     rows.setdefault((split, f'{name}: {row[0]}'), []).append(row)
     report(rows)
@@ -118,4 +119,4 @@ if __name__ == '__main__':
         config, = configurator.read(sys.argv[2:], ExperimentConfig)
         if sys.argv[1] != 'trim':                             # which prepares sets of its own
             prepare_once(ROOT / 'data/loops')
-        EXPERIMENTS[sys.argv[1]](config, Path(config.out or ROOT / 'runs' / f'loops_{sys.argv[1]}'))
+        EXPERIMENTS[sys.argv[1]](config, Path(config.out or ROOT / 'runs/loops_experiments'))
