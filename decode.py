@@ -25,7 +25,7 @@ from torch import Tensor
 from cca import one_convolution, rope_table, wide
 
 
-class Folded(NamedTuple):
+class Layer(NamedTuple):
     """One layer's weights, multiplied out. Those marked * are float32, the others in the model's dtype."""
     qkv: Tensor             # (E, C + Hk d)   [W_Q; W_K; W_V1; W_V2]^T, with the norm's weight
     taps: Tensor            # (H, 3 d, d)   * twice the convolution, plus the identity at the newest tap
@@ -48,12 +48,30 @@ class Folded(NamedTuple):
     branch_scale: Tensor    # (E)           * a_f
 
 
+class Folded(NamedTuple):
+    """A whole model's. The constants are tensors, since a number would be made one at every use."""
+    layers: list            # of Layer
+    mean: Tensor            # (H, H)          QK-mean's sums: of each k~ to its queries, of their mean to k~
+    norm: Tensor            # (E)             the last norm's weight
+    eps: Tensor             # sqrt(E eps), for norms of the stream
+    eps_router: Tensor      # sqrt(R eps)
+
+
+def gelu(x):
+    """F.gelu, but not oneDNN's, which takes ten times as long for so few numbers."""
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    y = F.gelu(x)
+    torch.backends.mkldnn.enabled = before
+    return y
+
+
 @torch.no_grad()
 def fold(model):
-    """A Zaya -> [Folded], one a layer. To be made again when the weights have changed. `rms` below is sqrt(E) times too
-    large, or sqrt(R) in the router: the norms' weights make up for it."""
-    config, folded = model.config, []
-    d = config.head_dim
+    """A Zaya -> Folded. To be made again when the weights have changed. `rms` below is sqrt(E) times too large, or sqrt(R) in
+    the router: the norms' weights make up for it."""
+    config, layers = model.config, []
+    norm = lambda rms_norm: wide(rms_norm.weight) * len(rms_norm.weight) ** 0.5
+    Hq, Hk, d = config.n_head, config.n_kv_head, config.head_dim
     for layer in model.layers:
         attn, router, a, m = layer.attn, layer.moe.router, layer.attn_residual, layer.moe_residual
         dtype, T = attn.o_proj.weight.dtype, wide(attn.temperature)
@@ -63,15 +81,17 @@ def fold(model):
         w = 2 * w
         w[..., 2 * d:] += torch.eye(d, device=w.device)
         constant = lambda s: wide(s.residual_bias * s.residual_scale + s.branch_bias * s.branch_scale)
-        norm = lambda rms_norm: wide(rms_norm.weight) * len(rms_norm.weight) ** 0.5
-        folded.append(Folded(
+        layers.append(Layer(
             matrix(attn.down_weight(), norm(layer.attn_norm)[:, None]), w.mT.contiguous(), 2 * b[:, None],
             torch.cat([T.new_ones(config.n_head), T * d ** 0.5])[:, None], matrix(attn.o_proj.weight, wide(a.branch_scale)),
             wide(a.residual_scale), constant(a), norm(layer.moe_norm), router.down_proj.weight.T.contiguous(),
             router.down_proj.bias, router.eda_scale, matrix(router.fc1.weight, norm(router.norm)[:, None]), router.fc1.bias,
             router.fc2.weight.T.contiguous(), router.fc2.bias, router.out_proj.weight.T.contiguous(),
             wide(m.residual_scale), constant(m), wide(m.branch_scale)))
-    return folded
+    group = torch.eye(Hk).repeat_interleave(Hq // Hk, 0)                        # (Hq, Hk): 1 where a query head belongs to a KV head
+    mean = F.pad(group, (Hq, 0, 0, Hk)) + F.pad(group.T * Hk / Hq, (0, Hk, Hq, 0))                     # (H, H)
+    eps = [torch.tensor((n * config.norm_eps) ** 0.5, device=model.device) for n in (config.n_embd, config.router_dim)]
+    return Folded(layers, mean.to(model.device), norm(model.norm), *eps)
 
 
 def rotation(cos, sin, d):
@@ -88,20 +108,17 @@ def step(model, folded, cache, tokens):
     config, dtype, B = model.config, model.embedding.weight.dtype, len(tokens)
     Hq, Hk, d = config.n_head, config.n_kv_head, config.head_dim
     H, G, half = Hq + Hk, Hq // Hk, Hk * d // 2
-    # What is the same in all layers: positions, mask, rotation, the sums of QK-mean as a matrix over heads.
+    # What is the same in all layers: positions, mask, rotation.
     positions, mask = cache.begin(1)                                            # (1 or B, 1), None or (B, 1, 1, P)
     mask = 0.0 if mask is None else torch.where(mask[:, 0], 0.0, -torch.inf).repeat_interleave(Hk, 0)      # or (B Hk, 1, P)
     mask = torch.as_tensor(mask, dtype=dtype, device=tokens.device)
     rotate = rotation(*rope_table(positions[:, 0], config.rope_dim, config.rope_base), d).expand(B, d, d)
-    group = torch.eye(Hk, device=tokens.device).repeat_interleave(G, 0)         # (Hq, Hk): 1 where q head belongs to KV head
-    mean = F.pad(group, (Hq, 0, 0, Hk)) + F.pad(group.T / G, (0, Hk, Hq, 0))    # (H, H): k~ to its queries, their mean to k~
+    _, mean, norm, eps, eps_router = folded
     mean = mean.expand(B, H, H)
-    eps, eps_router = (torch.tensor((n * config.norm_eps) ** 0.5, device=tokens.device)
-                       for n in (config.n_embd, config.router_dim))
     # sqrt(sum(x^2) + E eps), which is sqrt(E) times RMSNorm's denominator; hypot(a, b) = sqrt(a^2 + b^2)
     rms = lambda x, eps: torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), eps)           # (B, 1)
     x, r = wide((model.embedding(tokens) + model.embedding_bias) * model.embedding_scale), None        # (B, E)
-    for layer, w, conv, value, append in zip(model.layers, folded, *cache.layers()):
+    for layer, w, conv, value, append in zip(model.layers, folded.layers, *cache.layers()):
         # Attention.
         qk, v, v_delayed = torch.mm((x / rms(x, eps)).to(dtype), w.qkv).split([H * d, half, half], -1)
         qk = qk.float().view(B, H, d)                                           # [q~; k~]
@@ -121,12 +138,12 @@ def step(model, folded, cache, tokens):
         h = (x / rms(x, eps) * w.moe_norm).to(dtype)                            # (B, E)
         r = torch.addmm(w.down_bias if r is None else torch.addcmul(w.down_bias, w.eda_scale, r), h, w.down)   # (B, R)
         z = (r / rms(r.float(), eps_router)).to(dtype)
-        z = F.gelu(torch.addmm(w.fc1_bias, z, w.fc1))
-        z = F.gelu(torch.addmm(w.fc2_bias, z, w.fc2))
+        z = gelu(torch.addmm(w.fc1_bias, z, w.fc1))
+        z = gelu(torch.addmm(w.fc2_bias, z, w.fc2))
         probs = torch.mm(z, w.out).softmax(-1, torch.float32)                   # (B, M)
         expert = (probs + layer.moe.router.balancing_bias).argmax(-1, keepdim=True)                    # (B, 1)
         # Experts.
         y = layer.moe.experts(h, expert[:, 0], probs.gather(-1, expert)[:, 0])
         x = torch.addcmul(torch.addcmul(w.moe_constant, x, w.moe_scale), y, w.branch_scale)
     cache.end()
-    return F.linear(wide(model.norm(x)), wide(model.embedding.weight))          # (B, V)
+    return F.linear((x / rms(x, eps) * norm).to(dtype).float(), wide(model.embedding.weight))          # (B, V)
