@@ -85,7 +85,8 @@ class Mix(torch.autograd.Function):
         (B, S, _), (H, d) = x[:, 2:].shape, b.shape
         w = w.clone()
         w[..., 2 * d:].diagonal(dim1=1, dim2=2).add_(0.5)
-        z = torch.baddbmm(b[:, None], cca.shifted(x, H, start).flatten(0, 1).transpose(0, 1), w.mT).view(H, B, S, d)
+        taps = cca.shifted(x, H, start).flatten(0, 1).transpose(0, 1)           # (H, B S, 3d)
+        z = torch.baddbmm(b[:, None], taps, w.mT).view(H, B, S, d)
         heads = x[:, 2:].unflatten(-1, (H, d)).permute(2, 0, 1, 3)
         q, k = heads[:-Hk].unflatten(0, (Hk, -1)), heads[-Hk:]                  # (Hk, G, B, S, d), (Hk, B, S, d)
         z[:-Hk].unflatten(0, (Hk, -1)).add_(k[:, None], alpha=0.5)
@@ -93,7 +94,7 @@ class Mix(torch.autograd.Function):
         size = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min_(torch.finfo(z.dtype).eps)
         length = length[:, None, None, None]
         y = Mix.rotate(z * (length / size), cos, sin)
-        ctx.save_for_backward(x, w, z, size, length, cos, sin, start)
+        ctx.save_for_backward(taps, w, z, size, length, cos, sin, start)
         return y[:-Hk].transpose(0, 1), y[-Hk:].transpose(0, 1)
 
     @staticmethod
@@ -108,7 +109,7 @@ class Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_q, g_k):
-        x, w, z, size, length, cos, sin, start = ctx.saved_tensors
+        taps, w, z, size, length, cos, sin, start = ctx.saved_tensors
         (H, B, S, d), Hk = z.shape, g_k.shape[1]
         g = Mix.rotate(torch.cat([g_q.transpose(0, 1), g_k.transpose(0, 1)]), cos, -sin)
         dot = (g * z).sum(-1, keepdim=True)                                     # (H, B, S, 1)
@@ -116,14 +117,15 @@ class Mix(torch.autograd.Function):
         along = torch.where(size > torch.finfo(z.dtype).eps, dot / size ** 2, 0)
         dz = g.addcmul_(z, along, value=-1).mul_(length / size)
         flat = dz.view(H, B * S, d)
-        dw = flat.mT @ cca.shifted(x, H, start).flatten(0, 1).transpose(0, 1)   # (H, d, 3d)
+        dw = flat.mT @ taps                                                     # (H, d, 3d)
         dtaps = (flat @ w).view(H, B, S, 3, d)
         if start is not None:                                                   # what was masked learns nothing
             for tap, hidden in enumerate(cca.out_of_sight(start)):
                 dtaps[..., tap, :].masked_fill_(hidden, 0)
-        dx = torch.zeros_like(x)
+        dx = z.new_empty(B, S + 2, H * d)
         heads = dx.unflatten(-1, (H, d)).permute(2, 0, 1, 3)                    # (H, B, S + 2, d), the same memory
-        for tap in range(3):
+        heads[:, :, :2], heads[:, :, 2:] = 0, dtaps[..., 2, :]
+        for tap in range(2):
             heads[:, :, tap:tap + S] += dtaps[..., tap, :]
         q, k = heads[:-Hk, :, 2:].unflatten(0, (Hk, -1)), heads[-Hk:, :, 2:]
         q.add_(dz[-Hk:, None], alpha=0.5 / q.shape[1])
