@@ -63,7 +63,7 @@ def one_convolution(w1, b1, w2, b2):
     w1, b1, w2, b2 = map(wide, (w1, b1, w2, b2))                    # products of weights: rounded once, at the end
     w1, w2 = w1.view(H, 1, d, 2), w2.view(H, d, d, 2)               # (head, out, in, time)
     w = torch.cat([w2[..., 0] * w1[..., 0],                         # x_{t-2}
-                   w2[..., 0] * w1[..., 1] + w2[..., 1] * w1[..., 0],
+                   w2[..., 0] * w1[..., 1] + w2[..., 1] * w1[..., 0],       # x_{t-1}
                    w2[..., 1] * w1[..., 1]], -1)                    # x_t
     return w, (w2.sum(-1) @ b1.view(H, d, 1))[..., 0] + b2.view(H, d)
 
@@ -195,7 +195,7 @@ class CCA(nn.Module):
         if usable(self.kernel, qk.device.type, qk.dtype, d, cos.shape[-1]):
             mixer = cca_mix
         else:
-            mixer = fused.mix if fused.wanted() and qk.dtype == wide(qk).dtype else mix
+            mixer = fused.mix if fused.wanted() and qk.dtype == wide(qk).dtype else mix          # fused.mix takes no bf16
         q, k = mixer(qk, qk_past, self.conv_depthwise_weight, self.conv_depthwise_bias, self.conv_grouped_weight,
                      self.conv_grouped_bias, self.temperature, cos, sin, start)                        # (B, H, S, d) each
         # 6. Values: half of the latent sees this token, the other half the one before. 2 KV heads: one head each.

@@ -96,7 +96,7 @@ def read(arguments, *classes):
             continue
         key, equals, text = argument[2:].partition('=')         # at the first '=': the value may hold more of them
         if not equals:
-            raise ValueError(f'{argument}: write --key=value')
+            raise ValueError(f'{argument}: write --key=value; the keys are the fields of {", ".join(cls.__name__ for cls in classes)}')
         try:
             value = text if kinds.get(key) is str else value_of(ast.parse(text.strip(), mode='eval').body)
         except (SyntaxError, ValueError, RecursionError, MemoryError):

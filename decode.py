@@ -53,6 +53,7 @@ class Folded(NamedTuple):
     layers: list            # of Layer
     mean: Tensor            # (H, H)          QK-mean's sums: of each k~ to its queries, of their mean to k~
     norm: Tensor            # (E)             the last norm's weight
+    head: Tensor            # (V, E)        * the output head
     eps: Tensor             # sqrt(E eps), for norms of the stream
     eps_router: Tensor      # sqrt(R eps)
 
@@ -91,7 +92,7 @@ def fold(model):
     group = torch.eye(Hk).repeat_interleave(Hq // Hk, 0)                        # (Hq, Hk): 1 where a query head belongs to a KV head
     mean = F.pad(group, (Hq, 0, 0, Hk)) + F.pad(group.T * Hk / Hq, (0, Hk, Hq, 0))                     # (H, H)
     eps = [torch.tensor((n * config.norm_eps) ** 0.5, device=model.device) for n in (config.n_embd, config.router_dim)]
-    return Folded(layers, mean.to(model.device), norm(model.norm), *eps)
+    return Folded(layers, mean.to(model.device), norm(model.norm), wide(model.embedding.weight), *eps)
 
 
 def rotation(cos, sin, d):
@@ -113,7 +114,7 @@ def step(model, folded, cache, tokens):
     mask = 0.0 if mask is None else torch.where(mask[:, 0], 0.0, -torch.inf).repeat_interleave(Hk, 0)      # or (B Hk, 1, P)
     mask = torch.as_tensor(mask, dtype=dtype, device=tokens.device)
     rotate = rotation(*rope_table(positions[:, 0], config.rope_dim, config.rope_base), d).expand(B, d, d)
-    _, mean, norm, eps, eps_router = folded
+    _, mean, norm, head, eps, eps_router = folded
     mean = mean.expand(B, H, H)
     # sqrt(sum(x^2) + E eps), which is sqrt(E) times RMSNorm's denominator; hypot(a, b) = sqrt(a^2 + b^2)
     rms = lambda x, eps: torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), eps)           # (B, 1)
@@ -146,4 +147,4 @@ def step(model, folded, cache, tokens):
         y = layer.moe.experts(h, expert[:, 0], probs.gather(-1, expert)[:, 0])
         x = torch.addcmul(torch.addcmul(w.moe_constant, x, w.moe_scale), y, w.branch_scale)
     cache.end()
-    return F.linear((x / rms(x, eps) * norm).to(dtype).float(), wide(model.embedding.weight))          # (B, V)
+    return F.linear((x / rms(x, eps) * norm).to(dtype).float(), head)                        # (B, V)

@@ -3,7 +3,7 @@
 Automatic differentiation is exact but wasteful. For y = x * rsqrt(mean(x^2) + eps) * w it keeps four intermediate results,
 reads them all again on the way back, and writes as many gradients. On a CPU, where a number is multiplied faster than
 fetched, such chains take longer than the matrix products between them. Here each chain is one step: it keeps only what
-its gradient needs, and recomputes the rest. The plain formulas stay where they belong, in model.py and cca.py, as the definition;
+its gradient needs, and recomputes what is quickly made again. The plain formulas stay where they belong, in model.py and cca.py, as the definition;
 tests/test_fused.py holds the two equal. torch.compile fuses the plain formulas by itself, so it is given those.
 
 Notation: g is the gradient of the loss with respect to a result, dx that with respect to x.
@@ -168,7 +168,7 @@ class CrossEntropy(torch.autograd.Function):
         n = (targets >= 0).sum()                                                # the scored ones
         rows = max(512, 2 ** 19 // len(W))                                      # small vocabularies: what fits into a CPU's cache
         learning = any(ctx.needs_input_grad)
-        loss, dx, dW = x.new_zeros(()), *((torch.empty_like(x), torch.zeros_like(W)) if learning else (x, W))
+        loss, dx, dW = x.new_zeros(()), *((torch.empty_like(x), torch.zeros_like(W)) if learning else (x, W))   # or stand-ins, not written
         for x_c, t, dx_c in zip(x.split(rows), targets.split(rows), dx.split(rows)):
             logits = x_c @ W.T                                                  # (rows, V)
             scored, t = (t >= 0)[:, None], t.clamp_min(0)[:, None]

@@ -18,12 +18,11 @@ hand. Parameter names are this project's; CHECKPOINT_NAMES maps them to those of
 Legend:  B batch   S sequence   E residual width   N experts   F expert width   V vocabulary   T = B S tokens
 """
 import json
-import math
 import os
 import pickle
 import sys
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +100,7 @@ def rms_norm(x, weight, eps):
 
 
 class RMSNorm(nn.Module):
-    """rms_norm below over the last dim, computed in float32, returned in the weight's dtype."""
+    """rms_norm over the last dim, computed in float32, returned in the weight's dtype."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -179,7 +178,8 @@ def sliced_products(x, gate_up, down, count):
     """The definition: one slice and two products for each expert. The slice sizes are needed as plain numbers, which
     costs nothing on a CPU; a GPU would have to finish all earlier work first."""
     *slices, skipped = x.split([*(sizes := count.tolist()), len(x) - sum(sizes)])
-    y = [F.linear(swiglu(F.linear(s, w_in)), w_out) for s, w_in, w_out in zip(slices, gate_up, down) if len(s)]
+    y = [F.linear(swiglu(F.linear(s, w_in)), w_out) for s, w_in, w_out in zip(slices, gate_up, down)
+         if len(s) or s.requires_grad]                          # in training also the idle ones, which then learn zero
     return torch.cat([*y, torch.zeros_like(skipped, dtype=y[0].dtype if y else None)])
 
 
@@ -367,7 +367,7 @@ class Zaya(nn.Module):
             json.dump(self.released_config | config_to_json(self.config) | {'dtype': dtype}, file, indent=2, sort_keys=True)
 
 
-# This project's names -> the released names ([HF]); `layers.i.` becomes `model.layers.i.`.
+# This project's names -> the released names; `layers.i.` becomes `model.layers.i.`.
 CHECKPOINT_NAMES = {
     'embedding.weight': 'model.embed_tokens.weight',
     'embedding_scale': 'model.input_hidden_states_scale',
@@ -411,6 +411,7 @@ CONFIG_NAMES = {
     'head_dim': 'head_dim', 'n_expert': 'num_experts', 'expert_dim': 'moe_intermediate_size',
     'router_dim': 'router_hidden_size', 'norm_eps': 'rms_norm_eps', 'init_std': 'initializer_range',
 }
+ROPE_NAMES = {'rope_base': 'rope_theta', 'rope_fraction': 'partial_rotary_factor'}          # inside rope_parameters
 CONFIG_FIXED = {
     'model_type': 'zaya', 'hidden_act': 'silu', 'num_experts_per_tok': 1, 'tie_word_embeddings': True,
     'attention_bias': False, 'lm_head_bias': False, 'cca_time0': 2, 'cca_time1': 2, 'sliding_window': None,
@@ -432,7 +433,10 @@ def checkpoint_files(folder):
     index = os.path.join(folder, 'model.safetensors.index.json')
     names = ['model.safetensors']
     if os.path.exists(index) and not os.path.exists(os.path.join(folder, names[0])):
-        names = sorted(set(read_json(index).get('weight_map', {}).values()))
+        shards = read_json(index).get('weight_map')
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ValueError(f'{index}: should hold an object weight_map, from tensors to files')
+        names = sorted(set(shards.values()))
     for name in names:
         if os.path.basename(name) != name or not os.path.isfile(os.path.join(folder, name)):
             raise ValueError(f'{folder}: the weights file {name} is missing')
@@ -471,12 +475,12 @@ def config_from_json(folder):
         raise ValueError(f"{path}: rope_type is {rope['rope_type']!r}, nanoZAYA implements 'default' only")
     released = ZayaConfig.zaya1_8b()                            # a key that is left out has the released model's value
     sizes = {ours: given.get(theirs, getattr(released, ours)) for ours, theirs in CONFIG_NAMES.items()}
+    sizes |= {ours: rope.get(theirs, getattr(released, ours)) for ours, theirs in ROPE_NAMES.items()}
     for ours, value in sizes.items():
         kind = type(getattr(released, ours))
         if type(value) not in (kind, int):
-            raise ValueError(f'{path}: {CONFIG_NAMES[ours]} must be {kind.__name__}, got {value!r}')
-    return ZayaConfig(**sizes, skip_expert=True, rope_base=rope.get('rope_theta', released.rope_base),
-                      rope_fraction=rope.get('partial_rotary_factor', released.rope_fraction))
+            raise ValueError(f'{path}: {(CONFIG_NAMES | ROPE_NAMES)[ours]} must be {kind.__name__}, got {value!r}')
+    return ZayaConfig(**sizes, skip_expert=True)
 
 
 def config_to_json(config):
@@ -484,7 +488,7 @@ def config_to_json(config):
     if not config.skip_expert:
         raise ValueError('the released layout always has the skip class, this model has none: '
                          'train with skip_expert=True to export it')
-    rope = {'rope_type': 'default', 'rope_theta': config.rope_base, 'partial_rotary_factor': config.rope_fraction}
+    rope = {'rope_type': 'default'} | {theirs: getattr(config, ours) for ours, theirs in ROPE_NAMES.items()}
     return CONFIG_FIXED | {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()} | {
         'architectures': ['ZayaForCausalLM'], 'rope_parameters': {'hybrid': rope},
         'layer_types': ['hybrid'] * config.n_layer}

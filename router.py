@@ -10,7 +10,7 @@ from a small state that is averaged over DEPTH, so that a layer's choice builds 
     w   = s_l[e]                                             ... the output weight is the unbiased probability
 
 Left alone, a router sends ever more tokens to whichever experts learned first. The Balancer below moves b_l after each
-optimizer step so that each of N experts gets 1/N of the tokens. The loss never sees b_l, so balance costs no quality.
+optimizer step so that each of N experts gets 1/N of the tokens. The loss never sees b_l: no auxiliary term bends its gradient.
 
 Legend:  B batch   S sequence   E residual width   R router width   N experts   M classes: N, or N + 1 with 'skip'
 """

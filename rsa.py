@@ -180,9 +180,13 @@ class RSAConfig:
 
     def __post_init__(self):
         for key, low in (('problems', 1), ('population', 1), ('rounds', -1), ('budget', 0), ('tail', 0), ('final_budget', 0),
-                         ('rows', 1), ('temperature', 0), ('top_p', 0), ('seed', 0)):
+                         ('rows', 1), ('temperature', 0), ('top_p', 0), ('seed', 0), ('candidates', 1)):
             if getattr(self, key) < low:
                 raise ValueError(f'{key} is {getattr(self, key)}, it must be at least {low}')
+        if self.candidates > self.population:
+            raise ValueError(f'candidates is {self.candidates}: that many cannot be drawn from a population of {self.population}')
+        if self.compact not in ('tail', 'answer'):
+            raise ValueError(f"compact is {self.compact!r}, it must be 'tail' or 'answer'")
         unknown = [name for name in self.split.split() if name not in task.LENGTHS]
         if unknown or not self.split.split():
             raise ValueError(f'split is {self.split!r}, choose from {", ".join(task.LENGTHS)}')

@@ -1,4 +1,4 @@
-"""Sample from a trained model: `python sample.py --ckpt=RUN_OR_HF_FOLDER --prompt='def '`, interactive without --prompt.
+"""Sample from a trained model: `python sample.py --ckpt=RUN_OR_RELEASED_FOLDER --prompt='def '`, interactive without --prompt.
 
 Generation has two phases. Prefill: all prompts go through the model at once and fill the cache (cca.py); what several
 rows share is read once. Decode: one token a row and step, each step a forward over that token alone (decode.py),
@@ -14,6 +14,7 @@ import torch
 
 import configurator
 import decode
+from data.reasoning import prompt_tokens
 from data.tokenizer import load_tokenizer
 from model import Zaya, ZayaConfig, load_checkpoint, read_json
 
@@ -53,14 +54,17 @@ def sample_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 def prefill(model, prompts, max_new_tokens, least=8):
     """prompts: B lists of token ids -> a Cache that has read them, with room for the new tokens, and the logits (B, V) after each.
 
-    Nothing is read twice: of equal prompts one, and first of all, once, what neighbours in the list begin with, a shared question
-    say, if that has `least` tokens, enough to pay for a forward more.
+    What is shared is read once: of equal prompts one, and first of all what neighbours in the list begin with, a question say,
+    if that has `least` tokens, enough to pay for a forward more.
     """
     unique = {tuple(prompt): row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     heads, head_of = [], []                                     # the shared beginnings, and which of them each unique prompt has
     for prompt in unique:
         common = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(heads[-1], prompt[:-1]))] if heads else []
-        heads[-1:] = [common] if len(common) >= least else [*heads[-1:], prompt[:-1]]
+        if len(common) >= least:
+            heads[-1] = common                                  # all of this group begin so
+        else:
+            heads.append(prompt[:-1])                           # a new group; the last token is left, to have logits
         head_of.append(len(heads) - 1)
     cache = model.make_cache(len(heads), max(map(len, unique)) + max_new_tokens)
 
@@ -107,8 +111,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     was_training = model.training
     model.eval()
     try:
-        # Every row draws all its random numbers now, from its own generator.
-        u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))     # ints: no salt
+        # Every row draws all its random numbers now, from its own generator. (Python's hash of ints is the same in every process.)
+        u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))
                          for row in range(len(prompts))]).to(model.device)                      # (B, max_new_tokens)
         cache, logits = prefill(model, prompts, max_new_tokens)                                 # logits (B, V)
         rows = list(range(len(prompts)))                        # row numbers of those still in the batch
@@ -144,6 +148,7 @@ class SampleConfig:
     top_k: int = 0                  # see sample_tokens
     top_p: float = 1.0
     min_p: float = 0.0
+    chat: bool = False              # the prompt is a user's turn, as a run trained on conversations (data/chat) has seen them
     seed: int = 0
     device: str = 'auto'
 
@@ -154,12 +159,14 @@ class SampleConfig:
                 raise ValueError(f'{key} is {getattr(self, key)}, it must lie between {low} and {high:g}')
 
 
-def load(folder, device):
+def load(folder, device, chat=False):
     """A run folder or a released one -> model (in eval mode), encode(text) -> ids, decode(ids) -> text, stop ids.
-    Raises ValueError if the folder is neither."""
+    chat: encode puts the text into a user's turn. Raises ValueError if the folder is neither, or knows no turns."""
     if not os.path.isdir(folder):
         raise ValueError(f'{folder}: no such folder; train a model first (make demo), or name another with --ckpt')
     if os.path.exists(os.path.join(folder, 'config.json')):     # the released layout
+        if chat:
+            raise ValueError(f'chat is for runs of train.py: ask {folder}, a released model, with `python rsa.py --question=...`')
         try:
             from tokenizers import Tokenizer
         except ImportError:
@@ -170,7 +177,7 @@ def load(folder, device):
             tokenizer = Tokenizer.from_file(path)
         except Exception as error:                              # tokenizers raises plain Exception
             raise ValueError(f'{path}: cannot be read ({error})') from None
-        eos = read_json(os.path.join(folder, 'config.json')).get('eos_token_id', 106)
+        eos = read_json(os.path.join(folder, 'config.json')).get('eos_token_id', 106)       # the default of transformers' ZayaConfig
         stop = eos if isinstance(eos, list) else [] if eos is None else [eos]
         return (model, lambda text: tokenizer.encode(text).ids,
                 lambda ids: tokenizer.decode(ids, skip_special_tokens=False), stop)
@@ -181,7 +188,8 @@ def load(folder, device):
     model.load_state_dict(checkpoint['model'])
     tokenizer = load_tokenizer(os.path.join(folder, 'bpe.json'))
     ends = [name for name in ('<|endoftext|>', '<|end|>') if name in tokenizer.special_tokens_set]      # document, turn
-    return model, tokenizer.encode_ordinary, tokenizer.decode, [tokenizer.encode_single_token(name) for name in ends]
+    encode = (lambda text: prompt_tokens([{'role': 'user', 'content': text}], tokenizer)) if chat else tokenizer.encode_ordinary
+    return model, encode, tokenizer.decode, [tokenizer.encode_single_token(name) for name in ends]
 
 
 def complete(model, encode, decode, stop, prompt, config):
@@ -205,7 +213,7 @@ def complete(model, encode, decode, stop, prompt, config):
 
     single = config.num_samples == 1
     if single:
-        print(prompt, end='', flush=True)
+        print(prompt, end='\n' if config.chat else '', flush=True)
     samples = generate(model, [ids] * config.num_samples, min(room, config.max_new_tokens), config.temperature, config.top_k,
                        config.top_p, config.min_p, stop, config.seed, stream if single else None)
     if single:
@@ -217,7 +225,7 @@ def complete(model, encode, decode, stop, prompt, config):
 if __name__ == '__main__':
     with configurator.one_line_errors('sample.py', 'try fewer or shorter samples, or --device=cpu'):
         config, = configurator.read(sys.argv[1:], SampleConfig)
-        model_and_tokenizer = load(config.ckpt, pick_device(config.device))
+        model_and_tokenizer = load(config.ckpt, pick_device(config.device), config.chat)
         if config.prompt or '--prompt=' in sys.argv:            # an empty prompt on purpose gets its error
             complete(*model_and_tokenizer, config.prompt, config)
         else:

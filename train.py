@@ -93,8 +93,9 @@ def lr_at(step, config):
 
 
 def flops_per_token(model_config):
-    """Of a training step, 6 for each parameter at work (2 forward, 4 backward), the output head among them, and 6 for
-    each dim of a query head and each position attended to (on average half the context; q k^T and probabilities times v)."""
+    """Of a training step, 6 for each parameter at work (2 forward, 4 backward), the output head among them, and 6 in each of
+    two products (q k^T, probabilities times v) for each dim of a query head and position attended to, on average half the
+    context."""
     c = model_config
     attention = 2 * c.n_layer * c.n_head * c.head_dim * c.context / 2
     return 6 * (sizes(c)['active'] + c.vocab_size * c.n_embd + attention)

@@ -8,7 +8,7 @@ import torch
 
 from data.reasoning import SCORED, STARTS
 
-REPAIR = 'run `python data/stdlib/prepare.py`, or data/text/prepare.py for your own text'
+REPAIR = 'write it with the prepare.py of its folder, or name another dataset (data/README.md has them)'
 
 
 class TokenLoader:
@@ -90,8 +90,8 @@ class TokenLoader:
     def batch(self, index):
         """Batch number index (0, 1, ... without end): inputs and targets, both int64 (batch_size, context), and
         where documents start, bool of that shape; None, with nothing to isolate, if the set is not packed."""
-        rows = (self.row(index * self.batch_size + i) for i in range(self.batch_size))
-        x, y, start = stack_rows(rows, self.batch_size, self.context)
+        rows = map(self.row, range(index * self.batch_size, (index + 1) * self.batch_size))
+        x, y, start = (torch.from_numpy(np.stack(column)) for column in zip(*rows))
         return x, y, start if self.packed else None
 
 
@@ -114,26 +114,13 @@ class MixtureLoader:
         is_from = self.schedule[:, None] == np.arange(len(loaders))
         self.before = is_from.cumsum(0) - is_from  # (1000, sets): rows of each set before this one
 
-    def batch(self, index):
-        """As TokenLoader.batch."""
-        rows = map(self.row, range(index * self.batch_size, (index + 1) * self.batch_size))
-        x, y, start = stack_rows(rows, self.batch_size, self.context)
-        return x, y, start if self.packed else None
+    batch = TokenLoader.batch
 
     def row(self, i):
         """Row number i of all batches laid end to end, as TokenLoader.row."""
         cycle, i = divmod(i, len(self.schedule))
         k = self.schedule[i]
         return self.loaders[k].row(int(cycle * self.counts[k] + self.before[i, k]))
-
-
-def stack_rows(rows, batch_size, context):
-    """(x, y, start) of each row -> the same with a batch dimension, as tensors."""
-    x, y = (np.empty((batch_size, context), np.int64) for _ in range(2))
-    start = np.empty((batch_size, context), bool)
-    for i, row in enumerate(rows):
-        x[i], y[i], start[i] = row
-    return tuple(map(torch.from_numpy, (x, y, start)))
 
 
 def dataset_folders(dataset):

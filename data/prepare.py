@@ -1,4 +1,4 @@
-"""From documents to token files: split, train the tokenizer, encode, write. Both prepare scripts call this.
+"""From documents to token files: split, train the tokenizer, encode, write. data/stdlib and data/text call this.
 
 A folder that is ready holds
 

@@ -191,6 +191,6 @@ def load_tokenizer(path):
                 raise ValueError('the tokens are not 256 bytes and different merges')
             return make_encoding(content['pattern'], tokens, content['special_tokens'])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is missing or damaged ({type(error).__name__}): run `python data/stdlib/'
-                         'prepare.py`, or data/text/prepare.py for your own text') from None
+        raise ValueError(f'{path} is missing or damaged ({type(error).__name__}): write it with the prepare.py '
+                         'of its folder (data/README.md has them); a run folder has its data\'s') from None
     return gpt2_encoding()

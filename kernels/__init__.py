@@ -84,12 +84,12 @@ def cca_mix(qk, past, conv_depthwise_weight, conv_depthwise_bias, conv_grouped_w
 @torch.compiler.assume_constant_result
 def usable(kernel, device, dtype, head_dim, n):
     """Whether cca.py should call cca_mix. kernel: 'torch' never; 'auto' on a GPU where it can be built, and says so in one
-    line if it cannot; 'hip' always, and raises RuntimeError or ValueError if it cannot. device: of torch.device.type."""
+    line if it cannot; 'hip' always, and raises ValueError if it cannot. device: of torch.device.type."""
     if kernel == 'torch' or kernel == 'auto' and device != 'cuda':
         return False                                            # on a CPU the kernel is for checking, and slow
     reason = trouble(device, dtype, head_dim, n)
     if reason and kernel == 'hip':
-        raise reason
+        raise ValueError(f'kernel is hip, but {str(reason).splitlines()[0]} (`python -m kernels.build` shows all)')
     if reason:
         say_once(f'CCA runs without its kernel: {str(reason).splitlines()[0]}')
     return not reason

@@ -445,7 +445,7 @@ def test_damaged_data_is_a_one_line_error_naming_file_and_remedy(tmp_path, damag
     with pytest.raises(ValueError) as raised:
         TokenLoader(tmp_path, 'train', 2, 4, 0)
     message = one_line(raised)
-    assert str(path) in message and 'python data/stdlib/prepare.py' in message
+    assert str(path) in message and 'prepare.py of its folder' in message
 
 
 @pytest.mark.parametrize('position', [0, 20, 49])

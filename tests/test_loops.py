@@ -16,7 +16,7 @@ from common import ENV, ROOT, TINY_RUN
 from data.loader import open_dataset
 from data.loops import task
 from data.loops.experiment import ExperimentConfig, trim
-from data.loops.prepare import prepare_loops
+from data.loops.prepare import LoopsConfig, prepare_loops
 from data.loops.task import (CLOSE, END, ENC, LENGTHS, OPERATIONS, STEP, THINK, Problem, aggregation_sample, answer_of,
                              build_prompt, continue_chain, draw_problem, expert, judge, parse, side, solve, tail_of,
                              test_problems as problems_of, trace_sample, vote, write)
@@ -109,7 +109,7 @@ def questions_in(folder, split):
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp('loops')
-    prepare_loops(folder, context=128, traces=300, votes=300, high=30)
+    prepare_loops(LoopsConfig(str(folder), context=128, traces=300, votes=300, high=30))
     return folder
 
 
@@ -323,8 +323,8 @@ def test_a_mixture_of_both_sets_can_be_trained_on(prepared):
 
 
 def test_the_same_seed_prepares_the_same_sets(prepared, tmp_path):
-    prepare_loops(tmp_path / 'again', context=128, traces=300, votes=300, high=30)
-    prepare_loops(tmp_path / 'other', context=128, traces=300, votes=300, high=30, seed=1)
+    prepare_loops(LoopsConfig(str(tmp_path / 'again'), context=128, traces=300, votes=300, high=30))
+    prepare_loops(LoopsConfig(str(tmp_path / 'other'), context=128, traces=300, votes=300, high=30, seed=1))
     same = lambda folder: [(folder / path).read_bytes() == (prepared / path).read_bytes()
                            for path in ('traces/train.bin', 'traces/val.flags', 'votes/train.bin', 'votes/val.bin')]
     assert same(tmp_path / 'again') == [True] * 4 and not any(same(tmp_path / 'other'))
@@ -333,7 +333,7 @@ def test_the_same_seed_prepares_the_same_sets(prepared, tmp_path):
 @pytest.mark.parametrize('rule, answers', [('ap', True), ('truncate', False), ('drop', True)])
 def test_the_rules_treat_long_solutions_as_they_say(tmp_path, rule, answers):
     low = 3 if rule == 'drop' else 25                           # with 25 steps or more, nothing would be left to pack
-    prepare_loops(tmp_path, context=128, traces=100, votes=10, low=low, rule=rule)
+    prepare_loops(LoopsConfig(str(tmp_path), context=128, traces=100, votes=10, low=low, rule=rule))
     enc = load_tokenizer(tmp_path / 'traces/bpe.json')
     text = enc.decode(np.fromfile(tmp_path / 'traces/train.bin', '<u2').tolist())
     n, ends = text.count('<think>'), len(re.findall(r'</think>\d<\|end\|>', text))
@@ -346,7 +346,7 @@ def test_the_script_prints_what_it_wrote_and_gives_errors_one_line(tmp_path):
     run = lambda flag: subprocess.run([*command, flag], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert run('--context=128').stdout.count('windows of 128') == 4
     out = run('--context=3')
-    assert out.returncode == 1 and out.stderr.startswith('error: ') and out.stderr.count('\n') == 1
+    assert out.returncode == 1 and out.stderr.startswith('prepare.py: error: ') and out.stderr.count('\n') == 1
 
 
 # ---- experiments ----

@@ -367,6 +367,17 @@ def test_generation_stops_at_the_released_end_token(released_folder, tmp_path, e
     assert sample.load(tmp_path, 'cpu')[3] == {'[5, 7]': [5, 7], '5': [5], 'None': []}[str(eos)]
 
 
+def test_a_chat_prompt_is_a_user_s_turn(run_folder, monkeypatch, capsys):
+    tokenizer = load_tokenizer(run_folder / 'bpe.json')
+    turn = [*tokenizer.encode('<|user|>', allowed_special='all'), *tokenizer.encode_ordinary('self'),
+            *tokenizer.encode('<|end|><|assistant|>', allowed_special='all')]
+    assert sample.load(run_folder, 'cpu', chat=True)[1]('self') == turn
+    out, message = run_script(monkeypatch, capsys, 'sample.py', f'--ckpt={run_folder}', '--prompt=self', '--chat=True',
+                              '--max_new_tokens=5', '--temperature=0')
+    model, _, decode, stop = sample.load(run_folder, 'cpu')
+    assert message is None and out == 'self\n' + decode(generate(model, [turn], 5, temperature=0, stop=stop)[0]) + '\n'
+
+
 def test_generation_stops_at_the_end_of_a_document_and_of_a_turn(run_folder):
     _, encode, decode, stop = sample.load(run_folder, 'cpu')
     assert [decode([token]) for token in stop] == ['<|endoftext|>', '<|end|>'] and decode(encode('naïve')) == 'naïve'

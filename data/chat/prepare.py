@@ -13,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for `data.prepare`
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+import configurator
 from data.prepare import split_documents
 from data.reasoning import OUTCOMES, RULES, read_conversations, render, split_think, trim, write_packed
 from data.tokenizer import load_tokenizer, train_bpe
@@ -65,10 +66,8 @@ if __name__ == '__main__':
     parser.add_argument('--tokenizer_from', metavar='FOLDER',
                         help='take the tokenizer of this prepared folder; --vocab_size is ignored then')
     args = parser.parse_args()
-    try:
+    with configurator.one_line_errors('prepare.py: error'):
         prepare_chat(args.files, args.out, args.context, args.rule, args.vocab_size, args.tokenizer_from)
-    except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')
 
 # Recorded output (CPython 3.11.7, one busy core of a server; 1 s in all) for 2000 conversations about sums, of one
 # or two turns, that add digit by digit in a think block. The file is what this program prints:

@@ -8,6 +8,7 @@ Settings: those of ExperimentConfig, say --seeds=1 --problems=50 --steps=100 for
 Prints one table: for each row the mean over the seeds and, in brackets, the seeds one by one. All runs are in runs/loops_experiments.
 """
 
+import os
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))                                 # the repository's root, for `rsa`
 import configurator
-from data.loops.prepare import prepare_loops
+from data.loops.prepare import LoopsConfig, prepare_loops
 from data.loops.task import LENGTHS, rounds_needed, test_problems
 from rsa import RSAConfig, load_speaker, measure, rows_of_table
 from sample import pick_device
@@ -38,6 +39,7 @@ class ExperimentConfig:
         for key, low in (('seeds', 1), ('problems', 1), ('samples', 1), ('steps', 0)):
             if getattr(self, key) < low:
                 raise ValueError(f'{key} is {getattr(self, key)}, it must be at least {low}')
+        RSAConfig(split=self.splits or 'hard')                # raises for a length that it does not know
 
 
 def train(out, seed, config, *flags):
@@ -52,7 +54,7 @@ def train(out, seed, config, *flags):
 
 def prepare_once(out, **settings):
     if not (out / 'votes' / 'meta.json').exists():            # written last
-        prepare_loops(out, **settings)
+        prepare_loops(LoopsConfig(out=str(out), **settings))
 
 
 def report(rows):
@@ -96,10 +98,11 @@ def trim(config, out, context=116):
     rows = {}
     for rule in 'ap', 'truncate', 'drop':
         data = out / f'data_{rule}'
+        sets = os.path.relpath(data, ROOT)                    # relative: a space in a path would end it
         prepare_once(data, context=context, rule=rule, traces=config.samples, votes=config.samples)
         for seed in range(config.seeds):
             speaker = train(out / f'{rule}{seed}', seed, config, f'--context={context}', '--batch_size=18',
-                            f'--dataset={data}/traces:0.5 {data}/votes:0.5')
+                            f'--dataset={sets}/traces:0.5 {sets}/votes:0.5')
             for split in (config.splits or 'easy medium hard').split():
                 problems, T = test_problems(split, config.problems), rounds_needed(LENGTHS[split][1], 41)
                 settings = RSAConfig(seed=seed)
@@ -119,4 +122,4 @@ if __name__ == '__main__':
         config, = configurator.read(sys.argv[2:], ExperimentConfig)
         if sys.argv[1] != 'trim':                             # which prepares sets of its own
             prepare_once(ROOT / 'data/loops')
-        EXPERIMENTS[sys.argv[1]](config, Path(config.out or ROOT / 'runs/loops_experiments'))
+        EXPERIMENTS[sys.argv[1]](config, Path(config.out or ROOT / 'runs/loops_experiments').resolve())

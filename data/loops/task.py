@@ -88,8 +88,11 @@ def side(question):
 
 
 def draw_problem(rng, low, high, split):
-    """A Problem of low to high steps that belongs to split: K 3 to 8, R 1 to 9, rng a random.Random."""
+    """A Problem of low to high steps that belongs to split: K 3 to 8, R 1 to 9, rng a random.Random. Raises ValueError if
+    there is none."""
     sizes = [(k, r) for k in range(3, 9) for r in range(1, 10) if low <= k * r <= high]
+    if not sizes:
+        raise ValueError(f'no problem has {low} to {high} steps: 3 to 8 operations, run 1 to 9 times')
     while True:
         k, r = rng.choice(sizes)
         problem = Problem(r, tuple(rng.choices(OPERATIONS, k=k)), rng.randrange(10))
@@ -214,7 +217,7 @@ def tail_of(rng, problem, chain, tail, written, answers=True):
     """The last `tail` tokens of an expert's rollout, which wrote about so many steps in this round, and says its answer, if it
     `answers`, where it is at the end; one in thirty thinks that it is there too early."""
     there = chain[-1][0] == problem.steps
-    tokens = write(problem, chain[-1 - max(written, not there):])
+    tokens = write(problem, chain[-1 - max(written, not there):])               # a step at least, if it is not at the end
     if there and answers or rng.random() < 1 / 30:
         tokens += [CLOSE, *ENC.encode_ordinary(str(chain[-1][1]))]
     return tokens[-tail:]
@@ -234,14 +237,15 @@ def aggregation_sample(rng, problem, candidates, budget, tail, noise=NOISE, shor
     one step, for the value stated first is what there is to learn. The experts are drawn until their vote is right, so
     what is stated always is; after that, `noise` as in any trace. Without candidates: the first round of a problem."""
     true = continue_chain(problem, [(0, problem.start)], problem.steps, rng, 0)
-    # How far they have come: anywhere, often to where a round ends, or to the end of all. Only there a round can be short.
+    # How far they have come: anywhere, often to where a round ends, or to the end of all. How often is a guess of what
+    # rollouts do, as are the other shares here and in `expert` and `tail_of`.
     per_round = max(1, budget // STEP)             # steps
     end = rng.randrange(1, problem.steps + 1)
     if (round_end := -(-end // per_round) * per_round) < problem.steps and rng.random() < 0.4:
         end = round_end
     if rng.random() < 0.2:
         end = problem.steps
-    written = rng.randrange(3) if end == problem.steps and rng.random() < 0.5 else per_round
+    written = rng.randrange(3) if end == problem.steps and rng.random() < 0.5 else per_round        # the last round can be short
     answers = rng.random() < 0.8                   # or the budget has left no room for it
     wrong, begin, chains = rng.choice([0.1, 0.3, 0.5]), true[0], []
     while candidates and (not chains or begin not in true):

@@ -12,7 +12,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for `data.prepare`
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+import configurator
 from data.prepare import prepare
 
 # Folders and files that are not the library (installed packages), would drown it (tests are 60% of all
@@ -42,10 +43,8 @@ if __name__ == '__main__':
     parser.add_argument('--out', default=Path(__file__).parent, help='folder to write (default: data/stdlib)')
     parser.add_argument('--vocab_size', type=int, default=4096, help='size of the vocabulary (default: 4096)')
     args = parser.parse_args()
-    try:
+    with configurator.one_line_errors('prepare.py: error'):
         prepare(stdlib_documents(Path(sysconfig.get_path('stdlib'))), args.out, args.vocab_size)
-    except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')
 
 # Recorded output (CPython 3.11.7, one busy core of a server; 11 s in all):
 #

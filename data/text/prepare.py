@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for `data.prepare`
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+import configurator
 from data.prepare import prepare
 
 
@@ -46,7 +47,5 @@ if __name__ == '__main__':
     parser.add_argument('--tokenizer', choices=['bpe', 'gpt2'], default='bpe',
                         help='bpe: trained on this text (default); gpt2: ready made, ignores --vocab_size')
     args = parser.parse_args()
-    try:
+    with configurator.one_line_errors('prepare.py: error'):
         prepare(text_documents(args.paths), args.out, args.vocab_size, args.tokenizer)
-    except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')
