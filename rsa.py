@@ -255,9 +255,21 @@ def sampler(speaker, config):
                                        stop=speaker.stop, seed=next(seeds))
 
 
+class Row(NamedTuple):
+    """One method on the problems of one length."""
+    name: str
+    mean: float                     # as in `score`, over problems, with half the width of its 95 % interval
+    half: float
+    majority: float
+    best: float
+    tokens: float                   # generated, a problem
+    longest: int                    # prompt, in tokens
+    seconds: float
+
+
 def measure(speaker, problems, config, name, budget=None, **settings):
     """One row of the table: RSA with these settings on all problems, some at a time. Without a budget, a rollout has what its
-    question leaves of the context. Returns (name, mean, its CI, majority, tokens a problem, longest prompt, seconds)."""
+    question leaves of the context. Returns a Row."""
     generate, at_a_time = sampler(speaker, config), max(1, config.rows // config.population)
     scores, tokens, longest, began = [], 0, 0, time.perf_counter()
     groups = defaultdict(list)                                  # budget -> problems that have it
@@ -276,13 +288,13 @@ def measure(speaker, problems, config, name, budget=None, **settings):
                 tokens += result['tokens']
                 longest = max(longest, *(len(p) for now in result['rounds'] for p in now['prompts'] if p is not None))
             bar.update(len(chunk))
-    mean, half = mean_ci95([s['mean'] for s in scores])
-    return (name, mean, half, statistics.fmean(s['majority'] for s in scores), tokens / len(problems), longest,
-            time.perf_counter() - began)
+    majority, best = (statistics.fmean(s[key] for s in scores) for key in ('majority', 'best_of_n'))
+    return Row(name, *mean_ci95([s['mean'] for s in scores]), majority, best, tokens / len(problems), longest,
+               time.perf_counter() - began)
 
 
 def rows_of_table(speaker, config, split, budget, tail):
-    """Measure the methods on one split, cheapest first; yields a row of `measure` for each."""
+    """Measure the methods on one split, cheapest first; yields a Row for each."""
     problems = task.test_problems(split, config.problems)
     low, high = task.LENGTHS[split]
     T = config.rounds if config.rounds >= 0 else task.rounds_needed(high, budget)
@@ -298,14 +310,14 @@ def rows_of_table(speaker, config, split, budget, tail):
 def print_table(speaker, config, budget, tail):
     N = config.population
     print(f'{config.problems} held-out problems of each length, N={N}, beta={budget}, tau={tail}, temperature '
-          f'{config.temperature:g}; mean with its 95 % CI over problems\n')
-    print(f'| steps | method | mean of {N}, % | majority of {N}, % | generated tokens | longest prompt | seconds |')
-    print('| --- | --- | --- | --- | --- | --- | --- |')
+          f'{config.temperature:g}; mean with its 95 % CI over problems; best: if the verifier chose\n')
+    print(f'| steps | method | mean of {N}, % | majority of {N}, % | best of {N}, % | generated tokens | longest prompt | seconds |')
+    print('| --- | --- | --- | --- | --- | --- | --- | --- |')
     for split in config.split.split():
         steps = '-'.join(map(str, task.LENGTHS[split]))
-        for name, mean, half, majority, tokens, longest, seconds in rows_of_table(speaker, config, split, budget, tail):
-            print(f'| {steps} | {name} | {100 * mean:.1f} +-{100 * half:.1f} | {100 * majority:.1f} | {tokens:,.0f} | '
-                  f'{longest} | {seconds:.0f} |', flush=True)
+        for row in rows_of_table(speaker, config, split, budget, tail):
+            print(f'| {steps} | {row.name} | {100 * row.mean:.1f} +-{100 * row.half:.1f} | {100 * row.majority:.1f} | '
+                  f'{100 * row.best:.1f} | {row.tokens:,.0f} | {row.longest} | {row.seconds:.0f} |', flush=True)
 
 
 def print_population(result, question, decode, judge=lambda question, text: '', spaced=str):

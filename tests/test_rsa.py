@@ -471,8 +471,8 @@ def test_the_table_is_what_the_algorithm_gives(run_folder, monkeypatch, capsys):
                                           for method in methods]
     lengths = [len(ENC.encode_ordinary(p.question)) + 4 for p in problems_of('hard', 3)]
     longest, rest = max(lengths), round(4 * sum(256 - n for n in lengths) / 3)
-    assert [int(row[4].replace(',', '')) for row in table[4:]] == [4 * 41, rest, 4 * 5 * 41, 4 * 5 * 41]
-    assert [int(row[5]) for row in table[4:]] == [longest + n for n in (0, 0, 12, 24)]          # whatever T is
+    assert [int(row[5].replace(',', '')) for row in table[4:]] == [4 * 41, rest, 4 * 5 * 41, 4 * 5 * 41]
+    assert [int(row[6]) for row in table[4:]] == [longest + n for n in (0, 0, 12, 24)]          # whatever T is
     assert {row[2] for row in table} == {'0.0 +-0.0'}
 
 
@@ -485,8 +485,7 @@ def test_the_table_counts_right_answers(run_folder, monkeypatch, capsys):
         return [[task.CLOSE, *ENC.encode_ordinary(str(answer % 10)), task.END] for answer in answers]
     monkeypatch.setattr(sample, 'generate', generate)
     out, _ = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--split=hard', *FLAGS)
-    assert [row[2:5] for row in cells(out)] == [['50.0 +-0.0', '100.0', '12'], ['50.0 +-0.0', '100.0', '12'],
-                                                ['50.0 +-0.0', '100.0', '12'], ['50.0 +-0.0', '100.0', '60']]
+    assert [row[2:6] for row in cells(out)] == [['50.0 +-0.0', '100.0', '100.0', '12']] * 3 + [['50.0 +-0.0', '100.0', '100.0', '60']]
 
 
 def test_a_split_too_deep_for_the_context_has_no_unbounded_row(run_folder, monkeypatch, capsys):

@@ -58,14 +58,14 @@ def prepare_once(out, **settings):
 
 
 def report(rows):
-    """rows: {(split, what): [a row of rsa.measure for each seed]} -> the table, printed."""
+    """rows: {(split, what): [an rsa.Row for each seed]} -> the table, printed."""
     print('\n| steps | what | mean of 16, % (seeds) | majority of 16, % (seeds) | generated tokens | longest prompt |')
     print('| --- | --- | --- | --- | --- | --- |')
     percent = lambda values: f'{100 * statistics.fmean(values):.1f} ({", ".join(f"{100 * v:.1f}" for v in values)})'
     for (split, what), measured in rows.items():
-        _, means, _, majorities, tokens, longest, _ = zip(*measured)
-        print(f'| {"-".join(map(str, LENGTHS[split]))} | {what} | {percent(means)} | {percent(majorities)} | '
-              f'{statistics.fmean(tokens):,.0f} | {max(longest)} |')
+        print(f'| {"-".join(map(str, LENGTHS[split]))} | {what} | {percent([row.mean for row in measured])} | '
+              f'{percent([row.majority for row in measured])} | {statistics.fmean(row.tokens for row in measured):,.0f} | '
+              f'{max(row.longest for row in measured)} |')
 
 
 def main_table(config, out):
@@ -75,7 +75,7 @@ def main_table(config, out):
         speaker = train(out / f'with{seed}', seed, config)
         for split in (config.splits or ' '.join(LENGTHS)).split():
             for row in rows_of_table(speaker, RSAConfig(problems=config.problems, seed=seed), split, 41, 10):
-                rows.setdefault((split, row[0]), []).append(row)
+                rows.setdefault((split, row.name), []).append(row)
     report(rows)
 
 
@@ -88,7 +88,7 @@ def aggregation(config, out):
             speaker = train(out / f'{name}{seed}', seed, config, *flags)
             for split in (config.splits or 'hard').split():
                 for row in rows_of_table(speaker, RSAConfig(problems=config.problems, seed=seed), split, 41, 10):
-                    rows.setdefault((split, f'{name}: {row[0]}'), []).append(row)
+                    rows.setdefault((split, f'{name}: {row.name}'), []).append(row)
     report(rows)
 
 
