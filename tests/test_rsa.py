@@ -497,7 +497,7 @@ def test_more_rows_at_a_time_change_neither_problems_nor_draws(run_folder):
     """One problem at a time, or all at once: the same prompts go in, in the same order, if the model says the same."""
     def prompts(rows):
         speaker, seen = load_speaker(run_folder, torch.device('cpu')), []
-        config = RSAConfig(problems=5, population=3, rows=rows, temperature=0)
+        config = RSAConfig(problems=5, population=3, candidates=2, rows=rows, temperature=0)
         with pytest.MonkeyPatch.context() as patch:
             def fake(model, batch, n, *args, **kwargs):
                 seen.extend(map(tuple, batch))
