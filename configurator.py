@@ -1,7 +1,7 @@
 """Settings: defaults from dataclasses, then a config file, then --key=value, in this order; the later wins.
 
 A config file holds plain assignments, `lr = 3e-4` or `max_steps = 600_000 * 2`, and comments. It looks like Python but
-is only read, with `ast`: numbers, strings, True, False, lists of them, and arithmetic. Nothing in it is executed, and a
+is only read, with `ast`: numbers, strings, True, False, and arithmetic. Nothing in it is executed, and a
 key that no dataclass has is an error, not a new variable.
 """
 import ast
@@ -24,8 +24,6 @@ def value_of(node):
     match node:
         case ast.Constant(value=bool() | int() | float() | str() as value):
             pass
-        case ast.List(elts=items):
-            value = [value_of(item) for item in items]
         case ast.UnaryOp(op=ast.USub(), operand=operand) if type(value := value_of(operand)) in (int, float):
             value = -value
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
@@ -83,12 +81,11 @@ def assignments(path):
 def read(arguments, *classes):
     """Command-line arguments [config/NAME.py] [--key=value ...] -> one instance of each dataclass in `classes`.
 
-    A key belongs to whichever class has the field. Field types int, float, str, bool, list are checked; an int passes
+    A key belongs to whichever class has the field. Field types int, float, str, bool are checked; an int passes
     for a float. A class reports a bad value by a ValueError that mentions the field's name. Raises ValueError, one
     line that names the key and where it was set.
     """
-    kinds = {field.name: type(field.default if field.default is not dataclasses.MISSING else field.default_factory())
-             for cls in classes for field in dataclasses.fields(cls)}
+    kinds = {field.name: type(field.default) for cls in classes for field in dataclasses.fields(cls)}
     found = []
     for argument in arguments:
         if not argument.startswith('--'):

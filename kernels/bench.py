@@ -6,6 +6,7 @@ one with GPU events, the caches flushed before each; decoding as many calls in a
 and all. Bytes: what must be read and written at least, see README.md; 'of copy' is their rate as a share of the rate of a large
 tensor's copy, measured in the same run.
 """
+import statistics
 import sys
 
 import torch
@@ -16,10 +17,6 @@ from kernels.build import gpu_trouble
 
 HQ, HK, D, N = 8, 2, 128, 32                                    # the 8B model (report, Table I); N rotated pairs
 C = (HQ + HK) * D
-
-
-def median(times):
-    return sorted(times)[len(times) // 2]
 
 
 def milliseconds(call, flush, repeats=30):
@@ -35,7 +32,7 @@ def milliseconds(call, flush, repeats=30):
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
-    return median(times)
+    return statistics.median(times)
 
 
 def milliseconds_in_a_row(call, calls=200, repeats=5):
@@ -50,7 +47,7 @@ def milliseconds_in_a_row(call, calls=200, repeats=5):
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / calls)
-    return median(times[1:])                                    # the first warms up
+    return statistics.median(times[1:])                                    # the first warms up
 
 
 def problem(B, S, past=False):

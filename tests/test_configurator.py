@@ -15,7 +15,6 @@ class Settings:
     rate: float = 1.0
     name: str = 'a'
     fast: bool = False
-    layers: list = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         if self.steps < 0:
@@ -60,7 +59,7 @@ steps = 2 * 3  # a comment
 rate = 3e-4 / 3
 name = 'x=y # z'
 fast = True
-layers = [1, [2.5], "a"]''') == Settings(6, 3e-4 / 3, 'x=y # z', True, [1, [2.5], 'a'])
+''') == Settings(6, 3e-4 / 3, 'x=y # z', True)
 
 
 def test_int_passes_for_float_and_becomes_one(read):
@@ -91,7 +90,7 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False)
 SCALARS = dict(steps=st.integers(0, 2**63 - 1), rate=FINITE, name=st.text(), fast=st.booleans())
 
 
-@given(st.fixed_dictionaries({}, optional=SCALARS | {'layers': st.lists(st.one_of(*SCALARS.values()))}))
+@given(st.fixed_dictionaries({}, optional=SCALARS))
 def test_what_repr_writes_is_read_back(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / 'written.py'
     path.write_text(''.join(f'{key} = {value!r}\n' for key, value in values.items()), encoding='utf-8')
@@ -105,14 +104,14 @@ def test_what_repr_writes_is_read_back(tmp_path_factory, values):
 CODE = ['open(CANARY, "w")', '__import__("os").system("touch " + CANARY)', 'f"{open(CANARY, chr(119))}"',
         '[open(CANARY, "w") for _ in "a"]', '(lambda: open(CANARY, "w"))()', 'lambda: 1', 'print', 'a.b', '[1][0]',
         '[*"ab"]', '1 if True else 2', '2 ** 3', 'not 1', '1 < 2', 'None', 'b"a"', '1j', '...', '(1, 2)', '{1: 2}',
-        '"a" * 2', '"a" + "b"', 'True + 1', '-True', '[1] + [2]', '1 / 0', '(yield)', '(x := 1)']
+        '"a" * 2', '"a" + "b"', 'True + 1', '-True', '[1] + [2]', '[1]', '1 / 0', '(yield)', '(x := 1)']
 
 
 @pytest.mark.parametrize('code', CODE)
 def test_code_in_a_value_is_refused_and_not_run(read, tmp_path, code):
     canary = tmp_path / 'canary'
     code = code.replace('CANARY', repr(str(canary)))
-    for key in 'steps', 'rate', 'fast', 'layers', 'name':
+    for key in 'steps', 'rate', 'fast', 'name':
         assert 'config.py, line 2' in refused(read, f'\n{key} = {code}')
         if key != 'name':                               # a string's flag is taken as it stands
             assert f'{key} must be' in refused(read, '', f'--{key}={code}')
@@ -136,7 +135,7 @@ def test_statements_are_refused_and_not_run(read, tmp_path, statement):
     '0x' + 'f' * 10_000, str(2**63), '1\0'],
     ids='parentheses signs fewer-signs product sum brackets dots digits large-product hex 64-bit nul'.split())
 def test_monstrous_values_get_one_line(read, source):
-    for key in 'steps', 'rate', 'layers':
+    for key in 'steps', 'rate':
         assert 'config.py' in refused(read, f'{key} = {source}')
         if len(source) < 100:
             assert f'{key} must be' in refused(read, '', f'--{key}={source}')
@@ -152,8 +151,7 @@ def test_unknown_key_names_file_line_and_nearest_key(read):
 
 
 @pytest.mark.parametrize('key, value', [('steps', '1.0'), ('steps', "'1'"), ('steps', 'True'), ('rate', 'False'),
-                                        ('rate', "'1'"), ('name', '1'), ('fast', '1'), ('fast', "'True'"),
-                                        ('layers', '1')])
+                                        ('rate', "'1'"), ('name', '1'), ('fast', '1'), ('fast', "'True'")])
 def test_wrong_type_names_key_line_and_type(read, key, value):
     kind = type(getattr(Settings(), key)).__name__
     message = refused(read, f'\n{key} = {value}')
@@ -197,7 +195,7 @@ def test_any_file_is_read_or_refused_with_one_line(tmp_path_factory, content):
         assert len(str(error).splitlines()) == 1 and 'any.py' in str(error)
 
 
-@given(st.sampled_from(['steps', 'rate', 'name', 'fast', 'layers', 'other']), st.text())
+@given(st.sampled_from(['steps', 'rate', 'name', 'fast', 'other']), st.text())
 def test_any_flag_is_read_or_refused(key, text):
     try:
         settings, = configurator.read([f'--{key}={text}'], Settings)
