@@ -91,7 +91,7 @@ class TokenLoader:
         """Batch number index (0, 1, ... without end): inputs and targets, both int64 (batch_size, context), and
         where documents start, bool of that shape; None, with nothing to isolate, if the set is not packed."""
         rows = map(self.row, range(index * self.batch_size, (index + 1) * self.batch_size))
-        x, y, start = (torch.from_numpy(np.stack(column)) for column in zip(*rows))
+        x, y, start = stack_rows(rows, self.batch_size, self.context)
         return x, y, start if self.packed else None
 
 
@@ -121,6 +121,15 @@ class MixtureLoader:
         cycle, i = divmod(i, len(self.schedule))
         k = self.schedule[i]
         return self.loaders[k].row(int(cycle * self.counts[k] + self.before[i, k]))
+
+
+def stack_rows(rows, batch_size, context):
+    """(x, y, start) of each row -> the same with a batch dimension, as tensors. Memory first: what cannot fit fails at once."""
+    x, y = (np.empty((batch_size, context), np.int64) for _ in range(2))
+    start = np.empty((batch_size, context), bool)
+    for i, row in enumerate(rows):
+        x[i], y[i], start[i] = row
+    return tuple(map(torch.from_numpy, (x, y, start)))
 
 
 def dataset_folders(dataset):
