@@ -13,8 +13,6 @@ import re
 import sys
 import textwrap
 
-import torch
-
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv}
 
@@ -128,7 +126,10 @@ def one_line_errors(program, when_full='', when_stopped=''):
     hint = lambda text: f'; {text}' if text else ''
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        import torch                                            # here: who prepares data need not wait for it
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise
         sys.exit(f'{program}: out of memory{hint(when_full)} ({(str(error) or type(error).__name__).splitlines()[0]})')
     except (ValueError, OSError) as error:
         sys.exit(f'{program}: {error}')

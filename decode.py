@@ -147,4 +147,4 @@ def step(model, folded, cache, tokens):
         y = layer.moe.experts(h, expert[:, 0], probs.gather(-1, expert)[:, 0])
         x = torch.addcmul(torch.addcmul(w.moe_constant, x, w.moe_scale), y, w.branch_scale)
     cache.end()
-    return F.linear((x / rms(x, eps) * norm).to(dtype).float(), head)                        # (B, V)
+    return F.linear(wide((x / rms(x, eps) * norm).to(dtype)), head)             # (B, V)

@@ -3,8 +3,9 @@
 Automatic differentiation is exact but wasteful. For y = x * rsqrt(mean(x^2) + eps) * w it keeps four intermediate results,
 reads them all again on the way back, and writes as many gradients. On a CPU, where a number is multiplied faster than
 fetched, such chains take longer than the matrix products between them. Here each chain is one step: it keeps only what
-its gradient needs, and recomputes what is quickly made again. The plain formulas stay where they belong, in model.py and cca.py, as the definition;
-tests/test_fused.py holds the two equal. torch.compile fuses the plain formulas by itself, so it is given those.
+its gradient needs, and recomputes what is quickly made again. The plain formulas stay where they belong, in model.py and
+cca.py, as the definition; tests/test_fused.py holds the two equal. torch.compile fuses the plain formulas by itself, so it
+is given those.
 
 Notation: g is the gradient of the loss with respect to a result, dx that with respect to x.
 

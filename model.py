@@ -19,7 +19,7 @@ Legend:  B batch   S sequence   E residual width   N experts   F expert width   
 """
 import json
 import os
-import pickle
+import pickle                                                   # for the name of an error only: see load_checkpoint
 import sys
 import zipfile
 from dataclasses import dataclass

@@ -49,6 +49,13 @@ def draw(rng, population, candidates):
     return [rng.sample(range(population), candidates) for _ in range(population)]
 
 
+def check_draws(population, candidates, compact):
+    if candidates > population:
+        raise ValueError(f'candidates is {candidates}: that many cannot be drawn from a population of {population}')
+    if compact not in ('tail', 'answer'):
+        raise ValueError(f"compact is {compact!r}, it must be 'tail' or 'answer'")
+
+
 def markovian_rsa(questions, generate, build_prompt, *, population=16, candidates=4, rounds=2, budget, tail,
                   final_budget=None, compact='tail', answer_of=None, seed=0):
     """questions: lists of token ids -> for each a dict with what happened, round by round.
@@ -73,12 +80,9 @@ def markovian_rsa(questions, generate, build_prompt, *, population=16, candidate
                              ('budget', budget, 1), ('tail', tail, 1), ('final_budget', final_budget, 1)):
         if value is not None and value < low:
             raise ValueError(f'{name} is {value}, it must be at least {low}')
-    if candidates > population:
-        raise ValueError(f'candidates is {candidates}: that many cannot be drawn from a population of {population}')
+    check_draws(population, candidates, compact)
     if tail > budget:
         raise ValueError(f'tail is {tail}, more than the budget of {budget} that it is the end of')
-    if compact not in ('tail', 'answer'):
-        raise ValueError(f"compact is {compact!r}, it must be 'tail' or 'answer'")
     if compact == 'answer' and answer_of is None:
         raise ValueError("compact is 'answer', which needs answer_of to find one")
     if not questions:
@@ -183,10 +187,7 @@ class RSAConfig:
                          ('rows', 1), ('temperature', 0), ('top_p', 0), ('seed', 0), ('candidates', 1)):
             if getattr(self, key) < low:
                 raise ValueError(f'{key} is {getattr(self, key)}, it must be at least {low}')
-        if self.candidates > self.population:
-            raise ValueError(f'candidates is {self.candidates}: that many cannot be drawn from a population of {self.population}')
-        if self.compact not in ('tail', 'answer'):
-            raise ValueError(f"compact is {self.compact!r}, it must be 'tail' or 'answer'")
+        check_draws(self.population, self.candidates, self.compact)             # now, not after the first rows of a table
         unknown = [name for name in self.split.split() if name not in task.LENGTHS]
         if unknown or not self.split.split():
             raise ValueError(f'split is {self.split!r}, choose from {", ".join(task.LENGTHS)}')

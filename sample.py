@@ -5,7 +5,6 @@ rows share is read once. Decode: one token a row and step, each step a forward o
 which the cache makes equal to a forward over everything so far. Prompts may differ in length, and a row that has finished
 leaves the batch.
 """
-import itertools
 import os
 import sys
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ def prefill(model, prompts, max_new_tokens, least=8):
     unique = {tuple(prompt): row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     heads, head_of = [], []                                     # the shared beginnings, and which of them each unique prompt has
     for prompt in unique:
-        common = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(heads[-1], prompt[:-1]))] if heads else []
+        common = os.path.commonprefix([heads[-1], prompt[:-1]]) if heads else ()                # despite its name, of any tuples
         if len(common) >= least:
             heads[-1] = common                                  # all of this group begin so
         else:

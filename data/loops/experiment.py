@@ -68,28 +68,27 @@ def report(rows):
               f'{max(row.longest for row in measured)} |')
 
 
-def main_table(config, out):
-    """What `make demo` shows, for several training seeds and all lengths."""
+def under_rsa(config, out, variants, splits):
+    """RSA's table for each seed and variant, {label in the table: (folder of its runs, flags of its training)}."""
     rows = {}
     for seed in range(config.seeds):
-        speaker = train(out / f'with{seed}', seed, config)
-        for split in (config.splits or ' '.join(LENGTHS)).split():
-            for row in rows_of_table(speaker, RSAConfig(problems=config.problems, seed=seed), split, 41, 10):
-                rows.setdefault((split, row.name), []).append(row)
+        for label, (folder, flags) in variants.items():
+            speaker = train(out / f'{folder}{seed}', seed, config, *flags)
+            for split in (config.splits or splits).split():
+                for row in rows_of_table(speaker, RSAConfig(problems=config.problems, seed=seed), split, 41, 10):
+                    rows.setdefault((split, label + row.name), []).append(row)
     report(rows)
+
+
+def main_table(config, out):
+    """What `make demo` shows, for several training seeds and all lengths."""
+    under_rsa(config, out, {'': ('with', [])}, ' '.join(LENGTHS))
 
 
 def aggregation(config, out):
     """Without aggregation examples a model has never been shown tails, and does not know what to do with them. The models
     with them are those of `main`."""
-    rows = {}
-    for seed in range(config.seeds):
-        for name, flags in ('with', []), ('without', ['--dataset=data/loops/traces']):
-            speaker = train(out / f'{name}{seed}', seed, config, *flags)
-            for split in (config.splits or 'hard').split():
-                for row in rows_of_table(speaker, RSAConfig(problems=config.problems, seed=seed), split, 41, 10):
-                    rows.setdefault((split, f'{name}: {row.name}'), []).append(row)
-    report(rows)
+    under_rsa(config, out, {'with: ': ('with', []), 'without: ': ('without', ['--dataset=data/loops/traces'])}, 'hard')
 
 
 def trim(config, out, context=116):
