@@ -215,6 +215,7 @@ def test_what_a_person_can_put_right_is_one_line_and_a_failing_exit_code(error, 
     assert exit.value.code == line              # sys.exit(text) prints it and exits with 1
 
 
-def test_what_is_our_own_mistake_keeps_its_traceback():
-    with pytest.raises(TypeError), configurator.one_line_errors('p.py'):
-        raise TypeError
+@pytest.mark.parametrize('error', [TypeError, RuntimeError])
+def test_what_is_our_own_mistake_keeps_its_traceback(error):
+    with pytest.raises(error), configurator.one_line_errors('p.py'):
+        raise error
