@@ -137,13 +137,15 @@ def prefill(config, device, model, batch, S):
     return lambda: model(idx, use_cache=True, logits_to_keep=1)
 
 
-def decoding(config, device, model, batch, prompt, new):
-    """`new` tokens after a short prompt, greedily, by each side's own generate."""
+def decoding(config, device, model, batch, prompt, new, static=False):
+    """`new` tokens after a short prompt, greedily, by each side's own generate. static: tensors of constant shapes, for which ours
+    is compiled; the peer's model says that it cannot be in one piece."""
     model.eval()
     idx = torch.randint(1, config.vocab_size, (batch, prompt), device=device)
     if isinstance(model, Zaya):
-        return lambda: generate(model, idx.tolist(), new, temperature=0)
+        return lambda: generate(model, idx.tolist(), new, temperature=0, compiled=static)
     return lambda: model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=new, min_new_tokens=new,
+                                  cache_implementation='static' if static else None, disable_compile=True,
                                   do_sample=False, eos_token_id=config.vocab_size - 1, pad_token_id=0)
 
 
@@ -242,6 +244,14 @@ def side_by_side(device, dtype, settings):
               f'| {mib[1]:,.0f} MiB |', flush=True)
     if settings.quick:
         return
+    for rows in 1, batch:
+        pair = make_pair(config, device, settings.seed, experts)
+        times = alternate([decoding(config, device, model, rows, prompt, new, static) for static in (False, True) for model in pair],
+                          device, settings.repeats)
+        ours, theirs = min(times[::2]), min(times[1::2])
+        print(f'| decode, best of plain and static (ours compiled) | {rows} x {prompt} + {new} | {rows * new / ours:,.0f} '
+              f'| {rows * new / theirs:,.0f} | {theirs / ours:.2f} | | |', flush=True)
+        print('  plain: ours {:.3f} s, theirs {:.3f} s; static: ours {:.3f} s, theirs {:.3f} s'.format(*times), file=sys.stderr)
     for config, batch, S in ((SMALL, 16, 256), (MEDIUM, 32, 1024)) if device.type == 'cuda' else ((SMALL, 16, 256),):
         times = []
         for compiled in (False, True):

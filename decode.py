@@ -11,11 +11,14 @@ For a single token the arithmetic is nothing and each of PyTorch's calls takes m
     can come after it.
   - A token sees all that the cache holds: rows of one length need no mask.
 
-`step` equals model(tokens[:, None], cache=cache) up to rounding; tests/test_decode.py holds them equal.
+`step` equals model(tokens[:, None], cache=cache) up to rounding; tests/test_decode.py holds them equal. What still costs is
+PyTorch itself, some microseconds a call. `compiled` lets torch.compile write the whole step as one program, for which no
+tensor may change its shape from token to token: see StaticCache.
 
 Legend:  B rows, one new token each   P cached positions   E residual width   Hq, Hk query / KV heads   G = Hq / Hk   H = Hq + Hk
          d head dim   C = H d   R router width   M router classes
 """
+import functools
 from typing import NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cca import one_convolution, rope_table, wide
+from model import swiglu
 
 
 class Layer(NamedTuple):
@@ -60,6 +64,8 @@ class Folded(NamedTuple):
 
 def gelu(x):
     """F.gelu, but not oneDNN's, which takes ten times as long for so few numbers."""
+    if torch.compiler.is_compiling():                           # into code of its own
+        return F.gelu(x)
     before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
     y = F.gelu(x)
     torch.backends.mkldnn.enabled = before
@@ -103,9 +109,61 @@ def rotation(cos, sin, d):
     return torch.diag_embed(c) + torch.diag_embed(s, n) - torch.diag_embed(s, -n)
 
 
+def gathered(experts, x, expert, weight):
+    """Experts.forward for few tokens: each is multiplied by matrices looked up for it, so that nobody must know how many tokens
+    an expert has. Compiled, this reads each matrix once and stores no copy."""
+    N = len(experts.gate_up)
+    e = expert.clamp_max(N - 1)                                                 # 'skip' takes any expert, and no weight
+    product = lambda W, x: (W[e] * x[:, None]).sum(-1)                          # (N, out, in), (B, in) -> (B, out)
+    y = product(experts.down, swiglu(product(experts.gate_up, x)))
+    return y * torch.where(expert < N, weight, 0)[:, None].to(y.dtype)
+
+
+class StaticCache:
+    """The tensors of a Cache that has read its prompts, for steps that are compiled. All shapes stay as they are: each row writes
+    at a position counted in a tensor, and sees the whole capacity through a mask. Rows cannot leave. A step more than there
+    is room for is an error of indexing."""
+
+    def __init__(self, cache, folded):
+        # A layer's own: of views of one tensor, torch.compile would write all at every change of one.
+        self.k, self.v, self.conv, self.value = ([t.clone() for t in ts] for ts in (cache.k, cache.v, cache.conv, cache.value[:, :, 0]))
+        self.length = torch.tensor(cache.lengths, device=cache.k.device)                               # (B)
+        self.row = torch.arange(len(self.length), device=self.length.device)
+        # A CUDA graph would copy what may move into a place of its own, at every step.
+        for tensor in [*self.k, *self.v, *self.conv, *self.value, self.length, *folded[1:], *sum(folded.layers, ())]:
+            if tensor is not None:                                              # layer 0 has no eda_scale
+                torch._dynamo.mark_static_address(tensor)
+
+    def begin(self, S):
+        positions = self.length[:, None]                                        # (B, 1)
+        return positions, (torch.arange(self.k[0].shape[2], device=positions.device) <= positions)[:, None, None]     # (B, 1, 1, P)
+
+    def layers(self):
+        """See Cache.layers."""
+        def append(layer, k, v):
+            for store, new in (self.k[layer], k), (self.v[layer], v):
+                store[self.row, :, self.length] = new.to(store.dtype)
+            return self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)     # (B Hk, P, d)
+
+        return self.conv, self.value, [functools.partial(append, layer) for layer in range(len(self.k))]
+
+    def end(self):
+        self.length += 1
+
+
+@functools.cache
+def compiled(device_type):
+    """`step` in one piece, for a StaticCache. The first call takes about a minute, another process on the same machine some
+    seconds; again for each number of rows and capacity. On a CPU the program is C++ throughout, on a GPU all kernels are
+    launched at once, as one CUDA or HIP graph."""
+    how = {'triton.cudagraphs': True} if device_type == 'cuda' else {'cpp_wrapper': True} if device_type == 'cpu' else {}
+    return torch.compile(step, fullgraph=True, dynamic=False, options=how)
+
+
 @torch.no_grad()
 def step(model, folded, cache, tokens):
-    """tokens (B) int64, the next of each row -> logits (B, V) float32; the cache takes them in. folded: fold(model)."""
+    """tokens (B) int64, the next of each row -> logits (B, V) float32; the cache takes them in: a Cache, or a
+    StaticCache. folded: fold(model)."""
     config, dtype, B = model.config, model.embedding.weight.dtype, len(tokens)
     Hq, Hk, d = config.n_head, config.n_kv_head, config.head_dim
     H, G, half = Hq + Hk, Hq // Hk, Hk * d // 2
@@ -144,7 +202,8 @@ def step(model, folded, cache, tokens):
         probs = torch.mm(z, w.out).softmax(-1, torch.float32)                   # (B, M)
         expert = (probs + layer.moe.router.balancing_bias).argmax(-1, keepdim=True)                    # (B, 1)
         # Experts.
-        y = layer.moe.experts(h, expert[:, 0], probs.gather(-1, expert)[:, 0])
+        chosen = h, expert[:, 0], probs.gather(-1, expert)[:, 0]
+        y = gathered(layer.moe.experts, *chosen) if torch.compiler.is_compiling() else layer.moe.experts(*chosen)
         x = torch.addcmul(torch.addcmul(w.moe_constant, x, w.moe_scale), y, w.branch_scale)
     cache.end()
     return F.linear(wide((x / rms(x, eps) * norm).to(dtype)), head)             # (B, V)

@@ -50,8 +50,8 @@ def sample_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return token.gather(1, chosen)[:, 0]
 
 
-def prefill(model, prompts, max_new_tokens, least=8):
-    """prompts: B lists of token ids -> a Cache that has read them, with room for the new tokens, and the logits (B, V) after each.
+def prefill(model, prompts, capacity, least=8):
+    """prompts: B lists of token ids -> a Cache of that capacity that has read them, and the logits (B, V) after each.
 
     What is shared is read once: of equal prompts one, and first of all what neighbours in the list begin with, a question say,
     if that has `least` tokens, enough to pay for a forward more.
@@ -65,7 +65,7 @@ def prefill(model, prompts, max_new_tokens, least=8):
         else:
             heads.append(prompt[:-1])                           # a new group; the last token is left, to have logits
         head_of.append(len(heads) - 1)
-    cache = model.make_cache(len(heads), max(map(len, unique)) + max_new_tokens)
+    cache = model.make_cache(len(heads), capacity)
 
     def read(rows):
         """The next tokens of each row of the cache -> logits (B, V)."""
@@ -87,12 +87,14 @@ def prefill(model, prompts, max_new_tokens, least=8):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=(), seed=0, stream=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=(), seed=0, stream=None,
+             compiled=False):
     """prompts: lists of token ids, of any lengths -> the new tokens of each, as lists.
 
     A row ends after max_new_tokens, or with the first token in `stop`, which is its last token then. Each row has a
     random generator of its own, made from (seed, row number): its tokens do not depend on its neighbours. stream(row,
-    token), if given, is called for every new token. The options of sampling are those of sample_tokens.
+    token), if given, is called for every new token. The options of sampling are those of sample_tokens. compiled: by
+    decode.compiled, which takes a minute to start and pays for thousands of tokens.
     Raises ValueError for an empty prompt, a token outside the vocabulary, and what does not fit the context.
     """
     config = model.config
@@ -113,25 +115,30 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         # Every row draws all its random numbers now, from its own generator. (Python's hash of ints is the same in every process.)
         u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))
                          for row in range(len(prompts))]).to(model.device)                      # (B, max_new_tokens)
-        cache, logits = prefill(model, prompts, max_new_tokens)                                 # logits (B, V)
+        longest = max(map(len, prompts)) + max_new_tokens
+        capacity = min(config.context, 1 << (longest - 1).bit_length()) if compiled else longest        # compiled once for many lengths
+        cache, logits = prefill(model, prompts, capacity)                                       # logits (B, V)
         rows = list(range(len(prompts)))                        # row numbers of those still in the batch
-        folded = decode.fold(model)
+        alive = rows                                            # places in the batch of those still growing
+        folded, step = decode.fold(model), decode.step
+        if compiled:
+            cache, step = decode.StaticCache(cache, folded), decode.compiled(model.device.type)
         for t in range(max_new_tokens):
             next_tokens = sample_tokens(logits, u[rows, t], temperature, top_k, top_p, min_p)
-            alive = []
-            for i, token in enumerate(next_tokens.tolist()):
-                outputs[rows[i]].append(token)
+            tokens = next_tokens.tolist()
+            for i in alive:
+                outputs[rows[i]].append(tokens[i])
                 if stream:
-                    stream(rows[i], token)
-                if token not in stop:
-                    alive.append(i)
+                    stream(rows[i], tokens[i])
+            alive = [i for i in alive if tokens[i] not in stop]
             if not alive or t == max_new_tokens - 1:
                 break
-            if len(alive) < len(rows):                          # the finished rows leave
+            if len(alive) < len(rows) and not compiled:         # the finished rows leave
                 rows = [rows[i] for i in alive]
                 next_tokens = next_tokens[alive]
                 cache.keep(alive)
-            logits = decode.step(model, folded, cache, next_tokens)                             # (B, V)
+                alive = range(len(rows))
+            logits = step(model, folded, cache, next_tokens)                                    # (B, V)
     finally:                                                    # also if stream raises, or Ctrl-C comes
         model.train(was_training)
     return outputs
@@ -147,6 +154,7 @@ class SampleConfig:
     top_k: int = 0                  # see sample_tokens
     top_p: float = 1.0
     min_p: float = 0.0
+    compile: bool = False           # torch.compile: a minute to start, for a token in a third of the time
     chat: bool = False              # the prompt is a user's turn, as a run trained on conversations (data/chat) has seen them
     seed: int = 0
     device: str = 'auto'
@@ -214,7 +222,8 @@ def complete(model, encode, decode, stop, prompt, config):
     if single:
         print(prompt, end='\n' if config.chat else '', flush=True)
     samples = generate(model, [ids] * config.num_samples, min(room, config.max_new_tokens), config.temperature, config.top_k,
-                       config.top_p, config.min_p, stop, config.seed, stream if single else None)
+                       config.top_p, config.min_p, stop, config.seed, stream if single else None,
+                       compiled=config.compile)
     if single:
         print(decode(samples[0])[shown:])                       # the sample may end inside a character
     else:

@@ -1,10 +1,14 @@
 """decode.py equals the plain cached forward pass."""
+import os
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 import decode
 from common import tiny_model, tokens
+from sample import generate
 
 seeds = st.integers(0, 10**6)
 
@@ -76,3 +80,41 @@ def test_a_full_cache_says_so():
     model(tokens(1, 3), cache=cache)
     with pytest.raises(ValueError, match='capacity'):
         decode.step(model, decode.fold(model), cache, tokens(1))
+
+
+# ---- compiled ----
+
+@torch.no_grad()
+@given(seeds, st.lists(st.integers(0, 4), min_size=1, max_size=5))
+def test_gathered_experts_equal_sorted_experts(seed, expert):
+    experts = tiny_model(seed).layers[0].moe.experts                            # 4, and class 4 is 'skip'
+    g = torch.Generator().manual_seed(seed)
+    x, weight, expert = torch.randn(len(expert), 32, generator=g), torch.rand(len(expert), generator=g), torch.tensor(expert)
+    torch.testing.assert_close(decode.gathered(experts, x, expert, weight), experts(x, expert, weight))
+
+
+@torch.no_grad()
+@given(seeds, st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(8, 20))
+def test_a_static_cache_gives_the_steps_of_a_cache(seed, lengths, capacity):
+    model, prompt = tiny_model(seed), tokens(len(lengths), max(lengths), seed=seed)
+    caches = [model.make_cache(len(lengths), n) for n in (8, capacity)]
+    for cache in caches:
+        model(prompt, cache=cache, n_new=lengths)
+    folded = decode.fold(model)
+    caches[1] = decode.StaticCache(caches[1], folded)
+    for t in range(3):
+        new = tokens(len(lengths), seed=seed + t)
+        a, b = (decode.step(model, folded, cache, new) for cache in caches)
+        assert (a - b).abs().max() < 1e-4 * max(1, b.abs().max())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, (os.environ.get('CXX', 'c++'), 'g++', 'clang++'))),
+                    reason='torch.compile needs a C++ compiler on a CPU')
+def test_compiled_generation_equals_plain_generation():
+    """Rows of several lengths, of which some stop early; and a second model of the same sizes, for which nothing may be left over."""
+    for seed, rope_base in (0, 10_000.0), (1, 100.0):
+        model = tiny_model(seed, n_layer=2, skip_expert=True, rope_base=rope_base)
+        prompts = [tokens(n, seed=n).tolist() for n in (9, 3, 5)]
+        plain, compiled = (generate(model, prompts, 12, temperature=1.0, stop=range(20), compiled=c) for c in (False, True))
+        assert compiled == plain and len(set(map(len, plain))) > 1

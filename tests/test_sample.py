@@ -246,7 +246,7 @@ def test_streamed_text_is_the_decoded_whole_and_shows_no_half_character(data):
     ids, decode, model = list(data), lambda ids: bytes(ids).decode(errors='replace'), SimpleNamespace()
     model.config = ZayaConfig(vocab_size=256, context=1000)
 
-    def fake_generate(model, prompts, n, *args):
+    def fake_generate(model, prompts, n, *args, compiled):
         for token in ids:
             args[-1](0, token)
         return [ids]
