@@ -5,7 +5,8 @@ each work is done by both in turn, A B A B ..., in one process: whatever else th
 gives medians, and ratio = their time / ours, which is the figure that counts.
 
 The peer is transformers' ZayaForCausalLM with sdpa attention and the faster of its experts implementations (measured first).
-'best' is the faster of plain and torch.compile for each side, in the types of --dtype.
+'best' is each side's faster of plain and torch.compile, for training in the types of --dtype. In decoding the peer's other way
+is its static cache, not compiled: its model is marked as one that does not compile in one piece, and with breaks it is slower.
 
 Memory is the peak over what the process held before the work began: on a GPU that of its allocator; on a CPU that of the
 process, each work in a fresh one.
@@ -21,8 +22,6 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 
-os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')      # as in train.py, for both sides alike
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,6 +32,7 @@ import decode
 from cca import CCA, Cache, rope, rope_table
 from model import Block, Zaya, ZayaConfig
 from optim import make_optimizers
+from router import Balancer
 from sample import generate, pick_device
 from train import PEAK_FLOPS, flops_per_token
 
@@ -71,18 +71,19 @@ def make_pair(config, device, seed, experts=None):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(seed)
-    ours = Zaya(config)
+    ours = Zaya(config).to(device)
     for name, p in ours.named_parameters():                     # no ones and zeros, which would hide differences
         if p.ndim < 2:
             p.add_(torch.randn_like(p), alpha=0.05)
-    for router in ours.routers:                                 # trained routers are balanced: spread the tokens
-        router.balancing_bias[:-1].normal_(std=0.2)
+    balancer = Balancer(ours.routers, lr=1e-2)                  # random routers take one expert or two for all tokens; trained
+    for _ in range(60):                                         # ones use all experts alike
+        ours(torch.randint(1, config.vocab_size, (4, 64), device=device))
+        balancer.step()
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
         theirs = transformers.ZayaForCausalLM.from_pretrained(
             folder, attn_implementation='sdpa', **({'experts_implementation': experts} if experts else {})).to(device)
-    ours = ours.to(device)
-    idx = torch.randint(1, config.vocab_size, (2, config.context // 4), device=device)
+    idx = torch.randint(1, config.vocab_size, (2, 32), device=device)
     error = (ours.eval()(idx)[0] - theirs.eval()(idx).logits).abs().max().item()
     if not error < 1e-3:
         raise ValueError(f'the two models do not agree: their logits differ by {error:.1e}')
@@ -138,8 +139,8 @@ def prefill(config, device, model, batch, S):
 
 
 def decoding(config, device, model, batch, prompt, new, static=False):
-    """`new` tokens after a short prompt, greedily, by each side's own generate. static: tensors of constant shapes, for which ours
-    is compiled; the peer's model says that it cannot be in one piece."""
+    """`new` tokens after a short prompt, greedily, by each side's own generate. static: with a cache of constant shapes, for which
+    ours is compiled."""
     model.eval()
     idx = torch.randint(1, config.vocab_size, (batch, prompt), device=device)
     if isinstance(model, Zaya):

@@ -178,7 +178,7 @@ def sliced_products(x, gate_up, down, count):
     """The definition: one slice and two products for each expert. The slice sizes are needed as plain numbers, which
     costs nothing on a CPU; a GPU would have to finish all earlier work first."""
     *slices, skipped = x.split([*(sizes := count.tolist()), len(x) - sum(sizes)])
-    y = [F.linear(swiglu(F.linear(s, w_in)), w_out) for s, w_in, w_out in zip(slices, gate_up, down)
+    y = [F.linear(swiglu(F.linear(s, w_in)), w_out) for s, w_in, w_out in zip(slices, gate_up.unbind(), down.unbind())
          if len(s) or s.requires_grad]                          # in training also the idle ones, which then learn zero
     return torch.cat([*y, torch.zeros_like(skipped, dtype=y[0].dtype if y else None)])
 

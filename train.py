@@ -20,8 +20,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 
-os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')      # before torch: large pages on Linux, fewer page faults on a CPU
-
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
