@@ -62,6 +62,15 @@ TINY = ZayaConfig(vocab_size=64, context=64, n_layer=2, n_embd=32, n_head=2, n_k
 # ---- the two models ----
 
 @torch.no_grad()
+def balance(model):
+    """Random routers take one expert or two for all tokens; trained ones use all experts alike. So let the balancer work for a while."""
+    balancer, S = Balancer(model.routers, lr=1e-2), min(64, model.config.context)
+    for _ in range(60):
+        model(torch.randint(1, model.config.vocab_size, (4, S), device=model.device))
+        balancer.step()
+
+
+@torch.no_grad()
 def make_pair(config, device, seed, experts=None):
     """The same random weights in a Zaya and in a transformers model: (ours, theirs). Raises ValueError if their logits differ."""
     try:
@@ -75,10 +84,7 @@ def make_pair(config, device, seed, experts=None):
     for name, p in ours.named_parameters():                     # no ones and zeros, which would hide differences
         if p.ndim < 2:
             p.add_(torch.randn_like(p), alpha=0.05)
-    balancer = Balancer(ours.routers, lr=1e-2)                  # random routers take one expert or two for all tokens; trained
-    for _ in range(60):                                         # ones use all experts alike
-        ours(torch.randint(1, config.vocab_size, (4, 64), device=device))
-        balancer.step()
+    balance(ours)
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
         theirs = transformers.ZayaForCausalLM.from_pretrained(
@@ -218,7 +224,9 @@ def one_of_pair(config, device, seed, experts, ours):
 
 
 def zaya(config, device):
-    return config, Zaya(config).to(device)
+    model = Zaya(config).to(device)
+    balance(model)
+    return config, model
 
 
 # ---- the tables ----
