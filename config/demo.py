@@ -1,4 +1,4 @@
-# `make demo`: a small ZAYA1 that begins to write Python after some three minutes on two CPU cores.
+# `make demo`: a small ZAYA1 that begins to write Python after some two minutes on two CPU cores.
 out_dir = 'runs/demo'
 n_layer = 4
 batch_size = 8          # 8 * 256 = 2,048 tokens a step
