@@ -115,7 +115,7 @@ def gathered(experts, x, expert, weight):
     N = len(experts.gate_up)
     e = expert.clamp_max(N - 1)                                                 # 'skip' takes any expert, and no weight
     product = lambda W, x: (W[e] * x[:, None]).sum(-1)                          # (N, out, in), (B, in) -> (B, out)
-    y = product(experts.down, swiglu(product(experts.gate_up, x)))
+    y = product(experts.down, swiglu(product(experts.gate_up, x)))              # (B, E)
     return y * torch.where(expert < N, weight, 0)[:, None].to(y.dtype)
 
 
@@ -156,6 +156,7 @@ def compiled(device_type):
     """`step` in one piece, for a StaticCache. The first call takes about a minute, another process on the same machine some
     seconds; again for each number of rows and capacity. On a CPU the program is C++ throughout, on a GPU all kernels are
     launched at once, as one CUDA or HIP graph."""
+    torch._dynamo.config.recompile_limit = 100                                  # instead of 8, which is meant to find mistakes
     how = {'triton.cudagraphs': True} if device_type == 'cuda' else {'cpp_wrapper': True} if device_type == 'cpu' else {}
     return torch.compile(step, fullgraph=True, dynamic=False, options=how)
 
