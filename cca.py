@@ -206,7 +206,7 @@ class CCA(nn.Module):
         # 7. Attend in the latent: (B, H, S, d) is the layout of scaled_dot_product_attention.
         v = v.transpose(1, 2)
         if cache is not None:
-            cache.remember(self.layer, padded(qk_past, qk), v_padded)
+            cache.remember(self.layer, qk_past, qk, v_padded)
             k, v = cache.append(self.layer, k, v)                              # now (B, Hk, P, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True,
                                            is_causal=mask is None and S > 1)   # scale 1 / sqrt(d) is its default
@@ -257,13 +257,13 @@ class Cache:
             self.target = positions[self.row, self.column]     # real token (row, column) goes to this cache position
         return positions, mask
 
-    def remember(self, layer, qk_padded, v_padded):
-        """Keep the newest two qk columns and the newest delayed value of qk_padded (B, S + 2, C), v_padded (B, S + 1, .)."""
+    def remember(self, layer, qk_past, qk, v_padded):
+        """Keep the newest two columns of qk_past (B, 2, C) and qk (B, S, C), and the newest delayed value of v_padded (B, S + 1, .)."""
         if self.in_step:
-            self.conv[layer], self.value[layer] = qk_padded[:, -2:], v_padded[:, -1:]
+            self.conv[layer], self.value[layer] = padded(qk_past, qk[:, -2:])[:, -2:], v_padded[:, -1:]
         else:                                                  # with the past in front, row b's newest sits at n_new[b]
             b = torch.arange(len(self.last), device=self.last.device)
-            self.conv[layer] = qk_padded[b[:, None], self.last[:, None] + torch.arange(2, device=b.device)]
+            self.conv[layer] = padded(qk_past, qk)[b[:, None], self.last[:, None] + torch.arange(2, device=b.device)]
             self.value[layer] = v_padded[b, self.last][:, None]
 
     def append(self, layer, k, v):
