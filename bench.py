@@ -6,7 +6,7 @@ gives medians, and ratio = their time / ours, which is the figure that counts.
 
 The peer is transformers' ZayaForCausalLM with sdpa attention and the faster of its experts implementations (measured first).
 'best' is each side's faster of plain and torch.compile, for training in the types of --dtype. In decoding the peer's other way
-is its static cache, not compiled: its model is marked as one that does not compile in one piece, and with breaks it is slower.
+is its static cache, not compiled: its model is marked as one that does not compile in one piece.
 
 Memory is the peak over what the process held before the work began: on a GPU that of its allocator; on a CPU that of the
 process, each work in a fresh one.
@@ -32,7 +32,7 @@ import decode
 from cca import CCA, Cache, rope, rope_table
 from model import Block, Zaya, ZayaConfig
 from optim import make_optimizers
-from router import Balancer
+from router import Balancer, load_entropy
 from sample import generate, pick_device
 from train import PEAK_FLOPS, flops_per_token
 
@@ -63,11 +63,13 @@ TINY = ZayaConfig(vocab_size=64, context=64, n_layer=2, n_embd=32, n_head=2, n_k
 
 @torch.no_grad()
 def balance(model):
-    """Random routers take one expert or two for all tokens; trained ones use all experts alike. So let the balancer work for a while."""
+    """Random routers take one expert or two for all tokens; trained ones use all experts alike. So let the balancer work for a while,
+    and for longer if there are many experts."""
     balancer, S = Balancer(model.routers, lr=1e-2), min(64, model.config.context)
-    for _ in range(60):
+    for step in range(600):
         model(torch.randint(1, model.config.vocab_size, (4, S), device=model.device))
-        balancer.step()
+        if load_entropy(balancer.step()).min() > 0.9 and step >= 60:
+            break
 
 
 @torch.no_grad()
@@ -223,7 +225,8 @@ def one_of_pair(config, device, seed, experts, ours):
     return config, make_pair(config, device, seed, experts)[not ours]
 
 
-def zaya(config, device):
+def zaya(config, device, seed):
+    torch.manual_seed(seed)
     model = Zaya(config).to(device)
     balance(model)
     return config, model
@@ -341,9 +344,9 @@ def scaling(device, settings):
     print('| --- | --- | --- | --- | --- | --- |')
     results = []
     for name, value, config, S, batch in tqdm(rows, leave=False):
-        model = zaya(config, device)[1]
+        model = zaya(config, device, settings.seed)[1]
         seconds, = alternate([training(config, device, model, batch, S)], device, settings.repeats)
-        mib = memory(device, partial(zaya, config, device), training, (batch, S))
+        mib = memory(device, partial(zaya, config, device, settings.seed), training, (batch, S))
         model.eval()
         with torch.no_grad():
             B = value if name == 'batch' else 1

@@ -111,7 +111,7 @@ def rotation(cos, sin, d):
 
 def gathered(experts, x, expert, weight):
     """Experts.forward for few tokens: each is multiplied by matrices looked up for it, so that nobody must know how many tokens
-    an expert has. Compiled, this reads each matrix once and stores no copy."""
+    an expert has. Compiled, this stores no copy of them, but reads them once for every token."""
     N = len(experts.gate_up)
     e = expert.clamp_max(N - 1)                                                 # 'skip' takes any expert, and no weight
     product = lambda W, x: (W[e] * x[:, None]).sum(-1)                          # (N, out, in), (B, in) -> (B, out)
@@ -120,19 +120,15 @@ def gathered(experts, x, expert, weight):
 
 
 class StaticCache:
-    """The tensors of a Cache that has read its prompts, for steps that are compiled. All shapes stay as they are: each row writes
-    at a position counted in a tensor, and sees the whole capacity through a mask. Rows cannot leave. A step more than there
-    is room for is an error of indexing."""
+    """A copy of a Cache that has read its prompts, for steps that are compiled. All shapes stay as they are: each row writes at a
+    position counted in a tensor, and sees the whole capacity through a mask. Rows cannot leave. A step more than there is room
+    for is an IndexError."""
 
-    def __init__(self, cache, folded):
+    def __init__(self, cache):
         # A layer's own: of views of one tensor, torch.compile would write all at every change of one.
         self.k, self.v, self.conv, self.value = ([t.clone() for t in ts] for ts in (cache.k, cache.v, cache.conv, cache.value[:, :, 0]))
         self.length = torch.tensor(cache.lengths, device=cache.k.device)                               # (B)
         self.row = torch.arange(len(self.length), device=self.length.device)
-        # A CUDA graph would copy what may move into a place of its own, at every step.
-        for tensor in [*self.k, *self.v, *self.conv, *self.value, self.length, *folded[1:], *sum(folded.layers, ())]:
-            if tensor is not None:                                              # layer 0 has no eda_scale
-                torch._dynamo.mark_static_address(tensor)
 
     def begin(self, S):
         positions = self.length[:, None]                                        # (B, 1)
@@ -153,12 +149,10 @@ class StaticCache:
 
 @functools.cache
 def compiled(device_type):
-    """`step` in one piece, for a StaticCache. The first call takes about a minute, another process on the same machine some
-    seconds; again for each number of rows and capacity. On a CPU the program is C++ throughout, on a GPU all kernels are
-    launched at once, as one CUDA or HIP graph."""
+    """`step` in one piece, for a StaticCache, on a CPU in C++ throughout. The first call takes half a minute for 6 layers, that of
+    another process on the same machine some seconds; again for each number of rows and each capacity, at most a hundred."""
     torch._dynamo.config.recompile_limit = 100                                  # instead of 8, which is meant to find mistakes
-    how = {'triton.cudagraphs': True} if device_type == 'cuda' else {'cpp_wrapper': True} if device_type == 'cpu' else {}
-    return torch.compile(step, fullgraph=True, dynamic=False, options=how)
+    return torch.compile(step, fullgraph=True, dynamic=False, options={'cpp_wrapper': True} if device_type == 'cpu' else None)
 
 
 @torch.no_grad()
@@ -203,8 +197,8 @@ def step(model, folded, cache, tokens):
         probs = torch.mm(z, w.out).softmax(-1, torch.float32)                   # (B, M)
         expert = (probs + layer.moe.router.balancing_bias).argmax(-1, keepdim=True)                    # (B, 1)
         # Experts.
-        chosen = h, expert[:, 0], probs.gather(-1, expert)[:, 0]
-        y = gathered(layer.moe.experts, *chosen) if torch.compiler.is_compiling() else layer.moe.experts(*chosen)
+        experts = functools.partial(gathered, layer.moe.experts) if torch.compiler.is_compiling() else layer.moe.experts
+        y = experts(h, expert[:, 0], probs.gather(-1, expert)[:, 0])
         x = torch.addcmul(torch.addcmul(w.moe_constant, x, w.moe_scale), y, w.branch_scale)
     cache.end()
     return F.linear(wide((x / rms(x, eps) * norm).to(dtype)), head)             # (B, V)

@@ -3,7 +3,7 @@
 Generation has two phases. Prefill: all prompts go through the model at once and fill the cache (cca.py); what several
 rows share is read once. Decode: one token a row and step, each step a forward over that token alone (decode.py),
 which the cache makes equal to a forward over everything so far. Prompts may differ in length, and a row that has finished
-leaves the batch.
+leaves the batch, unless the step is compiled for its size.
 """
 import os
 import sys
@@ -94,7 +94,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     A row ends after max_new_tokens, or with the first token in `stop`, which is its last token then. Each row has a
     random generator of its own, made from (seed, row number): its tokens do not depend on its neighbours. stream(row,
     token), if given, is called for every new token. The options of sampling are those of sample_tokens. compiled: by
-    decode.compiled, which takes a minute to start and pays for thousands of tokens.
+    decode.compiled, which must be written first, and computes finished rows as well until the last one ends.
     Raises ValueError for an empty prompt, a token outside the vocabulary, and what does not fit the context.
     """
     config = model.config
@@ -122,7 +122,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         alive = rows                                            # places in the batch of those still growing
         folded, step = decode.fold(model), decode.step
         if compiled:
-            cache, step = decode.StaticCache(cache, folded), decode.compiled(model.device.type)
+            cache, step = decode.StaticCache(cache), decode.compiled(model.device.type)
         for t in range(max_new_tokens):
             next_tokens = sample_tokens(logits, u[rows, t], temperature, top_k, top_p, min_p)
             tokens = next_tokens.tolist()
@@ -154,7 +154,7 @@ class SampleConfig:
     top_k: int = 0                  # see sample_tokens
     top_p: float = 1.0
     min_p: float = 0.0
-    compile: bool = False           # torch.compile: a minute to start, for a token in a third of the time
+    compile: bool = False           # torch.compile: half a minute to start, for a token in half the time
     chat: bool = False              # the prompt is a user's turn, as a run trained on conversations (data/chat) has seen them
     seed: int = 0
     device: str = 'auto'

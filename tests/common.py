@@ -1,6 +1,7 @@
 """Small models and runs for the tests."""
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from model import Zaya, ZayaConfig
 ROOT = Path(__file__).parent.parent
 # For subprocesses: they import from the project's root, and do not fight over the cores.
 ENV = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
+
+# What torch.compile compiles with, on a CPU.
+HAS_COMPILER = bool(shutil.which(os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')))
 
 # A model that trains at a few milliseconds a step, as flags of train.py.
 TINY_RUN = [f'--{key}={value}' for key, value in dict(

@@ -5,6 +5,7 @@ import torch
 import bench
 from common import run_script
 from model import Zaya
+from router import Balancer, load_entropy
 
 CPU = torch.device('cpu')
 
@@ -39,6 +40,17 @@ def test_models_that_disagree_are_not_compared(monkeypatch):
     monkeypatch.setattr(Zaya, 'forward', lambda self, idx: (forward(self, idx)[0] * 1.01, None))
     with pytest.raises(ValueError, match='do not agree'):
         bench.make_pair(bench.TINY, CPU, seed=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('n_expert', [4, 16])
+def test_measured_routers_use_all_experts(n_expert):
+    config = bench.replace(bench.SMALL, n_expert=n_expert, n_embd=64)
+    model, _ = bench.make_pair(config, CPU, seed=0)
+    model.train()
+    Balancer(model.routers).step(update=False)                                  # forget what was counted so far
+    model(torch.randint(512, (8, 64)))
+    assert load_entropy(Balancer(model.routers).step(update=False)).min() > 0.8
 
 
 def test_decoding_does_the_same_work_on_both_sides():

@@ -1,13 +1,10 @@
 """decode.py equals the plain cached forward pass."""
-import os
-import shutil
-
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 import decode
-from common import tiny_model, tokens
+from common import HAS_COMPILER, tiny_model, tokens
 from sample import generate
 
 seeds = st.integers(0, 10**6)
@@ -94,27 +91,40 @@ def test_gathered_experts_equal_sorted_experts(seed, expert):
 
 
 @torch.no_grad()
-@given(seeds, st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(8, 20))
-def test_a_static_cache_gives_the_steps_of_a_cache(seed, lengths, capacity):
-    model, prompt = tiny_model(seed), tokens(len(lengths), max(lengths), seed=seed)
-    caches = [model.make_cache(len(lengths), n) for n in (8, capacity)]
-    for cache in caches:
+@given(seeds, st.sampled_from([(4, 1), (4, 2), (4, 4)]), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(8, 20))
+def test_a_static_cache_gives_the_steps_of_a_cache(seed, heads, lengths, capacity):
+    model = tiny_model(seed, n_head=heads[0], n_kv_head=heads[1], skip_expert=True)
+    prompt = tokens(len(lengths), max(lengths), seed=seed)
+    plain, other = [model.make_cache(len(lengths), n) for n in (8, capacity)]
+    for cache in plain, other:
         model(prompt, cache=cache, n_new=lengths)
-    folded = decode.fold(model)
-    caches[1] = decode.StaticCache(caches[1], folded)
+    folded, static = decode.fold(model), decode.StaticCache(other)
     for t in range(3):
         new = tokens(len(lengths), seed=seed + t)
-        a, b = (decode.step(model, folded, cache, new) for cache in caches)
+        a, b = (decode.step(model, folded, cache, new) for cache in (plain, static))
         assert (a - b).abs().max() < 1e-4 * max(1, b.abs().max())
+    assert static.length.tolist() == plain.lengths
+    for name in 'k', 'v', 'conv', 'value':
+        a, b = getattr(plain, name), torch.stack(getattr(static, name)).view_as(getattr(other, name))
+        torch.testing.assert_close(a, b[:, :, :, :8] if name in 'kv' else b, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_full_static_cache_is_an_index_error():
+    model = tiny_model()
+    cache = model.make_cache(1, 3)
+    model(tokens(1, 3), cache=cache)
+    with pytest.raises(IndexError):
+        decode.step(model, decode.fold(model), decode.StaticCache(cache), tokens(1))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, (os.environ.get('CXX', 'c++'), 'g++', 'clang++'))),
-                    reason='torch.compile needs a C++ compiler on a CPU')
+@pytest.mark.skipif(not HAS_COMPILER, reason='torch.compile needs a C++ compiler on a CPU')
 def test_compiled_generation_equals_plain_generation():
-    """Rows of several lengths, of which some stop early; and a second model of the same sizes, for which nothing may be left over."""
-    for seed, rope_base in (0, 10_000.0), (1, 100.0):
-        model = tiny_model(seed, n_layer=2, skip_expert=True, rope_base=rope_base)
+    """Rows of several lengths, of which some stop early. Nothing may be left over for the next model: one with other weights, which
+    needs no new code, and one with another constant, which does. 23 is no power of two."""
+    for seed, rope_base in (0, 10_000.0), (1, 10_000.0), (1, 100.0):
+        model = tiny_model(seed, n_layer=2, skip_expert=True, rope_base=rope_base, context=23)
         prompts = [tokens(n, seed=n).tolist() for n in (9, 3, 5)]
         plain, compiled = (generate(model, prompts, 12, temperature=1.0, stop=range(20), compiled=c) for c in (False, True))
         assert compiled == plain and len(set(map(len, plain))) > 1

@@ -247,6 +247,7 @@ def test_streamed_text_is_the_decoded_whole_and_shows_no_half_character(data):
     model.config = ZayaConfig(vocab_size=256, context=1000)
 
     def fake_generate(model, prompts, n, *args, compiled):
+        assert compiled                                 # as SampleConfig said
         for token in ids:
             args[-1](0, token)
         return [ids]
@@ -254,7 +255,8 @@ def test_streamed_text_is_the_decoded_whole_and_shows_no_half_character(data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, 'generate', fake_generate)
         patch.setattr(sys, 'stdout', terminal)
-        complete(model, lambda text: list(text.encode()), decode, [], 'prompt é: ', SampleConfig(max_new_tokens=500))
+        complete(model, lambda text: list(text.encode()), decode, [], 'prompt é: ',
+                 SampleConfig(max_new_tokens=500, compile=True))
     assert terminal.getvalue() == f'prompt é: {decode(ids)}\n'
     if '\ufffd' not in decode(ids):                     # whole characters only
         assert not any('\ufffd' in piece for piece in terminal.pieces)

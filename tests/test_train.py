@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import configurator
 import train
-from common import ENV, ROOT, TINY_RUN, run_script
+from common import ENV, HAS_COMPILER, ROOT, TINY_RUN, run_script
 from data.loader import TokenLoader
 from data.prepare import prepare
 from model import Zaya, ZayaConfig, load_checkpoint, save_checkpoint
@@ -586,8 +586,7 @@ def test_accumulation_must_be_a_multiple_of_the_processes(dataset, tmp_path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, (os.environ.get('CXX', 'c++'), 'g++', 'clang++'))),
-                    reason='torch.compile needs a C++ compiler on a CPU')
+@pytest.mark.skipif(not HAS_COMPILER, reason='torch.compile needs a C++ compiler on a CPU')
 def test_compiled_training_equals_eager_training(dataset, tmp_path):
     for compile in False, True:
         run(dataset, tmp_path / str(compile), compile=compile, max_steps=3, n_layer=1, n_expert=2)
