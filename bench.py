@@ -13,7 +13,6 @@ process, each work in a fresh one.
 """
 import math
 import multiprocessing
-import os
 import platform
 import statistics
 import sys

@@ -258,7 +258,8 @@ class Cache:
         return positions, mask
 
     def remember(self, layer, qk_past, qk, v_padded):
-        """Keep the newest two columns of qk_past (B, 2, C) and qk (B, S, C), and the newest delayed value of v_padded (B, S + 1, .)."""
+        """Keep the newest two columns of qk_past (B, 2, C) and qk (B, S, C), and the newest delayed value of v_padded (B, S + 1, .).
+        Of a single new token, one column of the past stays."""
         if self.in_step:
             self.conv[layer], self.value[layer] = padded(qk_past, qk[:, -2:])[:, -2:], v_padded[:, -1:]
         else:                                                  # with the past in front, row b's newest sits at n_new[b]

@@ -128,8 +128,9 @@ def one_line_errors(program, when_full='', when_stopped=''):
         yield
     except (RuntimeError, MemoryError) as error:
         import torch                                            # here: who prepares data need not wait for it
-        if 'InvalidCxxCompiler' in str(error) or 'Python.h' in str(error):
-            sys.exit(f"{program}: --compile=True needs a C++ compiler and Python's headers: install g++ and python3-dev, or name a compiler in CXX")
+        if any(name in str(error) for name in ('InvalidCxxCompiler', 'Python.h')):              # what torch.compile found missing
+            sys.exit(f"{program}: --compile=True needs a C++ compiler and Python's headers: install g++ and python3-dev, "
+                     'or name a compiler in CXX')
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             raise
         sys.exit(f'{program}: out of memory{hint(when_full)} ({(str(error) or type(error).__name__).splitlines()[0]})')

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cca import one_convolution, rope_table, wide
-from model import swiglu
+from model import Experts, swiglu
 
 
 class Layer(NamedTuple):
@@ -126,19 +126,20 @@ class StaticCache:
 
     def __init__(self, cache):
         # A layer's own: of views of one tensor, torch.compile would write all at every change of one.
-        self.k, self.v, self.conv, self.value = ([t.clone() for t in ts] for ts in (cache.k, cache.v, cache.conv, cache.value[:, :, 0]))
+        own = lambda t: [layer.clone() for layer in t]
+        self.k, self.v, self.conv, self.value = own(cache.k), own(cache.v), own(cache.conv), own(cache.value[:, :, 0])
         self.length = torch.tensor(cache.lengths, device=cache.k.device)                               # (B)
         self.row = torch.arange(len(self.length), device=self.length.device)
 
     def begin(self, S):
-        positions = self.length[:, None]                                        # (B, 1)
-        return positions, (torch.arange(self.k[0].shape[2], device=positions.device) <= positions)[:, None, None]     # (B, 1, 1, P)
+        positions, P = self.length[:, None], self.k[0].shape[2]                 # (B, 1), the capacity
+        return positions, (torch.arange(P, device=positions.device) <= positions)[:, None, None]       # (B, 1, 1, P)
 
     def layers(self):
         """See Cache.layers."""
         def append(layer, k, v):
             for store, new in (self.k[layer], k), (self.v[layer], v):
-                store[self.row, :, self.length] = new.to(store.dtype)
+                store[self.row, :, self.length] = new.to(store.dtype)           # row b at its own position, length[b]
             return self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)     # (B Hk, P, d)
 
         return self.conv, self.value, [functools.partial(append, layer) for layer in range(len(self.k))]
@@ -169,6 +170,7 @@ def step(model, folded, cache, tokens):
     rotate = rotation(*rope_table(positions[:, 0], config.rope_dim, config.rope_base), d).expand(B, d, d)
     _, mean, norm, head, eps, eps_router = folded
     mean = mean.expand(B, H, H)
+    experts = gathered if torch.compiler.is_compiling() else Experts.__call__
     # sqrt(sum(x^2) + E eps), which is sqrt(E) times RMSNorm's denominator; hypot(a, b) = sqrt(a^2 + b^2)
     rms = lambda x, eps: torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), eps)           # (B, 1)
     x, r = wide((model.embedding(tokens) + model.embedding_bias) * model.embedding_scale), None        # (B, E)
@@ -197,8 +199,7 @@ def step(model, folded, cache, tokens):
         probs = torch.mm(z, w.out).softmax(-1, torch.float32)                   # (B, M)
         expert = (probs + layer.moe.router.balancing_bias).argmax(-1, keepdim=True)                    # (B, 1)
         # Experts.
-        experts = functools.partial(gathered, layer.moe.experts) if torch.compiler.is_compiling() else layer.moe.experts
-        y = experts(h, expert[:, 0], probs.gather(-1, expert)[:, 0])
+        y = experts(layer.moe.experts, h, expert[:, 0], probs.gather(-1, expert)[:, 0])
         x = torch.addcmul(torch.addcmul(w.moe_constant, x, w.moe_scale), y, w.branch_scale)
     cache.end()
     return F.linear(wide((x / rms(x, eps) * norm).to(dtype)), head)             # (B, V)

@@ -115,11 +115,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         # Every row draws all its random numbers now, from its own generator. (Python's hash of ints is the same in every process.)
         u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))
                          for row in range(len(prompts))]).to(model.device)                      # (B, max_new_tokens)
-        longest = max(map(len, prompts)) + max_new_tokens
-        capacity = min(config.context, 1 << (longest - 1).bit_length()) if compiled else longest        # compiled once for many lengths
+        longest = capacity = max(map(len, prompts)) + max_new_tokens
+        if compiled:                                            # the next power of two: compiled once for many lengths
+            capacity = min(config.context, 1 << (longest - 1).bit_length())
         cache, logits = prefill(model, prompts, capacity)                                       # logits (B, V)
         rows = list(range(len(prompts)))                        # row numbers of those still in the batch
-        alive = rows                                            # places in the batch of those still growing
+        alive = range(len(rows))                                # places in the batch of those still growing
         folded, step = decode.fold(model), decode.step
         if compiled:
             cache, step = decode.StaticCache(cache), decode.compiled(model.device.type)
