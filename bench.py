@@ -65,7 +65,7 @@ def balance(model):
     """Random routers take one expert or two for all tokens; trained ones use all experts alike. So let the balancer work for a while,
     and for longer if there are many experts."""
     balancer, S = Balancer(model.routers, lr=1e-2), min(64, model.config.context)
-    for step in range(600):
+    for step in range(200):
         model(torch.randint(1, model.config.vocab_size, (4, S), device=model.device))
         if load_entropy(balancer.step()).min() > 0.9 and step >= 60:
             break
