@@ -1,140 +1,153 @@
 """Settings: defaults from dataclasses, then a config file, then --key=value, in this order; the later wins.
 
 A config file holds plain assignments, `lr = 3e-4` or `max_steps = 600_000 * 2`, and comments. It looks like Python but
-is only read, with `ast`: numbers, strings, True, False, and arithmetic. Nothing in it is executed, and a
-key that no dataclass has is an error, not a new variable.
+is only read, with `ast`: numbers, strings, True, False, and arithmetic. Nothing in it is executed, and a key that no
+dataclass has is an error, not a new variable.
 """
 import ast
 import contextlib
 import dataclasses
 import difflib
+import math
 import operator
 import re
 import sys
 import textwrap
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv}
+             ast.FloorDiv: operator.floordiv, ast.USub: operator.neg}
+TOO_DEEP = RecursionError, MemoryError                          # how Python gives up on thousands of brackets or signs
 
 
 def value_of(node):
     """The value of a syntax tree made of literals and arithmetic on numbers. Raises ValueError for anything else."""
-    match node:
-        case ast.Constant(value=bool() | int() | float() | str() as value):
-            pass
-        case ast.UnaryOp(op=ast.USub(), operand=operand) if type(value := value_of(operand)) in (int, float):
-            value = -value
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            left, right = value_of(left), value_of(right)
-            if not all(type(side) in (int, float) for side in (left, right)):
-                raise ValueError('arithmetic works on numbers only')
-            try:
-                value = OPERATORS[type(op)](left, right)
-            except ArithmeticError as error:
-                raise ValueError(str(error)) from None
-        case _:
-            raise ValueError(f'{source(node)} is neither a literal nor arithmetic on literals')
+    if isinstance(node, ast.Constant) and type(node.value) in (bool, int, float, str):
+        value = node.value
+    elif isinstance(node, (ast.BinOp, ast.UnaryOp)) and type(node.op) in OPERATORS:
+        sides = [value_of(side) for side in ast.iter_child_nodes(node) if isinstance(side, ast.expr)]
+        if not all(type(side) in (int, float) for side in sides):
+            raise ValueError('arithmetic works on numbers only')
+        value = OPERATORS[type(node.op)](*sides)
+    else:
+        code = textwrap.shorten(ast.unparse(node), 60, placeholder=' ...')
+        raise ValueError(f'{code} is neither a literal nor arithmetic on literals')
     if type(value) is int and not -2**63 <= value < 2**63:      # also keeps 9 * 9 * 9 * ... from growing without end
         raise ValueError('a whole number must fit into 64 bits')
     return value
 
 
-def source(node):
-    """A syntax tree as source again, for an error message: one line, not too long."""
-    return textwrap.shorten(ast.unparse(node), 60, placeholder=' ...')
-
-
 def assignments(path):
     """[(key, value, 'path, line n'), ...] of a config file. Raises ValueError naming file and line."""
+    found, where = [], path
     try:
         with open(path, encoding='utf-8') as file:
             tree = ast.parse(file.read())
+        for line in tree.body:
+            where = f'{path}, line {line.lineno}'
+            if isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name):
+                where, key = f'{where}: {line.targets[0].id}', line.targets[0].id
+                found.append((key, value_of(line.value), f'{path}, line {line.lineno}'))
+            elif not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and type(line.value.value) is str):
+                code = textwrap.shorten(ast.unparse(line), 60, placeholder=' ...')       # no docstring either
+                raise ValueError(f'only `key = value` lines are read, this is `{code}`')
     except OSError as error:
         raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
     except SyntaxError as error:
-        where = f'{path}, line {error.lineno}' if error.lineno else path
-        raise ValueError(f'{where}: {error.msg}') from None
-    except ValueError as error:                                 # not UTF-8, or a NUL byte
-        raise ValueError(f'{path}: {error}') from None
-    except (RecursionError, MemoryError):                       # how ast.parse gives up on thousands of brackets or signs
-        raise ValueError(f'{path}: an expression is too deeply nested') from None
-    found = []
-    for statement in tree.body:
-        where = f'{path}, line {statement.lineno}'
-        match statement:
-            case ast.Assign(targets=[ast.Name(id=key)], value=node):
-                try:
-                    found.append((key, value_of(node), where))
-                except ValueError as error:
-                    raise ValueError(f'{where}: {key}: {error}') from None
-                except RecursionError:
-                    raise ValueError(f'{where}: {key}: the expression is too deeply nested') from None
-            case ast.Expr(value=ast.Constant(value=str())):     # a docstring
-                pass
-            case _:
-                raise ValueError(f'{where}: only `key = value` lines are read, this is `{source(statement)}`')
+        raise ValueError(f'{path}, line {error.lineno}: {error.msg}'.replace(', line None', '')) from None
+    except (ValueError, ArithmeticError) as error:              # ours, or 1 / 0, or not UTF-8, or a NUL byte
+        raise ValueError(f'{where}: {error}') from None
+    except TOO_DEEP:
+        raise ValueError(f'{where}: an expression is too deeply nested') from None
     return found
+
+
+def flag(argument, kinds):
+    """'--key=value' -> (key, value, argument). Text that is no literal stays text, for `read` to complain about."""
+    key, equals, text = argument[2:].partition('=')             # at the first '=': the value may hold more of them
+    if not equals:
+        raise ValueError(f'{argument}: write --key=value')
+    try:
+        return key, text if kinds.get(key) is str else value_of(ast.parse(text.strip(), mode='eval').body), argument
+    except (SyntaxError, ValueError, ArithmeticError, *TOO_DEEP):
+        return key, text, argument
 
 
 def read(arguments, *classes):
     """Command-line arguments [config/NAME.py] [--key=value ...] -> one instance of each dataclass in `classes`.
 
-    A key belongs to whichever class has the field. Field types int, float, str, bool are checked; an int passes
-    for a float. A class reports a bad value by a ValueError that mentions the field's name. Raises ValueError, one
-    line that names the key and where it was set.
+    A key belongs to whichever class has the field. Types int, float, str, bool are checked; an int passes for a float.
+    Raises ValueError, one line that names the key and where it was set; so do the classes, by check_ranges.
     """
     kinds = {field.name: type(field.default) for cls in classes for field in dataclasses.fields(cls)}
-    found = []
+    found, values, made = [], {}, []
     for argument in arguments:
-        if not argument.startswith('--'):
-            found += assignments(argument)
-            continue
-        key, equals, text = argument[2:].partition('=')         # at the first '=': the value may hold more of them
-        if not equals:
-            raise ValueError(f'{argument}: write --key=value; the keys are the fields of {", ".join(cls.__name__ for cls in classes)}')
-        try:
-            value = text if kinds.get(key) is str else value_of(ast.parse(text.strip(), mode='eval').body)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            value = text                                        # the type check below says what was expected
-        found.append((key, value, argument))
-    values = {}
+        found += [flag(argument, kinds)] if argument.startswith('--') else assignments(argument)
     for key, value, where in found:
         if key not in kinds:
             near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)
             raise ValueError(f'{where}: unknown key {key!r}; did you mean {near[0]!r}?')
-        if kinds[key] is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kinds[key]:
+        values[key] = float(value) if kinds[key] is float and type(value) is int else value
+        if type(values[key]) is not kinds[key]:
             raise ValueError(f'{where}: {key} must be {kinds[key].__name__}, got {value!r}')
-        values[key] = value
-    made = []
     for cls in classes:
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = values.keys() & {field.name for field in dataclasses.fields(cls)}
         try:
-            made.append(cls(**{key: value for key, value in values.items() if key in names}))
-        except ValueError as error:
-            words = re.findall(r'\w+', str(error))
-            mentioned = [where for key, _, where in found if key in words]
-            raise ValueError(': '.join([*mentioned[-1:], str(error)])) from None    # whoever spoke last is to blame
+            made.append(cls(**{name: values[name] for name in names}))
+        except ValueError as error:                             # of the keys it mentions: where the last was set
+            mentioned = [where for key, _, where in found if key in re.findall(r'\w+', str(error))]
+            raise ValueError(': '.join([*mentioned[-1:], str(error)])) from None
     return made
+
+
+def check_ranges(settings, **allowed):
+    """Raise ValueError for a setting out of its range. key=(low, high): from low to high, both included; high None: to
+    any finite number. key=('this', 'that'): a choice of strings."""
+    for key, (low, *rest) in allowed.items():
+        value, high = getattr(settings, key), rest[-1] if rest else None
+        if isinstance(low, str):
+            fits, wanted = value in (low, *rest), f'be one of {", ".join((low, *rest))}'
+        elif high is None:
+            fits, wanted = low <= value < math.inf, f'be at least {low}, and finite'
+        else:
+            fits, wanted = low <= value <= high, f'lie between {low} and {high:g}'
+        if not fits:
+            raise ValueError(f'{key} is {value!r}, it must {wanted}')
+
+
+def pick_device(name):
+    """'auto' or the name of a torch device -> torch.device. Raises ValueError if it is not there."""
+    import torch                                                # here and below: who prepares data need not wait for it
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:        # torch has no one way to say no
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'device {name!r} cannot be used here ({reason}); try --device=cpu') from None
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """'auto', 'float32' or 'bfloat16' -> the torch.dtype of matrix products. 'auto': bfloat16 on cuda, else float32."""
+    import torch
+    return torch.bfloat16 if name == 'bfloat16' or name == 'auto' and device.type == 'cuda' else torch.float32
 
 
 @contextlib.contextmanager
 def one_line_errors(program, when_full='', when_stopped=''):
-    """Around a program's body: what a person can put right ends it with one line and exit code 1. The two hints: what to try
-    when memory is full, and what to know after Ctrl-C."""
-    hint = lambda text: f'; {text}' if text else ''
+    """Around a program's body: what a person can put right ends it with one line and exit code 1. The two hints say what
+    to try when memory is full, and what to know after Ctrl-C."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        import torch                                            # here: who prepares data need not wait for it
-        if any(name in str(error) for name in ('InvalidCxxCompiler', 'Python.h')):              # what torch.compile found missing
-            sys.exit(f"{program}: --compile=True needs a C++ compiler and Python's headers: install g++ and python3-dev, "
-                     'or name a compiler in CXX')
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            raise
-        sys.exit(f'{program}: out of memory{hint(when_full)} ({(str(error) or type(error).__name__).splitlines()[0]})')
     except (ValueError, OSError) as error:
         sys.exit(f'{program}: {error}')
     except KeyboardInterrupt:
-        sys.exit(f'{program}: stopped{hint(when_stopped)}')
+        sys.exit(f'{program}: stopped; {when_stopped}'.removesuffix('; '))
+    except (RuntimeError, MemoryError) as error:
+        text, kind = str(error) or type(error).__name__, type(error).__name__
+        if 'InvalidCxxCompiler' in text or 'Python.h' in text:  # what torch.compile found missing
+            sys.exit(f"{program}: --compile=True needs a C++ compiler and Python's headers: install g++ and "
+                     'python3-dev, or name a compiler in CXX')
+        if kind not in ('OutOfMemoryError', 'MemoryError'):     # the first is torch's
+            raise
+        sys.exit(f'{program}: out of memory; {when_full}'.removesuffix('; ') + f' ({text.splitlines()[0]})')

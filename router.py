@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from cca import wide
+from layers import RMSNorm, wide
 
 
 def choose(probs, bias):
@@ -34,7 +34,6 @@ class Router(nn.Module):
     """The router of layer `layer`. forward: x (B, S, E) and the layer below's state -> expert, weight, state."""
 
     def __init__(self, config, layer):
-        from model import RMSNorm                                               # here, since model.py imports this file
         super().__init__()
         E, R, self.n_expert = config.n_embd, config.router_dim, config.n_expert
         M = self.n_expert + config.skip_expert

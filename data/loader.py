@@ -14,19 +14,20 @@ REPAIR = 'write it with the prepare.py of its folder, or name another dataset (d
 class TokenLoader:
     """Batches of one split, as a pure function of (seed, batch index).
 
-    With no state to save, training resumes from its step number alone, and processes that train together
-    take different indices (step * world_size + rank) and see different windows without talking.
+    There is no state to save: training resumes from its step number alone. Processes that train together each ask for
+    other indices (step * world_size + rank), and so see different windows without talking to each other.
 
     The N tokens are cut into ceil((N - 1) / context) windows: window w has tokens[w*context : (w+1)*context]
     as inputs and the same shifted by one as targets. The last window may be short; it is filled up with
     input 0 and target -1, which the loss must ignore. So in one epoch every token but the very first
     (nothing precedes it) is a target exactly once. Each epoch visits the windows in another order.
 
-    A packed set (reasoning.py) comes in windows of its own, of whole documents; its flags say what is a target and
+    A packed set (reasoning.py) is stored as windows, each of whole documents; its flags say what is a target and
     where documents start.
 
-    Attributes: meta (the content of meta.json), vocab_size, n_tokens, n_windows.
-    Raises ValueError, naming the file, if the data is missing, unfinished or damaged.
+    Attributes: meta (the content of meta.json), vocab_size, n_tokens, n_windows; packed (the context of a packed set,
+    else 0).
+    Raise ValueError, naming the file, if the data is missing, unfinished or damaged.
     """
 
     def __init__(self, folder, split, batch_size, context, seed):
@@ -54,10 +55,13 @@ class TokenLoader:
         self.tokens = self.map(self.path, dtype, n_stored)
         self.flags = self.map(self.path.with_suffix('.flags'), np.dtype('u1'), n_stored) if self.packed else None
         self.n_windows = n_stored // context if self.packed else -(-(n_stored - 1) // context)  # rounded up
-        self.epoch = self.order = None             # the epoch visited last, and its order of the windows
+        self.epoch = self.order = None             # the epoch that was visited last, and its order of the windows
 
     def map(self, path, dtype, n):
-        """The file's n numbers as an array that is read from disk as needed, never as a whole."""
+        """Return the file's n numbers as an array that is read from disk as needed, never as a whole.
+
+        Raise ValueError if the file has another size, or n is below 2.
+        """
         size = path.stat().st_size if path.exists() else 0
         if size != n * dtype.itemsize or n < 2:
             raise ValueError(f'{path} has {size:,} bytes, but meta.json says {n:,} numbers '
@@ -65,8 +69,11 @@ class TokenLoader:
         return np.memmap(path, dtype, mode='r')
 
     def row(self, position):
-        """Window number position (0, 1, ... without end, epoch after epoch): inputs, targets and starts of
-        documents, arrays of length context. Raises ValueError if it holds a token outside the vocabulary."""
+        """Return window number `position` (0, 1, ... without end, epoch after epoch).
+
+        Three arrays of length context: inputs, targets (both int64), starts of documents (bool).
+        Raise ValueError if the window holds a token outside the vocabulary.
+        """
         epoch, position = divmod(position, self.n_windows)
         if epoch != self.epoch:
             self.order = np.random.default_rng((self.seed, epoch)).permutation(self.n_windows)
@@ -88,18 +95,18 @@ class TokenLoader:
         return x, y, start
 
     def batch(self, index):
-        """Batch number index (0, 1, ... without end): inputs and targets, both int64 (batch_size, context), and
-        where documents start, bool of that shape; None, with nothing to isolate, if the set is not packed."""
-        rows = map(self.row, range(index * self.batch_size, (index + 1) * self.batch_size))
-        x, y, start = stack_rows(rows, self.batch_size, self.context)
-        return x, y, start if self.packed else None
+        """Return batch number `index`, as batch_of_rows does."""
+        return batch_of_rows(self, index)
 
 
 class MixtureLoader:
-    """Batches whose rows come from several sets, in proportion to weights. Also a pure function of the index.
+    """Batches whose rows come from several sets, in proportion to weights: a pure function of the index, too.
 
-    A fixed, shuffled schedule of 1000 rows, repeated, says which set each row is from. Each set counts its own rows, so
-    that it visits all of its windows once an epoch, as it would alone.
+    A schedule of 1000 rows, shuffled once and then repeated for ever, says from which set each row is. The rows taken
+    from one set are its windows in its own order, none left out: an epoch of it holds each window once, as if it were
+    alone. The weights are kept to 1/1000.
+
+    loaders: a TokenLoader for each set, all of one batch_size, context and vocabulary; weights: positive numbers.
     """
 
     def __init__(self, loaders, weights, seed):
@@ -114,27 +121,37 @@ class MixtureLoader:
         is_from = self.schedule[:, None] == np.arange(len(loaders))
         self.before = is_from.cumsum(0) - is_from  # (1000, sets): rows of each set before this one
 
-    batch = TokenLoader.batch
+    def batch(self, index):
+        """Return batch number `index`, as batch_of_rows does."""
+        return batch_of_rows(self, index)
 
     def row(self, i):
-        """Row number i of all batches laid end to end, as TokenLoader.row."""
+        """Return row number i (0, 1, ... without end), as TokenLoader.row does."""
         cycle, i = divmod(i, len(self.schedule))
         k = self.schedule[i]
         return self.loaders[k].row(int(cycle * self.counts[k] + self.before[i, k]))
 
 
-def stack_rows(rows, batch_size, context):
-    """(x, y, start) of each row -> the same with a batch dimension, as tensors. Memory first: what cannot fit fails at once."""
-    x, y = (np.empty((batch_size, context), np.int64) for _ in range(2))
-    start = np.empty((batch_size, context), bool)
-    for i, row in enumerate(rows):
-        x[i], y[i], start[i] = row
-    return tuple(map(torch.from_numpy, (x, y, start)))
+def batch_of_rows(loader, index):
+    """Return batch number `index` (0, 1, ... without end): rows index * batch_size and following of the loader.
+
+    Three tensors (batch_size, context): inputs and targets, both int64, and where documents start, bool; that is None
+    if no set is packed, for then nothing in a row has to be kept apart.
+    """
+    shape = loader.batch_size, loader.context
+    # Memory before rows: a batch that does not fit fails at once.
+    x, y, start = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, bool)
+    for i in range(loader.batch_size):
+        x[i], y[i], start[i] = loader.row(index * loader.batch_size + i)
+    x, y, start = map(torch.from_numpy, (x, y, start))
+    return x, y, start if loader.packed else None
 
 
 def dataset_folders(dataset):
-    """'data/stdlib', or several with weights, 'data/stdlib:0.3 data/loops:0.7' -> [(folder, weight), ...].
-    Raises ValueError for a weight that is not a positive number."""
+    """Return [(folder, weight), ...] of a string: 'data/stdlib', or 'data/stdlib:0.3 data/chat:0.7' for a mixture.
+
+    Raise ValueError for a weight that is not a positive number, and for a string without a folder.
+    """
     found = []
     for part in dataset.split():
         folder, colon, weight = part.rpartition(':')
@@ -151,7 +168,10 @@ def dataset_folders(dataset):
 
 
 def open_dataset(dataset, split, batch_size, context, seed):
-    """The loader of a dataset string, see dataset_folders. Raises ValueError if its sets' tokenizers differ."""
+    """Return the loader of a string as dataset_folders reads it: a TokenLoader, or of several sets a MixtureLoader.
+
+    Raise ValueError if the sets' tokenizers differ, and as dataset_folders and TokenLoader do.
+    """
     folders, weights = zip(*dataset_folders(dataset))
     loaders = [TokenLoader(folder, split, batch_size, context, seed) for folder in folders]
     for folder in folders[1:]:

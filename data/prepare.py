@@ -2,11 +2,11 @@
 
 A folder that is ready holds
 
-    train.bin, val.bin   token ids and nothing else, little endian; every document ends in <|endoftext|>
+    train.bin, val.bin   tokens and nothing else, as numbers, little endian; every document ends in <|endoftext|>
     bpe.json             the tokenizer
     meta.json            vocab_size, dtype, and the tokens, bytes and files of each split
 
-meta.json is written last, so that a folder without it is known to be unfinished.
+meta.json is written last: a folder without it is unfinished.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ VAL_PERCENT = 5
 
 
 def prepare(documents, out, vocab_size, tokenizer='bpe'):
-    """Writes train.bin, val.bin, bpe.json and meta.json into the folder out.
+    """Write train.bin, val.bin, bpe.json and meta.json into the folder out.
 
     documents: list of (name, bytes), held in memory; vocab_size: of the BPE trained on the train split;
-    tokenizer: "bpe", or "gpt2" for that ready vocabulary. Raises ValueError if there is too little text.
+    tokenizer: "bpe", or "gpt2" for that ready vocabulary. Raise ValueError if there is too little text.
     """
     start = time.time()
     splits = split_documents(documents)
@@ -40,7 +40,7 @@ def prepare(documents, out, vocab_size, tokenizer='bpe'):
     if tokenizer == 'gpt2':
         enc = gpt2_encoding()
     else:
-        # Bytes that are not UTF-8 teach nothing here; encode_bytes keeps them when the files are written.
+        # Bytes that are not UTF-8 are left out of the training; encode_bytes keeps them when the files are written.
         enc = train_bpe((chunk.decode('utf-8', 'replace') for _, data in splits['train']
                          for chunk in line_chunks(data)), vocab_size)
     save_tokenizer(out / 'bpe.json', enc)
@@ -51,29 +51,34 @@ def prepare(documents, out, vocab_size, tokenizer='bpe'):
     for split, docs in splits.items():
         n_tokens, n_bytes = 0, 0
         path = out / f'{split}.bin'
-        path.unlink(missing_ok=True)               # a run that still reads the old file keeps it; writing over it
-        with open(path, 'wb') as file:             # would pull the memory map from under that run
+        path.unlink(missing_ok=True)               # not overwritten: a run may have the old file mapped into memory
+        with open(path, 'wb') as file:
             for _, data in docs:
                 for chunk in line_chunks(data):
-                    ids = encode_bytes(enc, chunk)
-                    file.write(np.array(ids, dtype).tobytes())
-                    n_tokens += len(ids)
+                    tokens = encode_bytes(enc, chunk)
+                    file.write(np.array(tokens, dtype).tobytes())
+                    n_tokens += len(tokens)
                 file.write(np.array([enc.eot_token], dtype).tobytes())
                 n_tokens += 1
                 n_bytes += len(data)
         meta[split] = {'tokens': n_tokens, 'bytes': n_bytes, 'files': len(docs)}
         print(f'{split}.bin: {n_tokens:,} tokens of {dtype.name}, {n_bytes / n_tokens:.2f} bytes per token, '
               f'ready at {time.time() - start:.1f} s')
+    write_meta(out, meta)
 
+
+def write_meta(out, meta):
+    """Write the dict meta as meta.json into the folder out, all of it or nothing: from then on the folder is ready."""
     (out / 'meta.json.tmp').write_text(json.dumps(meta, indent=2) + '\n', encoding='utf-8')
     os.replace(out / 'meta.json.tmp', out / 'meta.json')
 
 
 def split_documents(documents):
-    """{"train": [...], "val": [...]}, neither empty, about VAL_PERCENT of the documents in val.
+    """Return {"train": [...], "val": [...]}, neither empty, with about VAL_PERCENT of the documents in val.
 
-    A hash of its name places a document, so that adding one moves no other (unless a split was empty).
-    A single document is cut instead: its last lines, at least VAL_PERCENT of it, are val.
+    documents: list of (name, data); those without data are left out. A hash of its name says where a document
+    belongs: adding another moves none (unless a split was empty). A single document is cut in two: its last lines, at
+    least VAL_PERCENT of it, are val. Raise ValueError if there is nothing to split.
     """
     documents = sorted((name, data) for name, data in documents if data)
     if not documents:
@@ -96,12 +101,12 @@ def split_documents(documents):
 
 
 def line_chunks(data):
-    """Cuts bytes after whole lines, about 1 MB each, so that a file of gigabytes is not encoded at once."""
+    """Yield the bytes in chunks of whole lines, about 1 MB each, so that a file of gigabytes is not encoded at once."""
     lines = io.BytesIO(data)
     while chunk := lines.readlines(1 << 20):
         yield b''.join(chunk)
 
 
 def token_dtype(vocab_size):
-    """The smallest unsigned integer that holds every id: 2 bytes a token for most vocabularies."""
+    """Return the smallest unsigned dtype that holds every token: 2 bytes a token for most vocabularies."""
     return np.dtype('<u2' if vocab_size <= 1 << 16 else '<u4')

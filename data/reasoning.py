@@ -9,22 +9,23 @@ and becomes, with the special tokens of tokenizer.py,
     <|user|> q <|end|> <|assistant|> <think> t </think> a <|end|>
 
 where the loss is on what the model has to say itself: everything after <|assistant|>. No <|endoftext|> follows: <|end|>
-says that the turn is over, and the flags of write_packed where the next document starts.
+says that the turn is over, and the flags of write_packed say where the next document starts.
 
-Two things then decide what a model with a short context learns of long reasoning (ZAYA1-8B report, III):
+Two things then decide how much of long reasoning a model with a short context can learn (ZAYA1-8B report, arXiv
+2605.05365, III):
 
-  - AP-trimming, "answer-preserving", cuts a sample to the context by four rules. (1) It fits: keep it. (2) Cut the last
-    turn's reasoning from its tail, so that the sample just fits. (3) Still too long: drop the reasoning of the earlier
-    turns, then (2) again. (4) Questions and answers alone do not fit: drop the sample. The two usual ways are here to
-    compare: dropping what is long loses the hard problems, and plain truncation loses their answers.
+  - AP-trimming, "answer-preserving", makes a sample fit the context by the first of these rules that can. (1) Keep it
+    as it is. (2) Cut the end of the last turn's reasoning, no more than needed. (3) Drop the reasoning of the earlier
+    turns, and cut that of the last as in (2). (4) Drop the sample: its questions and answers alone are too long.
+    The two usual ways are here to compare: dropping what is long loses the hard problems, and plain truncation loses
+    their answers.
   - Packing lays whole samples side by side in windows of one size, by best-fit decreasing (arXiv 2404.10830): the
-    longest first, each into the fullest window that still has room. Nothing is cut, and hardly anything left empty.
+    longest first, each into the fullest window that still has room. Nothing is cut, and hardly any space stays empty.
 
 Read from the top: the functions come in the order in which data goes through them.
 """
 
 import json
-import os
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -32,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.prepare import token_dtype
+from data.prepare import token_dtype, write_meta
 from data.tokenizer import save_tokenizer
 
 SCORED, STARTS = 1, 2    # the bits of a .flags file: see write_packed
@@ -41,7 +42,8 @@ SCORED, STARTS = 1, 2    # the bits of a .flags file: see write_packed
 class Turn(NamedTuple):
     """A question and its reply, as lists of tokens. A sample is a list of turns.
 
-    The split is the one that trimming needs, and the loss: only the prompt is not scored.
+    Three parts, because trimming treats each in its own way, and because the loss leaves out the prompt: all else is
+    "scored".
     """
     prompt: list         # <|user|> question <|end|> <|assistant|>
     think: list          # <think> reasoning </think>, or [] without reasoning
@@ -52,9 +54,9 @@ class Turn(NamedTuple):
 
 
 def read_conversations(path):
-    """The conversations of a JSONL file, each a list of {"role", "content"}; other keys are ignored.
+    """Return the conversations of a JSONL file, each a list of {"role", "content"}; other keys are ignored.
 
-    Raises ValueError, naming the file and the line, for what is not a conversation (see check_messages), and
+    Raise ValueError, naming the file and the line, for what is not a conversation (see check_messages), and
     if there is none.
     """
     conversations = []
@@ -72,7 +74,7 @@ def read_conversations(path):
 
 
 def parse_conversation(line):
-    """The messages of one line. Raises ValueError if it is not one conversation."""
+    """Return the messages of one line. Raise ValueError if it is not one conversation."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:  # RecursionError: brackets a thousand deep
@@ -83,7 +85,7 @@ def parse_conversation(line):
 
 
 def check_messages(messages, last):
-    """Raises ValueError unless user and assistant take turns, user first and `last` last, and all say something."""
+    """Raise ValueError unless user and assistant take turns, user first and `last` last, and all say something."""
     if not isinstance(messages, list) or not messages:
         raise ValueError('expected {"messages": [...]} with at least one message')
     for i, message in enumerate(messages):
@@ -109,7 +111,7 @@ def check_messages(messages, last):
 
 
 def split_think(content):
-    """An assistant's content -> (reasoning or None, answer); the answer is None if <think> is not closed.
+    """Return (reasoning or None, answer) of an assistant's content; the answer is None if <think> is not closed.
 
     A think block stands at the very start (after white space at most) and ends at the first </think>. Anywhere
     else the two tags are plain text, as in an answer about them. White space inside and after the block stays.
@@ -122,9 +124,10 @@ def split_think(content):
 
 
 def render(messages, enc):
-    """Messages -> a sample: the list of its turns. If the last is the user's, its turn has no reply yet.
+    """Return the sample that messages make: a list of Turns. If the last message is the user's, its turn has no reply.
 
     encode_ordinary turns the text into ordinary tokens, whatever it looks like: content cannot forge a special token.
+    Raise ValueError if the tokenizer has no such special tokens.
     """
     names = ['<|user|>', '<|assistant|>', '<|end|>', '<think>', '</think>']
     try:
@@ -145,12 +148,13 @@ def render(messages, enc):
 
 
 def length(sample):
-    """The number of tokens of a sample."""
+    """Return the number of tokens of a sample."""
     return sum(len(part) for turn in sample for part in turn)
 
 
 def flatten(sample):
-    """A sample -> (tokens, scored), two lists of one length. scored[i]: token i is the assistant's, it carries loss."""
+    """Return (tokens, scored) of a sample, two lists of one length. scored[i]: the assistant says token i, so the loss
+    counts it."""
     tokens, scored = [], []
     for prompt, think, answer in sample:
         tokens += prompt + think + answer
@@ -159,23 +163,24 @@ def flatten(sample):
 
 
 def prompt_tokens(messages, enc):
-    """What to feed a model for the assistant's next turn, which is over when it says <|end|>.
+    """Return the tokens to which a model adds the assistant's next turn, until it says <|end|>.
 
-    messages: as in a conversation, but the user's is the last. Raises ValueError if they are not.
+    messages: as in a conversation, but the user's is the last. Raise ValueError if they are not.
     """
     check_messages(messages, last='user')
     return flatten(render(messages, enc))[0]
 
 
-# --- trimming: each rule takes a sample and a budget of tokens to (the trimmed sample or None, what was done) ------
+# --- trimming ----------------------------------------------------------------------------------------------
+# A rule takes a sample and a budget, a number of tokens, and returns (the trimmed sample or None, what was done).
 
 
 def ap_trim(sample, budget):
-    """Answer-preserving trimming: every question and answer stays whole, and as much reasoning as fits.
+    """Trim to `budget` tokens, preserving answers: keep every question and answer whole, and what reasoning fits.
 
-    The result has at most `budget` tokens, and None is returned only if questions and answers alone have more.
-    A larger budget never gives a shorter result, nor a later rule. Only where it brings back the earlier turns'
-    reasoning may it leave less of the last trace: rule 3 comes after rule 2, however short rule 2 cuts.
+    Return None as the sample only if questions and answers alone have more than `budget` tokens. A larger budget never
+    gives a shorter result, nor one by a later rule. It may leave less of the last turn's reasoning in one case only:
+    where it lets rule 2 do, which keeps the earlier turns' reasoning, instead of rule 3, which drops it.
     """
     if length(sample) <= budget:
         return sample, 'kept'
@@ -188,13 +193,13 @@ def ap_trim(sample, budget):
 
 
 def cut_last(sample, budget):
-    """The sample with the longest start of its last reasoning that fits; None if it does not even fit without.
+    """Return the sample with the longest start of its last reasoning that fits; None if it does not even fit without.
 
-    The tags stay around what is kept. If not one token of the reasoning fits between them, the block goes with its
-    tags: an empty one would teach to stop thinking at once, and its tags might be two tokens too many.
+    The tags stay around what is kept. If not one token of the reasoning fits between them, the tags are left out too:
+    an empty block would teach the model to stop thinking at once, and might not fit.
     """
     think = sample[-1].think
-    room = budget - (length(sample) - len(think))  # what all the rest leaves to the block
+    room = budget - (length(sample) - len(think))  # what all else leaves for reasoning and tags
     if room < 0:
         return None
     if room < len(think):
@@ -203,7 +208,7 @@ def cut_last(sample, budget):
 
 
 def truncate(sample, budget):
-    """The first `budget` tokens, whatever they are: for a long sample some of the question and reasoning, no answer."""
+    """Keep the first `budget` tokens, whatever they are: a long sample loses its answer, and some of its reasoning."""
     if length(sample) <= budget:
         return sample, 'kept'
     start, room = [], budget
@@ -219,7 +224,7 @@ def truncate(sample, budget):
 
 
 def drop(sample, budget):
-    """The sample if it fits, or nothing."""
+    """Keep the sample if it fits `budget` tokens, else nothing of it."""
     return (sample, 'kept') if length(sample) <= budget else (None, 'dropped')
 
 
@@ -228,9 +233,10 @@ OUTCOMES = 'kept', 'cut', 'earlier dropped', 'truncated', 'dropped'      # what 
 
 
 def trim(samples, budget, rule='ap'):
-    """Many samples (any iterable) by one rule -> ([(tokens, scored)] for write_packed, Counter of what was done).
+    """Trim many samples (any iterable) to `budget` tokens by one rule.
 
-    They come out flat and as arrays, which take a tenth of the memory of lists.
+    Return ([(tokens, scored)], Counter of what was done). tokens (int32) and scored (bool) are those of `flatten`, but
+    as arrays, which take a tenth of the memory of lists.
     """
     flat, done = [], Counter()
     for sample in samples:
@@ -246,16 +252,17 @@ def trim(samples, budget, rule='ap'):
 
 
 def pack(lengths, capacity):
-    """Best-fit decreasing -> bins, each a list of indices into lengths; every index is in exactly one bin.
+    """Pack by best-fit decreasing: return bins, each a list of indices into lengths, every index in exactly one bin.
 
-    The longest first (of equals the first), each goes into the fullest bin that has room for it. Bins with the same
-    space left are interchangeable, so it is enough to keep the spaces that exist in order, at most `capacity` of
-    them: to find one is a binary search, and a million samples pack in seconds.
-    Raises ValueError for a sample that is empty or longer than capacity.
+    lengths: the number of tokens of each sample. The longest first (of equally long ones the first), each goes into the
+    fullest bin that has room for it. Which of several bins with equally much space left makes no difference, so it is
+    enough to keep a sorted list of the different spaces, at most `capacity` of them: to find one is a binary search,
+    and a million samples pack in seconds.
+    Raise ValueError for a sample that is empty or longer than capacity.
     """
     bins = []
-    spaces = []                                    # ascending, each once: the spaces that some open bin has left
-    with_space = defaultdict(list)                 # space -> the bins with exactly that left
+    spaces = []                                    # ascending, each once: the spaces that the bins have left
+    with_space = defaultdict(list)                 # space -> the bins that have exactly that left
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         n = lengths[i]
         if not 1 <= n <= capacity:
@@ -278,24 +285,27 @@ def pack(lengths, capacity):
 
 
 def padding(lengths, bins, capacity):
-    """(the fraction of all positions that no sample fills, the fewest bins that could do: ceil(sum / capacity))."""
+    """Return (the share of all positions that no sample fills, the fewest bins that could do: ceil(sum / capacity)).
+
+    lengths: the number of tokens of each sample; bins: what `pack` returned.
+    """
     total = sum(lengths)
     return 1 - total / (len(bins) * capacity), -(-total // capacity)
 
 
 def write_packed(splits, out, capacity, enc):
-    """Writes a packed set into the folder out, complete with tokenizer; meta.json comes last, as in prepare.py.
+    """Write a packed set into the folder out, with its tokenizer enc; meta.json comes last, as in prepare.py.
 
     splits: {"train": [(tokens, scored), ...], "val": [...], ...}, samples as `flatten` gives them. For each split:
 
-        train.bin    token ids, windows * capacity of them; after its samples a window is filled up with id 0
+        train.bin    windows * capacity tokens; the rest of a window, behind its samples, is filled with token 0
         train.flags  a byte for each of these positions. Bit 0, SCORED: the next token is this position's target.
-                     Bit 1, STARTS: a document starts here (the filling counts as one). A document knows nothing
-                     of those before it in the window, so its first token is nobody's target.
+                     Bit 1, STARTS: a document starts here (the filling counts as one). A document is predicted from
+                     nothing but itself, so its first token is no position's target.
         meta.json    vocab_size, dtype, "packed": capacity, and for each split "tokens" (those of its samples, filling
-                     not counted), "documents", "windows" and "padding", the fraction of positions filled up
+                     not counted), "documents", "windows" and "padding", the share of positions filled
 
-    Raises ValueError, before it writes anything, if a sample does not fit or a split has no target.
+    Raise ValueError, before anything is written, if a sample does not fit or a split has no target.
     """
     packed = {}
     for split, samples in splits.items():
@@ -338,6 +348,4 @@ def write_packed(splits, out, capacity, enc):
                        'padding': round(fraction, 6)}
         print(f'{split}.bin: {len(samples):,} documents, {sum(lengths):,} tokens ({n_scored:,} scored), '
               f'{len(bins):,} windows of {capacity:,} (at least {fewest:,}), {fraction:.2%} padding')
-
-    (out / 'meta.json.tmp').write_text(json.dumps(meta, indent=2) + '\n', encoding='utf-8')
-    os.replace(out / 'meta.json.tmp', out / 'meta.json')
+    write_meta(out, meta)

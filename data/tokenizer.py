@@ -1,8 +1,8 @@
 """Byte-level byte pair encoding (BPE): text to integers and back.
 
-A vocabulary starts as the 256 single bytes, so any data at all can be written in it. Training then
-repeats one step: find the pair of neighbouring tokens that occurs most often, and make it one new token.
-Common words end up as one token, rare ones as a few (Sennrich et al. 2016; on bytes: GPT-2, 2019).
+A token is a number that stands for a few bytes. A vocabulary starts as the 256 single bytes, so any data at all can
+be written in it. Training then repeats one step: find the pair of neighbouring tokens that occurs most often, and make
+it one new token. Common words end up as one token, rare ones as a few (Sennrich et al. 2016; on bytes: GPT-2, 2019).
 
 Training is here, in plain Python; encoding is left to `tiktoken`, which replays the merges much faster.
 """
@@ -12,24 +12,25 @@ import heapq
 import json
 import re
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import regex
 import tiktoken
 
-# Text is first cut into pieces, and no token crosses a cut: otherwise ` the` would be learned once more
-# for every sign that can follow it. At each position the first alternative that matches is taken. None
-# looks ahead or backtracks, so tiktoken's cutting takes linear time, whatever the text.
-PATTERN = '|'.join([
-    r'[^\r\n\p{L}\p{N}]?\p{L}+',                   # a word and the one sign before it: ` if`, `.append`
-    r'\p{N}{1,3}',                                 # digits in threes: long numbers share their tokens
-    r' ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?',       # punctuation; at the end of a line the newline and the
+# Text is first cut into pieces, and no token crosses a cut: otherwise ` the,`, ` the.` and so on would each become a
+# token of their own. At each position the first alternative that matches is taken. None looks ahead or backtracks, so
+# that the time tiktoken takes to cut grows only linearly with the text, whatever it holds.
+PATTERN = (
+    r'[^\r\n\p{L}\p{N}]?\p{L}+|'                   # a word and the one sign before it: ` if`, `.append`
+    r'\p{N}{1,3}|'                                 # digits in threes: long numbers share their tokens
+    r' ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|'       # punctuation; at the end of a line the newline and the
                                                    # next line's indentation too: `):\n    ` is one token
-    r'\s*[\r\n][ \t]*',                            # blank lines, then the indentation that follows
-    r'\s+',                                        # spaces and tabs inside a line
-])
+    r'\s*[\r\n][ \t]*|'                            # blank lines, then the indentation that follows
+    r'\s+'                                         # spaces and tabs inside a line
+)
 
-# Tokens that no text contains: `encode_ordinary` spells these strings out in plain tokens, so a document
-# cannot forge one. Their ids follow those of the ordinary tokens: enc.encode_single_token("<|user|>").
+# Tokens that no text contains: `encode_ordinary` spells these strings out in ordinary tokens, so a document cannot
+# forge one. Their numbers follow those of the ordinary tokens; enc.encode_single_token("<|user|>") returns one.
 SPECIAL_TOKENS = [
     '<|endoftext|>',                               # ends each document of the training files
     '<|user|>',                                    # a user's turn begins
@@ -39,21 +40,21 @@ SPECIAL_TOKENS = [
     '</think>',                                    # reasoning ends
 ]
 
-MAX_PIECE = 64    # bytes; longer pieces (base64, DNA) are cut for training: a merge rewrites whole pieces
+MAX_PIECE = 64    # bytes; longer pieces (base64, DNA) are cut for training, because a merge rewrites whole pieces
 
 
 def train_bpe(texts, vocab_size):
-    """Learns a vocabulary of vocab_size tokens: 256 bytes, then merges, then SPECIAL_TOKENS.
+    """Learn a vocabulary of vocab_size tokens: 256 bytes, then merges, then SPECIAL_TOKENS.
 
-    texts: iterable of str. Returns a tiktoken.Encoding, smaller than vocab_size (and says so) if the texts
-    run out of pairs that repeat. The same texts always give the same vocabulary.
-    Raises ValueError if vocab_size has no room for the bytes and the special tokens.
+    texts: iterable of str. Return a tiktoken.Encoding; it has fewer tokens than vocab_size, and a line printed says so,
+    if no pair in the texts repeats any more. The same texts always give the same vocabulary.
+    Raise ValueError if vocab_size has no room for the bytes and the special tokens.
 
-    Counting all pairs anew for each merge would cost (corpus x merges). Three things make it fast:
-      - equal pieces are stored once, with their count: 10 MB of source has only some 70,000 unique pieces;
+    Counting all pairs anew for each merge would take time in proportion to corpus x merges. Three things make it fast:
+      - equal pieces are stored once, with their count: 10 MB of source has only some 70,000 different pieces;
       - a merge touches only the pieces that contain its pair (`where`), and only their pairs are recounted;
-      - the commonest pair is taken from a heap. Old entries are not removed from it when a count changes,
-        but recognised when they come out on top ("lazy deletion").
+      - the commonest pair is taken from a heap. When a count changes, its old entry stays in the heap, and is
+        recognised as old when it comes out on top ("lazy deletion").
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -72,20 +73,20 @@ def train_bpe(texts, vocab_size):
     pair_counts = Counter()                        # (left, right) -> occurrences in the corpus
     where = defaultdict(set)                       # (left, right) -> the words it occurs in, or once did
     for w, word in enumerate(words):
-        for pair in zip(word, word[1:]):
+        for pair in pairwise(word):
             pair_counts[pair] += counts[w]
             where[pair].add(w)
-    # Smallest entry first: the highest count, and among equal counts the pair with the smallest ids.
+    # Smallest entry first: the highest count, and among equal counts the pair with the smallest tokens.
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
 
-    tokens = [bytes([b]) for b in range(256)]      # tokens[id]: the bytes it stands for
+    tokens = [bytes([b]) for b in range(256)]      # tokens[i]: the bytes that token i stands for
     while len(tokens) < vocab_size - len(SPECIAL_TOKENS) and heap:
         negative_count, pair = heapq.heappop(heap)
         count = pair_counts[pair]
         if count < 2:                              # a pair seen once is no pattern
             continue
-        if count != -negative_count:               # stale; an old pair's count only falls: put it back lower
+        if count != -negative_count:               # an old entry: the count has fallen since then
             heapq.heappush(heap, (-count, pair))
             continue
         new = len(tokens)
@@ -93,9 +94,9 @@ def train_bpe(texts, vocab_size):
         fresh = set()                              # pairs that contain the new token
         for w in where.pop(pair):
             merged = merge(words[w], pair, new)
-            for old in zip(words[w], words[w][1:]):
+            for old in pairwise(words[w]):
                 pair_counts[old] -= counts[w]
-            for now in zip(merged, merged[1:]):
+            for now in pairwise(merged):
                 pair_counts[now] += counts[w]
                 if new in now:
                     where[now].add(w)
@@ -111,7 +112,7 @@ def train_bpe(texts, vocab_size):
 
 
 def merge(word, pair, new):
-    """Replaces pair by the token new in a list of tokens, from left to right."""
+    """Return the list of tokens `word` with each pair, from left to right, replaced by the token new."""
     merged, i = [], 0
     while i < len(word):
         if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
@@ -124,10 +125,11 @@ def merge(word, pair, new):
 
 
 def make_encoding(pattern, tokens, special_tokens):
-    """A tiktoken.Encoding from the cutting pattern, the tokens' bytes in order of rank, and special names.
+    """Return a tiktoken.Encoding.
 
-    tiktoken keeps no list of merges: it joins the neighbours whose joint bytes have the lowest rank. That is
-    the same thing, because in BPE no two pairs ever make the same bytes.
+    pattern: the regular expression that cuts text; tokens: their bytes, in the order in which they were learned;
+    special_tokens: names, numbered after the tokens. tiktoken keeps no list of merges: it joins the neighbours whose
+    joint bytes come first in `tokens`. That is the same thing, because in BPE no two pairs ever make the same bytes.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     special = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
@@ -135,9 +137,9 @@ def make_encoding(pattern, tokens, special_tokens):
 
 
 def gpt2_encoding():
-    """GPT-2's vocabulary (downloaded by tiktoken, then cached) with our special tokens after its 50257 ranks.
+    """Return GPT-2's vocabulary (downloaded by tiktoken, then cached) with our special tokens after its 50257 tokens.
 
-    `<|endoftext|>` keeps GPT-2's own id, 50256. Raises ValueError if the download fails.
+    `<|endoftext|>` stays GPT-2's own, 50256. Raise ValueError if the download fails.
     """
     try:
         gpt2 = tiktoken.get_encoding('gpt2')
@@ -151,21 +153,21 @@ def gpt2_encoding():
 
 
 def encode_bytes(enc, data):
-    """Encodes any bytes, valid UTF-8 or not, so that enc.decode_bytes(encode_bytes(enc, data)) == data.
+    """Return the tokens, a list of int, of any bytes: enc.decode_bytes(encode_bytes(enc, data)) == data.
 
-    tiktoken encodes str only. "surrogateescape" decodes an invalid byte to a code point that no valid text
-    contains; we cut the text there and give that byte its own token. Returns a list of int.
+    tiktoken encodes str only, and not all bytes are valid UTF-8. "surrogateescape" decodes an invalid byte to a code
+    point that no valid text contains; the text is cut there, and that byte becomes a token by itself.
     """
     parts = re.split('([\udc80-\udcff])', data.decode('utf-8', 'surrogateescape'))
-    ids = enc.encode_ordinary(parts[0])
+    tokens = enc.encode_ordinary(parts[0])
     for invalid, text in zip(parts[1::2], parts[2::2]):
-        ids.append(enc.encode_single_token(invalid.encode('utf-8', 'surrogateescape')))
-        ids.extend(enc.encode_ordinary(text))
-    return ids
+        tokens.append(enc.encode_single_token(invalid.encode('utf-8', 'surrogateescape')))
+        tokens.extend(enc.encode_ordinary(text))
+    return tokens
 
 
 def save_tokenizer(path, enc):
-    """Writes an encoding of train_bpe or gpt2_encoding as JSON; load_tokenizer reads it."""
+    """Write an encoding of train_bpe, make_encoding or gpt2_encoding as JSON; load_tokenizer reads it."""
     if enc.name == 'gpt2':
         content = {'encoding': 'gpt2'}
     else:
@@ -181,7 +183,7 @@ def save_tokenizer(path, enc):
 
 
 def load_tokenizer(path):
-    """The encoding in a file of save_tokenizer. Raises ValueError if the file is missing or damaged."""
+    """Return the encoding in a file of save_tokenizer. Raise ValueError if the file is missing or damaged."""
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)

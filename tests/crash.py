@@ -18,7 +18,8 @@ import torch._dynamo      # the optimizers need it; here, so that not every chil
 
 import configurator
 import train
-from model import ZayaConfig, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint, write_log
+from model import ZayaConfig
 
 
 def killed(line, functions, work):
@@ -52,7 +53,7 @@ def killed(line, functions, work):
 def kill_training(seed, *arguments):
     rng = random.Random(int(seed))
     configs = configurator.read(arguments, train.TrainConfig, ZayaConfig)
-    functions = train.train, train.write_log, save_checkpoint, load_checkpoint
+    functions = train.train, train.take_up, train.train_step, write_log, save_checkpoint, load_checkpoint
     kills = 0
     while killed(rng.randrange(1, 500), functions, lambda: train.train(*configs)):
         kills += 1

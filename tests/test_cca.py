@@ -1,10 +1,10 @@
-"""Invariants of CCA (cca.py), piece by piece, then of the whole layer and its cache."""
+"""Invariants of CCA (cca.py), piece by piece, then of the whole layer and its cache (cache.py)."""
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
-from cca import CCA, conv_depthwise, conv_grouped, convolve, norm, one_convolution, qk_mean, rope, rope_table
+from cca import CCA, merge_convolutions, mix, norm, qk_mean, rope, rope_table
 from common import randomize, tiny_config, tiny_model, tokens
 
 heads = st.sampled_from([(4, 1, 8), (4, 2, 8), (6, 3, 4), (2, 2, 12)])          # Hq, Hk, d
@@ -23,16 +23,56 @@ def run(cca, x):
     return cca(x, *rope_table(torch.arange(x.shape[1])[None], 2, 10_000.0))
 
 
+# ---- the two convolutions, as the paper has them: what the merged one must equal ----
+
+def conv_depthwise(before, now, weight, bias):
+    """y_t = w_0 x_{t-1} + w_1 x_t + b, each channel by itself. before = x_{t-1}, now = x_t: (B, S, C) -> (B, S, C)."""
+    w_before, w_now = weight[:, 0].unbind(-1)                                   # (C) each
+    return before * w_before + (now * w_now + bias)
+
+
+def conv_grouped(before, now, weight, bias):
+    """y_t = W_0 x_{t-1} + W_1 x_t + b, the channels of a head among themselves."""
+    C, d, _ = weight.shape
+    x = torch.stack([before, now], 2).unflatten(-1, (C // d, d))                # (B, S, 2, H, d)
+    w = weight.view(C // d, d, d, 2)                                            # (head, out, in, time)
+    return torch.einsum('bsthi,hoit->bsho', x, w).flatten(-2) + bias
+
+
 def before(x):
     """x_{t-1}, zero at t = 0."""
     return F.pad(x, (0, 0, 1, 0))[:, :-1]
 
 
 def both_convolutions(x, w1, b1, w2, b2):
-    """Over x (B, S, C) and the padding before it, as in CCA.forward."""
-    x = F.pad(x, (0, 0, 2, 0))
+    """One after the other. x (B, S + 2, C), two columns of past first -> (B, S, C)."""
     x = conv_depthwise(x[:, :-1], x[:, 1:], w1, b1)
     return conv_grouped(x[:, :-1], x[:, 1:], w2, b2)
+
+
+def mix_step_by_step(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
+    """cca.mix from the paper's equations, with two convolutions, each document alone, and head by head."""
+    (B, S, C), d, Hk = qk.shape, w2.shape[1], len(temperature)
+    Hq = C // d - Hk
+    past = qk.new_zeros(B, 2, C) if past is None else past
+    rows = []
+    for b in range(B):
+        begins = [] if start is None else [s for s in range(S) if start[b, s]]
+        cuts = [*dict.fromkeys([0, *begins]), S]
+        rows.append(torch.cat([both_convolutions(torch.cat([torch.zeros_like(past[b]) if s0 in begins else past[b],
+                                                            qk[b, s0:s1]])[None], w1, b1, w2, b2)
+                               for s0, s1 in zip(cuts, cuts[1:])], 1))
+    split = lambda x: x.unflatten(-1, (Hq + Hk, d)).unbind(2)                   # heads, (B, S, d) each
+    heads, latents, G, out = split(torch.cat(rows)), split(qk), Hq // Hk, []
+    m_q = [(latents[h] + latents[Hq + h // G]) / 2 for h in range(Hq)]
+    m_k = [sum(m_q[h * G:(h + 1) * G]) / G for h in range(Hk)]
+    size = [d ** 0.5] * Hq + [t * d ** 0.5 for t in temperature]
+    for z, m, length in zip(heads, m_q + m_k, size):
+        y = length * F.normalize(z + m, dim=-1)
+        n = cos.shape[-1]
+        one, two, rest = y.split([n, n, d - 2 * n], -1)
+        out.append(torch.cat([one * cos - two * sin, two * cos + one * sin, rest], -1))
+    return torch.stack(out[:Hq], 1), torch.stack(out[Hq:], 1)
 
 
 def check_causal(f, x, t):
@@ -73,51 +113,57 @@ def test_the_whole_model_is_causal(S, data, seed):
 
 # ---- convolutions ----
 
+def weights_of_convolutions(Hq, Hk, d, seed, dtype=torch.float64):
+    C = (Hq + Hk) * d
+    return [random(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate([(C, 1, 2), (C,), (C, d, 2), (C,)], 1)]
+
+
 @given(heads, st.integers(1, 9), seeds)
 def test_convolutions_equal_conv1d_over_two_padded_zeros(shape, S, seed):
     Hq, Hk, d = shape
     C = (Hq + Hk) * d
-    x = random(2, S, C, seed=seed)
-    w1, b1 = random(C, 1, 2, seed=seed + 1), random(C, seed=seed + 2)
-    w2, b2 = random(C, d, 2, seed=seed + 3), random(C, seed=seed + 4)
-    ours = both_convolutions(x, w1, b1, w2, b2)
+    x, (w1, b1, w2, b2) = random(2, S, C, seed=seed), weights_of_convolutions(*shape, seed, torch.float32)
+    ours = both_convolutions(F.pad(x, (0, 0, 2, 0)), w1, b1, w2, b2)
     theirs = F.conv1d(F.conv1d(F.pad(x.mT, (2, 0)), w1, b1, groups=C), w2, b2, groups=Hq + Hk).mT
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@given(heads, st.integers(1, 9), st.data(), seeds)
-def test_one_convolution_equals_the_two_with_their_gradients_also_at_document_starts(shape, S, data, seed):
+@given(heads, st.integers(1, 9), seeds)
+def test_the_merged_convolution_equals_the_two(shape, S, seed):
     Hq, Hk, d = shape
-    C = (Hq + Hk) * d
-    start = torch.tensor([data.draw(st.lists(st.booleans(), min_size=S, max_size=S)) for _ in range(2)])
-    start[:, 0] = True                                                          # the padding's two columns are no document
+    C, H = (Hq + Hk) * d, Hq + Hk
+    x, weights = random(2, S + 2, C, seed=seed, dtype=torch.float64), weights_of_convolutions(*shape, seed)
+    w, b = merge_convolutions(*weights)
+    assert w.shape == (H, d, 3 * d) and b.shape == (H, d)
+    kernel = w.unflatten(-1, (3, d)).permute(0, 1, 3, 2).flatten(0, 1)          # as in nn.Conv1d: (C, d, 3)
+    merged = F.conv1d(x.mT, kernel, b.flatten(), groups=H).mT
+    torch.testing.assert_close(merged, both_convolutions(x, *weights))
 
-    def two(x, w1, b1, w2, b2):
-        """The definition, each document alone."""
-        rows = []
-        for row, begins in zip(x[:, 2:], start):
-            lengths = torch.diff(begins.nonzero()[:, 0], append=torch.tensor([S])).tolist()
-            rows.append(torch.cat([both_convolutions(part[None], w1, b1, w2, b2) for part in row.split(lengths)], 1))
-        return torch.cat(rows)
-    values = [random(*s, seed=seed + i, dtype=torch.float64).requires_grad_()
-              for i, s in enumerate([(2, S + 2, C), (C, 1, 2), (C,), (C, d, 2), (C,)])]
-    ours, theirs = convolve(values[0], *one_convolution(*values[1:]), start), two(*values)
+
+@given(heads, st.integers(1, 7), st.booleans(), st.booleans(), seeds)
+def test_mix_equals_the_steps_one_by_one_with_its_gradients(shape, S, has_past, packed, seed):
+    """For whole sequences, continued ones, and windows in which documents start anywhere."""
+    Hq, Hk, d = shape
+    C, g = (Hq + Hk) * d, torch.Generator().manual_seed(seed)
+    start = torch.rand(2, S, generator=g) < 0.4 if packed else None
+    table = [t.double() for t in rope_table(torch.arange(S)[None] + seed % 100, d // 2 // 2 * 2, 10_000.0)]
+    inputs = [random(2, S, C, seed=seed, dtype=torch.float64), random(2, 2, C, seed=seed + 9, dtype=torch.float64),
+              *weights_of_convolutions(*shape, seed), random(Hk, seed=seed + 8, dtype=torch.float64)]
+    leaves = [t.requires_grad_() for t in inputs]
+    arguments = leaves if has_past else [leaves[0], None, *leaves[2:]]
+    ours, theirs = (torch.cat(f(*arguments, *table, start), 1) for f in (mix, mix_step_by_step))
     torch.testing.assert_close(ours, theirs)
-    g = random(2, S, C, seed=seed, dtype=torch.float64)
-    for a, b in zip(torch.autograd.grad(ours, values, g), torch.autograd.grad(theirs, values, g)):
+    weight = random(*ours.shape, seed=seed, dtype=torch.float64)
+    grads = [torch.autograd.grad(y, leaves, weight, materialize_grads=True) for y in (ours, theirs)]
+    for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
 
 
-@given(heads, st.integers(1, 9), seeds)
-def test_one_convolution_continues_from_the_past(shape, S, seed):
-    Hq, Hk, d = shape
-    C = (Hq + Hk) * d
-    x, *weights = (random(*s, seed=seed + i, dtype=torch.float64)
-                   for i, s in enumerate([(2, S + 2, C), (C, 1, 2), (C,), (C, d, 2), (C,)]))
-    y = conv_depthwise(x[:, :-1], x[:, 1:], *weights[:2])                       # the two columns of past are not zeros
-    torch.testing.assert_close(convolve(x, *one_convolution(*weights)), conv_grouped(y[:, :-1], y[:, 1:], *weights[2:]))
-    w, b = one_convolution(*weights)
-    assert w.shape == (Hq + Hk, d, 3 * d) and b.shape == (Hq + Hk, d)
+def test_mix_of_zeros_is_zero_with_finite_gradients():
+    x, w1, w2 = torch.zeros(1, 3, 24).requires_grad_(), torch.ones(24, 1, 2), torch.ones(24, 8, 2)
+    q, k = mix(x, None, w1, torch.zeros(24), w2, torch.zeros(24), torch.ones(1), *rope_table(torch.arange(3)[None], 4, 1e4))
+    (q.sum() + k.sum()).backward()
+    assert q.eq(0).all() and k.eq(0).all() and x.grad.isfinite().all()
 
 
 # ---- QK-mean, norm, RoPE, value shift ----
@@ -125,22 +171,22 @@ def test_one_convolution_continues_from_the_past(shape, S, seed):
 @given(heads, seeds)
 def test_qk_mean_is_the_paper_s_head_by_head(shape, seed):
     Hq, Hk, d = shape
-    q, k = random(2, 3, Hq, d, seed=seed), random(2, 3, Hk, d, seed=seed + 1)
+    q, k = random(Hq, 2, 3, d, seed=seed), random(Hk, 2, 3, d, seed=seed + 1)
     m_q, m_k = qk_mean(q, k)
     G = Hq // Hk
     for h in range(Hq):
-        torch.testing.assert_close(m_q[:, :, h], (q[:, :, h] + k[:, :, h // G]) / 2)
+        torch.testing.assert_close(m_q[h], (q[h] + k[h // G]) / 2)
     for h in range(Hk):
-        torch.testing.assert_close(m_k[:, :, h], sum(m_q[:, :, h * G + i] for i in range(G)) / G)
+        torch.testing.assert_close(m_k[h], sum(m_q[h * G + i] for i in range(G)) / G)
 
 
 @given(heads, seeds)
 def test_norm_gives_each_head_its_length_and_keeps_its_direction(shape, seed):
     Hq, Hk, d = shape
-    length, x = random(Hq + Hk, seed=seed), random(2, 3, Hq + Hk, d, seed=seed)
-    y = norm(x, length)
-    torch.testing.assert_close(y.norm(dim=-1), length.abs().expand(2, 3, -1))
-    torch.testing.assert_close(F.cosine_similarity(x, y, dim=-1), length.sign().expand(2, 3, -1))
+    size, x = random(Hq + Hk, seed=seed), random(Hq + Hk, 2, 3, d, seed=seed)
+    y = norm(x, size)
+    torch.testing.assert_close(y.norm(dim=-1), size.abs()[:, None, None].expand(-1, 2, 3))
+    torch.testing.assert_close(F.cosine_similarity(x, y, dim=-1), size.sign()[:, None, None].expand(-1, 2, 3))
 
 
 def test_queries_have_length_sqrt_d_and_keys_t_sqrt_d(monkeypatch):
@@ -152,16 +198,16 @@ def test_queries_have_length_sqrt_d_and_keys_t_sqrt_d(monkeypatch):
 
 
 def test_norm_of_zero_is_zero():
-    assert norm(torch.zeros(1, 1, 2, 8), torch.ones(2)).eq(0).all()
+    assert norm(torch.zeros(2, 1, 1, 8), torch.ones(2)).eq(0).all()
 
 
 @given(st.integers(0, 10**5), seeds)
 def test_rope_keeps_norms_and_the_unrotated_dims(position, seed):
-    x = random(2, 3, 4, 16, seed=seed)
+    x = random(4, 2, 3, 16, seed=seed)
     y = rope(x, *rope_table(position + torch.arange(3)[None], 8, 10_000.0))
     torch.testing.assert_close(x.norm(dim=-1), y.norm(dim=-1))
     assert torch.equal(x[..., 8:], y[..., 8:])
-    assert not torch.equal(x[:, 1:, :, :8], y[:, 1:, :, :8])
+    assert not torch.equal(x[:, :, 1:, :8], y[:, :, 1:, :8])
 
 
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500), seeds)
@@ -264,8 +310,25 @@ def test_cache_holds_nothing_but_the_compressed_state():
     config = tiny_config()
     cache = tiny_model().make_cache(2, 10)
     L, d, Hq, Hk = config.n_layer, config.head_dim, config.n_head, config.n_kv_head
-    stored = sum(t.numel() for t in vars(cache).values() if torch.is_tensor(t))
-    assert stored == 2 * L * (10 * 2 * Hk * d + 2 * (Hq + Hk) * d + Hk * d // 2)
+    lists = [value for value in vars(cache).values() if isinstance(value, list) and torch.is_tensor(value[0])]
+    stored = sum(t.numel() for tensors in lists for t in tensors)
+    assert stored == 2 * L * (11 * 2 * Hk * d + 2 * (Hq + Hk) * d + Hk * d // 2)        # 11: one place for padding
+
+
+@torch.no_grad()
+def test_padding_leaves_no_trace_even_if_it_is_not_a_number():
+    """Of the same real tokens, with paddings that differ: all that a cache holds of its rows, and all logits to come."""
+    model, idx = tiny_model(), tokens(2, 4)
+    other, kept = idx.clone(), []
+    other[0, 2:] = 7
+    for padded in idx, other:
+        cache = model.make_cache(2, 6)
+        model(padded, cache=cache, n_new=[2, 4])
+        kept.append([[t[:, :, :-1] for t in cache.k + cache.v], cache.qk + cache.v_last, model(idx[:, :1], cache=cache)[0]])
+    torch.testing.assert_close(*kept, rtol=0, atol=0)
+    for t in cache.k + cache.v:
+        t[:, :, -1] = float('nan')                              # the place where padding went
+    assert model(idx[:, :1], cache=cache)[0].isfinite().all()
 
 
 def test_a_full_cache_says_so():

@@ -1,7 +1,6 @@
-"""Tests of data/: python -m pytest tests/test_data.py (under a minute, CPU only, no network)."""
+"""The tokenizer, the token files, the loader, and the prepare scripts of text (data/)."""
 
 import base64
-import importlib.util
 import json
 import os
 import random
@@ -21,6 +20,8 @@ from hypothesis import strategies as st
 import data.prepare
 from data.loader import TokenLoader
 from data.prepare import line_chunks, prepare, split_documents, token_dtype
+from data.stdlib.prepare import stdlib_documents
+from data.text.prepare import text_documents
 from data.tokenizer import (PATTERN, SPECIAL_TOKENS, encode_bytes, gpt2_encoding, load_tokenizer,
                             make_encoding, save_tokenizer, train_bpe)
 
@@ -31,7 +32,7 @@ BYTES = [bytes([b]) for b in range(256)]
 
 
 def one_line(raised):
-    """The message of an error, checked to be one line."""
+    """Return the message of an error; it must be one line."""
     message = str(raised.value)
     assert message and '\n' not in message
     return message
@@ -58,9 +59,9 @@ AWKWARD = st.text(st.sampled_from("aZé漢1٣ _.=(\"\t\n\r\x0b\x0c\x1c\x85\u2028
 
 @given(st.text(max_size=200) | AWKWARD)
 def test_any_text_round_trips(text):
-    ids = encode_bytes(ENC, text.encode('utf-8'))
-    assert ids == ENC.encode_ordinary(text)
-    assert ENC.decode(ids, errors='strict') == text
+    tokens = encode_bytes(ENC, text.encode('utf-8'))
+    assert tokens == ENC.encode_ordinary(text)
+    assert ENC.decode(tokens, errors='strict') == text
 
 
 @given(AWKWARD)
@@ -77,7 +78,7 @@ def test_source_code_is_cut_sensibly(text, pieces):
 
 
 def reference_bpe(texts, n_merges):
-    """BPE by its definition, counting everything anew for each merge: tokens, and the merged pieces."""
+    """Train by the definition of BPE, counting all pairs anew for each merge. Return tokens and merged pieces."""
     pieces = [piece.encode() for text in texts for piece in regex.findall(PATTERN, text)]
     pieces = [[bytes([b]) for b in piece] for piece in pieces]
     tokens = list(BYTES)
@@ -106,8 +107,8 @@ def test_merges_equal_those_of_a_naive_trainer(texts, n_merges):
     tokens, pieces = reference_bpe(texts, n_merges)
     assert [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(SPECIAL_TOKENS))] == tokens
     # and tiktoken, which is given no merges but only ranks, splits the corpus as training left it
-    ids = [i for text in texts for i in enc.encode_ordinary(text)]
-    assert [tokens[i] for i in ids] == [token for piece in pieces for token in piece]
+    split = [tokens[i] for text in texts for i in enc.encode_ordinary(text)]
+    assert split == [token for piece in pieces for token in piece]
 
 
 def test_merges_of_real_source_equal_those_of_a_naive_trainer():
@@ -141,16 +142,16 @@ def test_vocab_size_without_room_for_bytes_and_specials_is_an_error():
 
 
 def test_special_tokens_follow_the_ordinary_ones():
-    ids = [ENC.encode_single_token(name) for name in SPECIAL_TOKENS]
-    assert ids == list(range(600 - len(SPECIAL_TOKENS), 600))
-    assert ENC.n_vocab == 600 and ENC.eot_token == ids[0]
+    special = [ENC.encode_single_token(name) for name in SPECIAL_TOKENS]
+    assert special == list(range(600 - len(SPECIAL_TOKENS), 600))
+    assert ENC.n_vocab == 600 and ENC.eot_token == special[0]
 
 
 @given(st.lists(st.sampled_from(SPECIAL_TOKENS + ['a', ' ', '<', '|>'])))
 def test_special_strings_in_text_do_not_become_special_tokens(parts):
-    ids = encode_bytes(ENC, ''.join(parts).encode())
-    assert all(i < ENC.n_vocab - len(SPECIAL_TOKENS) for i in ids)
-    assert ENC.decode(ids) == ''.join(parts)
+    tokens = encode_bytes(ENC, ''.join(parts).encode())
+    assert all(token < ENC.n_vocab - len(SPECIAL_TOKENS) for token in tokens)
+    assert ENC.decode(tokens) == ''.join(parts)
 
 
 @pytest.mark.parametrize('text', ['a' * 10**6, ' ' * 10**6, '\n' * 10**6, ' \n' * 10**6 + 'x', '=' * 10**6])
@@ -294,12 +295,12 @@ def test_files_hold_every_byte_of_every_document_and_meta_counts_them(tmp_path):
     meta = json.loads((tmp_path / 'meta.json').read_text())
     assert meta['vocab_size'] == enc.n_vocab and meta['dtype'] == 'uint16'
     for split, docs in split_documents(documents).items():
-        ids = np.fromfile(tmp_path / f'{split}.bin', '<u2')
-        assert ids[-1] == enc.eot_token
-        ends = np.flatnonzero(ids == enc.eot_token)
-        texts = [enc.decode_bytes(part[:-1].tolist()) for part in np.split(ids, ends + 1)[:-1]]
+        tokens = np.fromfile(tmp_path / f'{split}.bin', '<u2')
+        assert tokens[-1] == enc.eot_token
+        ends = np.flatnonzero(tokens == enc.eot_token)
+        texts = [enc.decode_bytes(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
         assert texts == [data for _, data in docs]
-        assert meta[split] == {'tokens': len(ids), 'bytes': sum(map(len, texts)), 'files': len(texts)}
+        assert meta[split] == {'tokens': len(tokens), 'bytes': sum(map(len, texts)), 'files': len(texts)}
 
 
 def test_vocabulary_learns_from_train_only(tmp_path, monkeypatch):
@@ -310,7 +311,7 @@ def test_vocabulary_learns_from_train_only(tmp_path, monkeypatch):
     assert b'train' in enc._mergeable_ranks and b'zz' not in enc._mergeable_ranks
 
 
-def test_dtype_is_the_smallest_that_holds_every_id():
+def test_dtype_is_the_smallest_that_holds_every_token():
     assert [token_dtype(n).str for n in (300, 65536, 65537)] == ['<u2', '<u2', '<u4']
 
 
@@ -341,16 +342,16 @@ def test_interrupted_prepare_is_not_taken_for_a_complete_one(tmp_path, monkeypat
 # --- loader ------------------------------------------------------------------------------------------------
 
 
-def write_tokens(folder, ids, vocab_size=1000, dtype='uint16'):
-    counts = {'tokens': len(ids), 'bytes': len(ids), 'files': 1}
+def write_tokens(folder, tokens, vocab_size=1000, dtype='uint16'):
+    counts = {'tokens': len(tokens), 'bytes': len(tokens), 'files': 1}
     meta = {'vocab_size': vocab_size, 'dtype': dtype, 'train': counts, 'val': counts}
     (folder / 'meta.json').write_text(json.dumps(meta))
     for split in ('train', 'val'):
-        np.array(ids, dtype).tofile(folder / f'{split}.bin')
+        np.array(tokens, dtype).tofile(folder / f'{split}.bin')
 
 
 def rows(loader, indices):
-    """All (inputs, targets) rows of some batches, as tuples."""
+    """Return all (inputs, targets) rows of some batches, as tuples."""
     batches = [loader.batch(index) for index in indices]
     return [(tuple(x.tolist()), tuple(y.tolist())) for xs, ys, _ in batches for x, y in zip(xs, ys)]
 
@@ -472,15 +473,8 @@ def test_impossible_arguments_of_the_loader_are_errors(tmp_path, arguments):
 
 
 def run(script, *arguments, **environment):
-    return subprocess.run([sys.executable, ROOT / 'data' / script / 'prepare.py', *map(str, arguments)],
+    return subprocess.run([sys.executable, '-m', f'data.{script}.prepare', *map(str, arguments)],
                           capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
-
-
-def module(script):
-    spec = importlib.util.spec_from_file_location('script', ROOT / 'data' / script / 'prepare.py')
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
 
 
 def write_files(folder, files):
@@ -519,9 +513,9 @@ def test_text_script_takes_a_single_file(tmp_path):
 def test_text_skips_hidden_and_binary_and_counts_a_file_once(tmp_path):
     write_files(tmp_path / 'in', FILES)
     write_files(tmp_path / 'in2', {'a.txt': b'other'})
-    found = module('text').text_documents([tmp_path / 'in', tmp_path / 'in' / 'a.txt', tmp_path / 'in2'])
+    found = text_documents([tmp_path / 'in', tmp_path / 'in' / 'a.txt', tmp_path / 'in2'])
     assert sorted(names(found)) == ['in/a.txt', 'in/empty', 'in/sub/b.txt', 'in2/a.txt']
-    assert names(module('text').text_documents([tmp_path / 'in' / '.hidden'])) == ['.hidden']  # named itself
+    assert names(text_documents([tmp_path / 'in' / '.hidden'])) == ['.hidden']  # named itself
 
 
 def test_stdlib_skips_tests_tables_packages_and_generated_files(tmp_path):
@@ -532,14 +526,14 @@ def test_stdlib_skips_tests_tables_packages_and_generated_files(tmp_path):
         '_sysconfigdata_x.py': b'# system configuration generated and used by the sysconfig module',
         'test/a.py': b'x', 'lib2to3/tests/a.py': b'x', 'idlelib/idle_test/a.py': b'x',
         'site-packages/a.py': b'x', 'encodings/cp1.py': b'x', 'html/entities.py': b'x'})
-    found = module('stdlib').stdlib_documents(tmp_path)
+    found = stdlib_documents(tmp_path)
     assert names(found) == ['email/message.py', 'late.py', 'os.py']
     assert dict(found)['os.py'] == b'import sys\n'
 
 
 def test_stdlib_without_source_is_a_one_line_error(tmp_path):
     with pytest.raises(ValueError, match='no Python source') as raised:
-        module('stdlib').stdlib_documents(tmp_path)
+        stdlib_documents(tmp_path)
     one_line(raised)
 
 
@@ -555,13 +549,15 @@ def test_stdlib_script_prepares_a_corpus(tmp_path):
 
 @pytest.mark.parametrize('script, arguments, says', [
     ('text', ['no/such/file'], 'does not exist'),
-    ('text', [], 'required'),
+    ('text', [], 'FILES_OR_FOLDERS'),
+    ('text', ['a.txt', '--vocab_size'], 'write --key=value'),
+    ('text', ['a.txt', '--context=4'], "unknown key 'context'"),
     ('text', ['EMPTY'], 'no text'),
-    ('text', ['a.txt', '--tokenizer=gpt3'], 'invalid choice'),
+    ('text', ['a.txt', '--tokenizer=gpt3'], 'one of bpe, gpt2'),
     ('text', ['a.txt', '--vocab_size=12'], 'vocab_size'),
-    ('text', ['a.txt', '--vocab_size=big'], 'invalid int'),
+    ('text', ['a.txt', '--vocab_size=big'], 'vocab_size must be int'),
     ('text', ['a.txt', '--out=a.txt'], 'a.txt'),
-    ('stdlib', ['--no_such_flag'], 'unrecognized'),
+    ('stdlib', ['--no_such_flag'], '--no_such_flag'),
     ('stdlib', ['--vocab_size=1'], '262'),
 ])
 def test_bad_arguments_exit_non_zero_with_a_line_and_no_traceback(tmp_path, script, arguments, says):
@@ -570,6 +566,5 @@ def test_bad_arguments_exit_non_zero_with_a_line_and_no_traceback(tmp_path, scri
     for name in ('a.txt', 'EMPTY'):
         arguments = [argument.replace(name, str(tmp_path / name)) for argument in arguments]
     done = run(script, f'--out={tmp_path}/out', *arguments)  # of two --out, the last counts
-    assert done.returncode != 0
-    assert says in done.stderr and 'Traceback' not in done.stderr
-    assert 'error: ' in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and says in done.stderr
+    assert done.stderr.startswith(f'data.{script}.prepare: ') and done.stderr.count('\n') == 1

@@ -15,7 +15,8 @@ def plain(model, cache, next_tokens):
 
 
 @torch.no_grad()
-@given(seeds, st.sampled_from([(4, 1), (4, 2), (4, 4)]), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.booleans())
+@given(seeds, st.sampled_from([(4, 1), (4, 2), (4, 4)]), st.lists(st.integers(1, 5), min_size=1, max_size=4),
+       st.booleans())
 def test_decoding_equals_the_plain_forward_for_rows_of_any_lengths(seed, heads, lengths, skip):
     model = tiny_model(seed, n_head=heads[0], n_kv_head=heads[1], skip_expert=skip)
     B = len(lengths)
@@ -23,17 +24,21 @@ def test_decoding_equals_the_plain_forward_for_rows_of_any_lengths(seed, heads, 
     caches = [model.make_cache(B, 16) for _ in range(2)]
     for cache in caches:
         model(prompt, cache=cache, n_new=lengths)
-    folded = decode.fold(model)
+    step = decode.folded(model)
     for t in range(4):
         if t == 2 and B > 1:                                                    # a row leaves
             for cache in caches:
                 cache.keep(list(range(B - 1, 0, -1)))
         new = tokens(len(caches[0].lengths), seed=seed + t)
-        a, b = decode.step(model, folded, caches[0], new), plain(model, caches[1], new)
+        a, b = step(caches[0], new), plain(model, caches[1], new)
         assert (a - b).abs().max() < 1e-4 * max(1, b.abs().max())
-    assert caches[0].lengths == caches[1].lengths
-    for name in 'k', 'v', 'conv', 'value':
-        torch.testing.assert_close(getattr(caches[0], name), getattr(caches[1], name), atol=1e-4, rtol=1e-4)
+    assert_same_contents(*caches)
+
+
+def assert_same_contents(a, b):
+    assert a.lengths == b.lengths
+    for name in 'k', 'v', 'qk', 'v_last':
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -42,7 +47,7 @@ def test_decoding_may_begin_with_an_empty_cache():
     a, b = model.make_cache(2, 4), model.make_cache(2, 4)
     for t in range(4):
         new = tokens(2, seed=t)
-        assert (decode.step(model, decode.fold(model), a, new) - plain(model, b, new)).abs().max() < 1e-4
+        assert (decode.folded(model)(a, new) - plain(model, b, new)).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -51,7 +56,7 @@ def test_decoding_in_bf16_is_close_to_float32():
     for model in tiny_model(), tiny_model().bfloat16():
         cache, prompt = model.make_cache(3, 9), tokens(3, 8)
         model(prompt, cache=cache)
-        results.append(decode.step(model, decode.fold(model), cache, tokens(3, seed=1)))
+        results.append(decode.folded(model)(cache, tokens(3, seed=1)))
     assert (results[0] - results[1]).norm() / results[0].norm() < 0.1
 
 
@@ -65,7 +70,7 @@ def test_decoding_works_under_autocast(lengths):
             cache = model.make_cache(2, 9)
             model(tokens(2, 5), cache=cache, n_new=lengths)
             for t in range(3):
-                logits = decode.step(model, decode.fold(model), cache, tokens(2, seed=t))
+                logits = decode.folded(model)(cache, tokens(2, seed=t))
         results.append(logits)
     assert (results[0] - results[1]).norm() / results[0].norm() < 0.1
 
@@ -75,8 +80,25 @@ def test_a_full_cache_says_so():
     model = tiny_model()
     cache = model.make_cache(1, 3)
     model(tokens(1, 3), cache=cache)
-    with pytest.raises(ValueError, match='capacity'):
-        decode.step(model, decode.fold(model), cache, tokens(1))
+    for step in decode.folded(model), decode.compiled(model):
+        with pytest.raises(ValueError, match='capacity'):
+            step(cache, tokens(1))
+
+
+@torch.no_grad()
+@given(seeds, st.integers(0, 4))
+def test_one_token_s_expert_equals_sorted_experts(seed, expert):
+    experts, g = tiny_model(seed).layers[0].moe.experts, torch.Generator().manual_seed(seed)    # 4, and class 4 is 'skip'
+    x, weight, expert = torch.randn(1, 32, generator=g), torch.rand(1, generator=g), torch.tensor([expert])
+    torch.testing.assert_close(decode.one_expert(experts, x, expert, weight), experts(x, expert, weight))
+
+
+def test_onednn_is_put_back_whatever_happens():
+    assert torch.backends.mkldnn.enabled
+    with pytest.raises(KeyError), decode.without_onednn(True):
+        assert not torch.backends.mkldnn.enabled
+        raise KeyError
+    assert torch.backends.mkldnn.enabled
 
 
 # ---- compiled ----
@@ -84,38 +106,31 @@ def test_a_full_cache_says_so():
 @torch.no_grad()
 @given(seeds, st.lists(st.integers(0, 4), min_size=1, max_size=5))
 def test_gathered_experts_equal_sorted_experts(seed, expert):
-    experts = tiny_model(seed).layers[0].moe.experts                            # 4, and class 4 is 'skip'
-    g = torch.Generator().manual_seed(seed)
-    x, weight, expert = torch.randn(len(expert), 32, generator=g), torch.rand(len(expert), generator=g), torch.tensor(expert)
-    torch.testing.assert_close(decode.gathered(experts, x, expert, weight), experts(x, expert, weight))
+    experts, g = tiny_model(seed).layers[0].moe.experts, torch.Generator().manual_seed(seed)    # 4, and class 4 is 'skip'
+    x, weight = torch.randn(len(expert), 32, generator=g), torch.rand(len(expert), generator=g)
+    expert = torch.tensor(expert)
+    torch.testing.assert_close(decode.GatheredExperts(experts)(x, expert, weight), experts(x, expert, weight))
 
 
 @torch.no_grad()
-@given(seeds, st.sampled_from([(4, 1), (4, 2), (4, 4)]), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(8, 20))
-def test_a_static_cache_gives_the_steps_of_a_cache(seed, heads, lengths, capacity):
+@given(seeds, st.sampled_from([(4, 1), (4, 2), (4, 4)]), st.lists(st.integers(1, 5), min_size=1, max_size=4),
+       st.integers(8, 20))
+def test_looking_at_the_whole_capacity_changes_nothing(seed, heads, lengths, capacity):
+    """What is compiled, not compiled: the same step over shapes that do not change."""
     model = tiny_model(seed, n_head=heads[0], n_kv_head=heads[1], skip_expert=True)
     prompt = tokens(len(lengths), max(lengths), seed=seed)
-    plain, other = [model.make_cache(len(lengths), n) for n in (8, capacity)]
-    for cache in plain, other:
+    caches = [model.make_cache(len(lengths), capacity) for _ in range(2)]
+    for cache in caches:
         model(prompt, cache=cache, n_new=lengths)
-    folded, static = decode.fold(model), decode.StaticCache(other)
-    for t in range(3):
-        new = tokens(len(lengths), seed=seed + t)
-        a, b = (decode.step(model, folded, cache, new) for cache in (plain, static))
-        assert (a - b).abs().max() < 1e-4 * max(1, b.abs().max())
-    assert static.length.tolist() == plain.lengths
-    for name in 'k', 'v', 'conv', 'value':
-        a, b = getattr(plain, name), torch.stack(getattr(static, name)).view_as(getattr(other, name))
-        torch.testing.assert_close(a, b[:, :, :, :8] if name in 'kv' else b, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_a_full_static_cache_is_an_index_error():
-    model = tiny_model()
-    cache = model.make_cache(1, 3)
-    model(tokens(1, 3), cache=cache)
-    with pytest.raises(IndexError):
-        decode.step(model, decode.fold(model), decode.StaticCache(cache), tokens(1))
+    with torch.compiler.set_stance('force_eager'):
+        step = decode.compiled(model)
+        for t in range(3):
+            new = tokens(len(lengths), seed=seed + t)
+            a, b = step(caches[0], new), plain(model, caches[1], new)
+            assert (a - b).abs().max() < 1e-4 * max(1, b.abs().max())
+            shapes = {tuple(k.shape) for k in caches[0].k}
+            assert shapes == {(len(lengths), heads[1], capacity + 1, 8)}
+    assert_same_contents(*caches)
 
 
 @pytest.mark.slow

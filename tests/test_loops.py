@@ -30,7 +30,7 @@ seeds = st.integers(0, 10 ** 6)
 
 
 def interpret(question):
-    """The values after 0, 1, 2, ... steps, by Python's own arithmetic on numbers that are never reduced modulo 10."""
+    """Return the values after 0, 1, 2, ... steps, by Python's own arithmetic; only the results are taken modulo 10."""
     loops, program = question.split('x:')
     program, start = program.split('=')
     operations = re.split('[a-h]', program)[1:]
@@ -41,7 +41,7 @@ def interpret(question):
 
 
 def steps_of(problem, text):
-    """Text of a trace -> [(steps done, value)], every character accounted for."""
+    """Return (first value, [(steps done, value), ...]) of the text of a trace, every character accounted for."""
     first, rest = int(text[0]), text[1:]
     steps = re.findall(r'([1-9])([a-h])([-+*]\d)=(\d)', rest)
     assert ''.join(f'{loop}{label}{op}={value}' for loop, label, op, value in steps) == rest
@@ -98,7 +98,7 @@ def test_the_hash_divides_questions_in_a_fixed_proportion():
 
 
 def questions_in(folder, split):
-    """The questions of a prepared set, one for each of its documents."""
+    """Return the questions of a prepared set, one for each of its documents."""
     meta, enc = json.loads((folder / 'meta.json').read_text()), load_tokenizer(folder / 'bpe.json')
     text = enc.decode(np.fromfile(folder / f'{split}.bin', meta['dtype']).tolist())
     found = re.findall(r'<\|user\|>(.*?=\d)', text)
@@ -212,16 +212,15 @@ def test_as_many_rounds_as_a_trace_takes():
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=5))
 def test_a_vote_is_for_the_fullest_place_and_then_for_the_commonest_value(ends):
-    count = lambda items: {item: items.count(item) for item in items}
-    places = count([place for place, _ in ends])
-    place = max(p for p in places if places[p] == max(places.values()))
-    values = count([value for p, value in ends if p == place])
-    best = [value for value in values if values[value] == max(values.values())]
+    places = [place for place, _ in ends]
+    place = max(p for p in places if places.count(p) == max(map(places.count, places)))
+    values = [value for p, value in ends if p == place]
+    best = sorted({value for value in values if values.count(value) == max(map(values.count, values))})
     assert vote(ends) == ((place, best[0]) if len(best) == 1 else None)
 
 
 def aggregated(n=300, candidates=4, **kwargs):
-    """[(problem, tails as text, what is to be said as text)] of many examples."""
+    """Return [(problem, tails as text, what is to be said as text)] of n aggregation samples."""
     rng, found = random.Random(0), []
     for _ in range(n):
         problem = draw_problem(rng, 3, 72, 'train')
@@ -292,7 +291,7 @@ def test_experts_err_lag_stop_early_and_finish():
         seen['early'] += '</think>' in text and done < problem.steps
         seen['finished'] += '</think>' in text and done == problem.steps
         seen['unfinished at the end'] += '</think>' not in text and done == problem.steps
-        short = ENC.decode(tail_of(rng, problem, chain, 10, written=0))         # a step at least shows the place, if it is not the end
+        short = ENC.decode(tail_of(rng, problem, chain, 10, written=0))         # before the end a step shows the place
         assert '=' in short if done < problem.steps else re.fullmatch(fr'{value}(</think>{value})?', short)
     assert 0.45 < seen['right'] / 2000 < 0.65
     assert len(seen) == 6 and min(seen.values()) > 20, seen
@@ -325,9 +324,9 @@ def test_a_mixture_of_both_sets_can_be_trained_on(prepared):
 def test_the_same_seed_prepares_the_same_sets(prepared, tmp_path):
     prepare_loops(LoopsConfig(str(tmp_path / 'again'), context=128, traces=300, votes=300, high=30))
     prepare_loops(LoopsConfig(str(tmp_path / 'other'), context=128, traces=300, votes=300, high=30, seed=1))
-    same = lambda folder: [(folder / path).read_bytes() == (prepared / path).read_bytes()
-                           for path in ('traces/train.bin', 'traces/val.flags', 'votes/train.bin', 'votes/val.bin')]
-    assert same(tmp_path / 'again') == [True] * 4 and not any(same(tmp_path / 'other'))
+    for path in 'traces/train.bin', 'traces/val.flags', 'votes/train.bin', 'votes/val.bin':
+        assert (tmp_path / 'again' / path).read_bytes() == (prepared / path).read_bytes()
+        assert (tmp_path / 'other' / path).read_bytes() != (prepared / path).read_bytes()
 
 
 @pytest.mark.parametrize('rule, answers', [('ap', True), ('truncate', False), ('drop', True)])
@@ -342,11 +341,11 @@ def test_the_rules_treat_long_solutions_as_they_say(tmp_path, rule, answers):
 
 
 def test_the_script_prints_what_it_wrote_and_gives_errors_one_line(tmp_path):
-    command = [sys.executable, 'data/loops/prepare.py', f'--out={tmp_path}', '--traces=40', '--votes=40']
-    run = lambda flag: subprocess.run([*command, flag], cwd=ROOT, env=ENV, capture_output=True, text=True)
-    assert run('--context=128').stdout.count('windows of 128') == 4
-    out = run('--context=3')
-    assert out.returncode == 1 and out.stderr.startswith('prepare.py: error: ') and out.stderr.count('\n') == 1
+    command = [sys.executable, '-m', 'data.loops.prepare', f'--out={tmp_path}', '--traces=40', '--votes=40']
+    good, out = (subprocess.run([*command, flag], cwd=ROOT, env=ENV, capture_output=True, text=True)
+                 for flag in ('--context=128', '--context=3'))
+    assert good.stdout.count('windows of 128') == 4
+    assert out.returncode == 1 and out.stderr.startswith('data.loops.prepare: ') and out.stderr.count('\n') == 1
 
 
 # ---- experiments ----

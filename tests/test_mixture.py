@@ -1,4 +1,4 @@
-"""Invariants of packed sets in the loader, and of mixtures of sets (data/loader.py)."""
+"""Packed sets in the loader, and mixtures of sets (data/loader.py)."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,13 @@ from hypothesis import given, strategies as st
 
 import configurator
 import train
+from checkpoint import load_checkpoint
 from common import TINY_RUN, tiny_model
 from data.loader import MixtureLoader, TokenLoader, dataset_folders, open_dataset
 from data.prepare import prepare
 from data.reasoning import write_packed
 from data.tokenizer import load_tokenizer
-from model import load_checkpoint
+from model import ZayaConfig
 
 
 @pytest.fixture(scope='module')
@@ -34,8 +35,10 @@ def test_a_packed_batch_holds_its_documents_and_scores_only_their_scored_tokens(
         x, y, start = (t[0].tolist() for t in loader.batch(index))
         begins = [t for t in range(16) if start[t]] + [16]
         found += [(tuple(x[a:b]), tuple(y[a:b])) for a, b in zip(begins, begins[1:])]
-    wanted = [(tuple(tokens), tuple(tokens[i + 1] if i + 1 < len(tokens) and scored[i + 1] else -1 for i in range(len(tokens))))
-              for tokens, scored in samples]
+    wanted = []
+    for tokens, scored in samples:
+        targets = [token if counts else -1 for token, counts in zip(tokens[1:], scored[1:])]
+        wanted.append((tuple(tokens), (*targets, -1)))
     padding = [document for document in found if set(document[0]) == {0}]
     assert all(set(y) == {-1} for _, y in padding)
     assert sorted(document for document in found if document not in padding) == sorted(wanted)
@@ -109,7 +112,7 @@ def test_sets_with_different_tokenizers_do_not_mix(folders, tmp_path):
 
 def run(**changes):
     flags = TINY_RUN + [f'--{key}={value}' for key, value in changes.items()]
-    return train.train(*configurator.read(flags, train.TrainConfig, train.ZayaConfig))
+    return train.train(*configurator.read(flags, train.TrainConfig, ZayaConfig))
 
 
 def test_a_mixture_trains_and_its_weights_start_a_longer_context(folders, tmp_path, capsys):

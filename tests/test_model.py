@@ -4,8 +4,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
+import model as model_module
+from checkpoint import save_pretrained
 from common import randomize, tiny_config, tiny_model, tokens
-from model import Experts, ResidualScaling, RMSNorm, Zaya, ZayaConfig, grouped_products, sizes, sliced_products, swiglu
+from layers import ResidualScaling, RMSNorm
+from model import CrossEntropy, Experts, Zaya, ZayaConfig, sizes, swiglu
 
 seeds = st.integers(0, 10**6)
 
@@ -30,32 +33,34 @@ def test_dispatch_equals_the_dense_one_hot_formula(seed, T, skip):
     torch.testing.assert_close(experts(x, expert, weight), dense, atol=1e-5, rtol=1e-4)
 
 
-@given(seeds)
-def test_grouped_products_equal_sliced_products_with_their_gradients(seed):
-    experts, x, expert, _ = sorted_tokens(seed)
-    count = torch.bincount(expert, minlength=len(experts.gate_up))
-    results = []
-    for products in (sliced_products, grouped_products):
-        leaves = [t.detach().clone().requires_grad_() for t in (x, experts.gate_up, experts.down)]
-        y = products(*leaves, count)
-        y.square().sum().backward()
-        results.append([y, *(leaf.grad for leaf in leaves)])
-    for a, b in zip(*results):
+@given(seeds, st.booleans())
+def test_gradients_of_dispatch_are_those_of_each_expert_alone(seed, skip):
+    """One plain product after the other, token by token; an expert without tokens gets zero gradients."""
+    experts, x, expert, weight = sorted_tokens(seed)
+    if skip:
+        expert[::3] = len(experts.gate_up)
+    leaves = [x.requires_grad_(), weight.requires_grad_(), experts.gate_up, experts.down]
+
+    def one_by_one():
+        return torch.stack([0 * x_t if e == len(experts.gate_up) else
+                            w * experts.down[e] @ swiglu(experts.gate_up[e] @ x_t) for x_t, e, w in zip(x, expert, weight)])
+    g = torch.randn(40, 32, generator=torch.Generator().manual_seed(seed))
+    grads = [torch.autograd.grad(y, leaves, g, materialize_grads=True)
+             for y in (experts(x, expert, weight), one_by_one())]
+    for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 def test_skipped_tokens_get_zero_and_finite_gradients_from_undefined_rows(monkeypatch):
     """grouped_mm leaves the rows past the last expert's undefined, results and gradients: NaN, at worst."""
-    import model
     experts, x, expert, weight = sorted_tokens(0)
     expert[::3] = len(experts.gate_up)
-    grouped_mm = F.grouped_mm
+    grouped_mm = model_module.grouped_mm
 
     def undefined(x, w, offs):
         y, n = grouped_mm(x, w, offs=offs), offs[-1]
         return torch.cat([y[:n], x[n:].sum(1, keepdim=True) * y[n:] * float('nan')])
-    monkeypatch.setattr(F, 'grouped_mm', undefined)
-    monkeypatch.setattr(model, 'multiply', model.grouped_products)
+    monkeypatch.setattr(model_module, 'grouped_mm', undefined)
     x.requires_grad_(), weight.requires_grad_()
     y = experts(x, expert, weight)
     y.square().sum().backward()
@@ -101,6 +106,27 @@ def test_the_loss_is_the_mean_over_scored_targets(seed):
     torch.testing.assert_close(loss, -logp[targets >= 0].mean())
 
 
+@pytest.mark.parametrize('rows, V', [(3, 5), (700, 2000)])                      # the second: more than one piece
+@pytest.mark.parametrize('scored', [1.0, 0.3])
+def test_cross_entropy_in_pieces_equals_the_whole_with_its_gradients(rows, V, scored):
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(n, 12, generator=g, dtype=torch.float64).requires_grad_() for n in (rows, V)]
+    targets = torch.where(torch.rand(rows, generator=g) < scored, tokens(rows, vocab_size=V), -1)
+    targets[0] = 0
+    ours = 3 * CrossEntropy.apply(*leaves, targets)
+    theirs = 3 * F.cross_entropy(F.linear(*leaves), targets, ignore_index=-1)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves)):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_loss_is_the_same_with_and_without_gradients():
+    zaya, idx = tiny_model(), tokens(2, 9)
+    with torch.no_grad():
+        without = zaya(idx, idx)[1]
+    torch.testing.assert_close(without, zaya(idx, idx)[1])
+
+
 def test_a_fresh_model_guesses_evenly():
     torch.manual_seed(0)
     model = Zaya(ZayaConfig.small())
@@ -135,7 +161,8 @@ def test_the_numbers_of_section_iv_d_are_float32_under_bf16():
             logits, loss = model(idx)[0], model(idx, idx)[1]
             cache = model.make_cache(2, 8)
             model(idx, cache=cache)
-        assert {seen['stream'], seen['weight'], logits.dtype, loss.dtype, cache.conv.dtype, cache.value.dtype} == {torch.float32}
+        assert {seen['stream'], seen['weight'], logits.dtype, loss.dtype, cache.qk[0].dtype,
+                cache.v_last[0].dtype} == {torch.float32}
         assert seen['attention'] == torch.bfloat16
 
 
@@ -174,9 +201,11 @@ def test_sizes_count_what_is_there():
     idle = sum(p.numel() for layer in model.layers for p in layer.moe.experts.parameters()) * 3 // 4
     assert n['active'] == n['total'] - 50 * 32 - idle
     assert n['kv_bytes'] == 2 * 2 * 3 * 2 * 8
+    attention = 2 * 2 * sum(range(1, 65)) / 64 * 3 * 4 * 8                      # two products, multiply and add, 64 positions
+    assert n['train_flops'] == pytest.approx(3 * (2 * (n['active'] + 50 * 32) + attention), rel=0.02)
 
 
 def test_export_without_the_skip_class_is_refused(tmp_path):
     pytest.importorskip('safetensors')
     with pytest.raises(ValueError, match='skip'):
-        tiny_model().save_pretrained(tmp_path)
+        save_pretrained(tiny_model(), tmp_path)

@@ -1,6 +1,5 @@
-"""Tests of data/reasoning.py and data/chat/: python -m pytest tests/test_reasoning.py (half a minute, CPU only)."""
+"""Conversations to tokens, trimming, packing (data/reasoning.py), and the script that does all of it (data/chat/)."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.reasoning
+from data.chat.prepare import ChatConfig, prepare_chat, texts
 from data.reasoning import (OUTCOMES, RULES, SCORED, STARTS, Turn, ap_trim, drop, flatten, length, pack, padding,
                             prompt_tokens, read_conversations, render, split_think, trim, truncate, write_packed)
 from data.tokenizer import PATTERN, SPECIAL_TOKENS, load_tokenizer, make_encoding, save_tokenizer, train_bpe
@@ -26,7 +26,7 @@ SPECIAL = {name: ENC.encode_single_token(name) for name in SPECIAL_TOKENS}
 
 
 def one_line(raised):
-    """The message of an error, checked to be one line."""
+    """Return the message of an error; it must be one line."""
     message = str(raised.value)
     assert message and '\n' not in message
     return message
@@ -42,7 +42,7 @@ THOUGHT = st.tuples(st.sampled_from(['', '\n ']), TEXT.map(lambda text: text.rep
 
 @st.composite
 def conversations(draw):
-    """[(question, white space before the block, reasoning or None, answer)] of 1 to 4 turns."""
+    """Draw 1 to 4 turns: [(question, white space before the block, reasoning or None, answer)]."""
     reply = st.tuples(st.just(''), st.none(), PLAIN) | THOUGHT
     return [(draw(TEXT), *draw(reply)) for _ in range(draw(st.integers(1, 4)))]
 
@@ -172,9 +172,11 @@ def test_file_without_conversations_is_an_error(tmp_path):
 
 @st.composite
 def samples(draw):
-    """1 to 4 turns of which every token is different, so that one can see where it came from."""
+    """Draw 1 to 4 turns whose tokens are all different, so that one can see where each came from."""
     count = itertools.count(1)
-    take = lambda n: list(itertools.islice(count, n))
+
+    def take(n):
+        return list(itertools.islice(count, n))
     sizes = st.tuples(st.integers(3, 5), st.sampled_from([0, 2, 3, 4, 8, 12]), st.integers(1, 3))
     return [Turn(take(p), take(t), take(a)) for p, t, a in draw(st.lists(sizes, min_size=1, max_size=4))]
 
@@ -189,13 +191,13 @@ def without_reasoning(sample):
 
 @st.composite
 def tight(draw):
-    """A sample, and a budget from just too small for its questions and answers to just enough for it all."""
+    """Draw a sample and a budget, from just too small for its questions and answers to just enough for it all."""
     sample = draw(samples())
     return sample, draw(st.sampled_from(range(length(without_reasoning(sample)) - 1, length(sample) + 1)))
 
 
 def by_the_book(sample, budget):
-    """AP-trimming by trial: all that the four rules allow, in their order, and of it the first that fits."""
+    """Trim by trial: return the first that fits of all that the four rules allow, in their order."""
     *earlier, last = sample
     tries = [(sample, 'kept')]
     for before, what in ((earlier, 'cut'), (without_reasoning(earlier), 'earlier dropped')):
@@ -324,7 +326,7 @@ def test_trim_counts_what_was_done_and_leaves_what_is_left(many, budget, rule):
 
 
 def naive_best_fit_decreasing(lengths, capacity):
-    """The space left in each bin, by definition: compare with every bin."""
+    """Return the space left in each bin, by definition: compare with every bin."""
     spaces = []
     for n in sorted(lengths, reverse=True):
         fitting = [b for b, space in enumerate(spaces) if space >= n]
@@ -336,7 +338,7 @@ def naive_best_fit_decreasing(lengths, capacity):
 
 
 def first_fit(lengths, capacity):
-    """The number of bins when each sample, as it comes, goes into the first that has room."""
+    """Return the number of bins when each sample, as it comes, goes into the first that has room."""
     spaces = np.full(len(lengths), capacity)
     for n in lengths:
         spaces[np.argmax(spaces >= n)] -= n
@@ -418,7 +420,7 @@ def test_sample_that_cannot_be_packed_is_a_one_line_error_naming_it(lengths, say
 
 
 def read_packed(folder, split):
-    """The documents of a split, (tokens, which of them are targets) each, and the number of padding positions."""
+    """Return the documents of a split, (tokens, which of them are targets) each, and how many positions are padding."""
     meta = json.loads((folder / 'meta.json').read_text())
     shape = meta[split]['windows'], meta['packed']
     windows = np.fromfile(folder / f'{split}.bin', meta['dtype']).reshape(shape)
@@ -438,7 +440,7 @@ def read_packed(folder, split):
 
 
 def write(splits, out, capacity):
-    """write_packed to a folder, of lists or arrays."""
+    """Write a packed set into the folder out; return its meta.json."""
     write_packed(splits, out, capacity, ENC)
     return json.loads((out / 'meta.json').read_text())
 
@@ -519,19 +521,12 @@ def test_samples_that_cannot_be_written_are_an_error_before_anything_is_written(
 
 
 def run(*arguments, **environment):
-    return subprocess.run([sys.executable, ROOT / 'data' / 'chat' / 'prepare.py', *map(str, arguments)],
+    return subprocess.run([sys.executable, '-m', 'data.chat.prepare', *map(str, arguments)],
                           capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
 
 
-def script():
-    spec = importlib.util.spec_from_file_location('chat_prepare', ROOT / 'data' / 'chat' / 'prepare.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def write_sums(path, n=40):
-    """Conversations about sums with reasoning of all lengths; every fifth has two turns. Returns them."""
+    """Write conversations about sums, with longer and shorter reasoning; every fifth has two turns. Return them."""
     lines, all_messages = [], []
     for i in range(n):
         think = ' and then '.join(f'{i} plus {k} is {i + k}' for k in range(i % 7 + 1))
@@ -555,12 +550,12 @@ def test_script_prepares_a_packed_set_in_which_every_answer_survives_the_same_ea
     assert all((outs[0] / name).read_bytes() == (outs[1] / name).read_bytes() for name in written)
 
     enc = load_tokenizer(outs[0] / 'bpe.json')
-    texts = [enc.decode(tokens) for split in ('train', 'val') for tokens, _ in read_packed(outs[0], split)[0]]
-    assert len(texts) == len(conversations)
+    samples = [enc.decode(tokens) for split in ('train', 'val') for tokens, _ in read_packed(outs[0], split)[0]]
+    assert len(samples) == len(conversations)
     for messages in conversations:
         ends = [f'{split_think(reply["content"])[1]}<|end|>' for reply in messages[1::2]]
         assert any(text.startswith(f'<|user|>{messages[0]["content"]}<|end|>') and text.endswith(ends[-1])
-                   and all(end in text for end in ends) for text in texts)
+                   and all(end in text for end in ends) for text in samples)
 
 
 def test_tokenizer_from_gives_two_sets_one_vocabulary(tmp_path):
@@ -576,7 +571,7 @@ def test_tokenizer_from_gives_two_sets_one_vocabulary(tmp_path):
 def test_conversations_with_one_question_are_on_one_side_of_the_split(tmp_path):
     lines = [line_of(f'question {i // 5}', f'answer {i}') for i in range(500)]
     (tmp_path / 'some.jsonl').write_bytes(b'\n'.join(lines))
-    script().prepare_chat([tmp_path / 'some.jsonl'], tmp_path, 256, 'ap', 300)
+    prepare_chat([tmp_path / 'some.jsonl'], ChatConfig(out=str(tmp_path), vocab_size=300))
     enc = load_tokenizer(tmp_path / 'bpe.json')
     questions = [{enc.decode(tokens).split('<|end|>')[0] for tokens, _ in read_packed(tmp_path, split)[0]}
                  for split in ('train', 'val')]
@@ -584,18 +579,18 @@ def test_conversations_with_one_question_are_on_one_side_of_the_split(tmp_path):
 
 
 def test_think_tags_teach_the_vocabulary_nothing_but_those_in_text_do():
-    texts = script().texts([messages_of([('<think>q</think>', '', 't', 'a'), ('r', '', None, 'b </think>')])])
-    assert list(texts) == ['<think>q</think>', 't', 'a', 'r', 'b </think>']
+    found = texts([messages_of([('<think>q</think>', '', 't', 'a'), ('r', '', None, 'b </think>')])])
+    assert list(found) == ['<think>q</think>', 't', 'a', 'r', 'b </think>']
 
 
 @pytest.mark.parametrize('arguments, says', [
     (['no/such/file'], 'no/such/file'),
-    ([], 'required'),
+    ([], 'FILE.jsonl'),
     (['bad.jsonl'], 'bad.jsonl, line 2: '),
     (['one.jsonl'], 'too few'),
-    (['sums.jsonl', '--context=0'], '--context is 0'),
+    (['sums.jsonl', '--context=0'], 'context is 0'),
     (['sums.jsonl', '--context=3'], 'larger context'),
-    (['sums.jsonl', '--rule=cut'], 'invalid choice'),
+    (['sums.jsonl', '--rule=cut'], 'one of ap, truncate, drop'),
     (['sums.jsonl', '--vocab_size=12'], 'vocab_size'),
     (['sums.jsonl', '--tokenizer_from=EMPTY'], 'bpe.json is missing'),
     (['sums.jsonl', '--out=sums.jsonl'], 'sums.jsonl'),
@@ -608,6 +603,5 @@ def test_bad_arguments_exit_non_zero_with_a_line_and_no_traceback(tmp_path, argu
     for name in ('sums.jsonl', 'bad.jsonl', 'one.jsonl', 'EMPTY'):
         arguments = [argument.replace(name, str(tmp_path / name)) for argument in arguments]
     done = run(f'--out={tmp_path}/out', *arguments)  # of two --out, the last counts
-    assert done.returncode != 0
-    assert says in done.stderr and 'Traceback' not in done.stderr
-    assert 'error: ' in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and says in done.stderr
+    assert done.stderr.startswith('data.chat.prepare: ') and done.stderr.count('\n') == 1

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
+from checkpoint import from_pretrained, released_name, save_pretrained
 from common import randomize, tokens
-from model import Zaya, ZayaConfig, checkpoint_name, sizes
+from model import ZayaConfig, sizes
 
 transformers = pytest.importorskip('transformers')
 safetensors = pytest.importorskip('safetensors.torch')
@@ -37,7 +38,7 @@ def make_reference(folder, seed=1, dtype=torch.float32, shards=None, **shape):
 @pytest.fixture(scope='module', params=SHAPES)
 def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp('reference')
-    return make_reference(folder, **SHAPES[request.param]), Zaya.from_pretrained(folder)
+    return make_reference(folder, **SHAPES[request.param]), from_pretrained(folder)
 
 
 def assert_close(ours, theirs):
@@ -94,7 +95,7 @@ def test_gradients_equal_the_reference(pair, S):
     # The small absolute term: with S = 1 the softmax over a single key makes q and k's true gradients 0, plus rounding.
     rounding = 1e-7 * torch.stack([g.norm() for g in grads.values()]).norm()
     for name, p in model.named_parameters():
-        theirs = grads[checkpoint_name(name)]
+        theirs = grads[released_name(name)]
         assert (p.grad - theirs).norm() <= 1e-3 * theirs.norm() + rounding, name
 
 
@@ -115,7 +116,7 @@ def test_counts_equal_the_reference_at_8b():
 def test_save_pretrained_writes_the_same_bits(tmp_path, dtype, shards):
     make_reference(tmp_path / 'a', dtype=dtype, shards=shards)
     assert os.path.exists(tmp_path / 'a' / 'model.safetensors.index.json') == bool(shards)
-    Zaya.from_pretrained(tmp_path / 'a').save_pretrained(tmp_path / 'b')
+    save_pretrained(from_pretrained(tmp_path / 'a'), tmp_path / 'b')
     before = {}
     for file in (tmp_path / 'a').glob('*.safetensors'):
         before |= safetensors.load_file(file)
@@ -133,7 +134,7 @@ def test_transformers_loads_what_we_write(pair, tmp_path):
     model = copy.deepcopy(pair[1])
     for router in model.routers:                # the reference loads any skip bias as the released one, -1
         router.balancing_bias[-1] = -1.0
-    model.save_pretrained(tmp_path)
+    save_pretrained(model, tmp_path)
     again = transformers.ZayaForCausalLM.from_pretrained(tmp_path)
     idx = tokens(2, 9, vocab_size=97)
     assert_close(model(idx)[0], again(idx).logits)
@@ -179,17 +180,17 @@ def test_a_broken_folder_gets_one_clear_error(tmp_path, message):
     make_reference(tmp_path)
     BROKEN[message](tmp_path)
     with pytest.raises(ValueError) as error:
-        Zaya.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
     assert message in str(error.value) and '\n' not in str(error.value)
 
 
 def test_what_was_saved_last_is_loaded_from_a_once_sharded_folder(tmp_path):
     make_reference(tmp_path, shards='50KB')
-    model = Zaya.from_pretrained(tmp_path)
+    model = from_pretrained(tmp_path)
     with torch.no_grad():
         model.norm.weight.fill_(7)
-    model.save_pretrained(tmp_path)
-    assert Zaya.from_pretrained(tmp_path).norm.weight.eq(7).all()
+    save_pretrained(model, tmp_path)
+    assert from_pretrained(tmp_path).norm.weight.eq(7).all()
     assert json.loads((tmp_path / 'config.json').read_text())['eos_token_id'] == 2      # kept, though nothing here uses it
 
 
@@ -198,7 +199,7 @@ def test_a_missing_shard_is_named(tmp_path):
     shard = sorted(tmp_path.glob('*.safetensors'))[1]
     shard.unlink()
     with pytest.raises(ValueError, match=shard.name):
-        Zaya.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
 
 
 def test_loading_needs_little_more_memory_than_the_model(tmp_path):
@@ -207,8 +208,8 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path):
                    num_experts=16, num_hidden_layers=4)
     size = os.path.getsize(tmp_path / 'model.safetensors')
     assert size > 150e6
-    program = ('import resource, sys, torch, safetensors.torch; from model import Zaya\n'
+    program = ('import resource, sys, torch, safetensors.torch; from checkpoint import from_pretrained\n'
                'peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n'
-               'before = peak(); Zaya.from_pretrained(sys.argv[1]); print(peak() - before)')
+               'before = peak(); from_pretrained(sys.argv[1]); print(peak() - before)')
     out = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert int(out.stdout) < 1.5 * size

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from common import randomize, tiny_config, tiny_model, tokens
+from model import Zaya
 from router import Balancer, Router, choose, load_entropy
 
 seeds = st.integers(0, 10**6)
@@ -47,7 +48,6 @@ def test_no_gradient_reaches_the_bias():
 
 
 def test_skip_never_wins_with_its_bias_of_minus_one():
-    from model import Zaya
     model = Zaya(tiny_config(skip_expert=True)).train()
     model(tokens(4, 50))
     for r in model.routers:

@@ -10,12 +10,14 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import checkpoint
 import configurator
 import sample
 import train
+from checkpoint import from_pretrained, load_checkpoint
 from common import ENV, ROOT, TINY_RUN, run_script, tiny_model
 from data.tokenizer import load_tokenizer
-from model import Zaya, ZayaConfig, load_checkpoint
+from model import Zaya, ZayaConfig
 from sample import SampleConfig, complete, generate, sample_tokens
 
 BELOW_1 = 1 - 2**-24                                    # the largest float32 that torch.rand can return
@@ -131,13 +133,6 @@ def test_a_prompt_that_rows_share_is_read_once(model, monkeypatch):
     together = generate(model, prompts, 5, seed=3)
     assert seen == [[[1, 2, 3], [4, 5, 6]]]
     assert together[0] != together[2] != together[3]                            # each with its own random numbers
-
-
-def test_what_neighbours_begin_with_is_read_once(model, monkeypatch):
-    seen, forward = [], type(model).forward
-    monkeypatch.setattr(type(model), 'forward', lambda self, idx, **options: (seen.append(options['n_new']), forward(self, idx, **options))[1])
-    generate(model, [[*range(10), 11], [*range(10), 12, 13], [*range(9), 20], [7, 1, 2], [*range(20, 30)], [*range(20, 30), 1]], 5)
-    assert seen == [[9, 2, 9], [2, 3, 1, 1, 1, 2]]      # three questions, the second one's alone; then what is left of each
 
 
 @given(st.lists(st.tuples(st.lists(st.integers(0, 3), min_size=7, max_size=12), st.lists(prompts, min_size=1, max_size=3)), max_size=3),
@@ -341,7 +336,7 @@ def test_a_prompt_in_a_config_file_counts(run_folder, tmp_path, monkeypatch, cap
 
 
 def test_no_more_tokens_than_fit_are_drawn_and_that_is_told(run_folder, capsys):
-    complete(*sample.load(run_folder, 'cpu'), 'self', SampleConfig(max_new_tokens=500, temperature=0))
+    complete(*checkpoint.load(run_folder, 'cpu'), 'self', SampleConfig(max_new_tokens=500, temperature=0))
     room = 16 - len(load_tokenizer(run_folder / 'bpe.json').encode_ordinary('self'))    # 16: the tiny run's context
     assert capsys.readouterr() == (expected_text(run_folder, 'self', room, temperature=0)[0] + '\n',
                                    f'(the context has room for {room} new tokens only)\n')
@@ -352,7 +347,7 @@ def test_a_released_folder_is_sampled(released_folder, monkeypatch, capsys):
     arguments = [f'--ckpt={released_folder}', '--prompt=naïve 漢字', '--max_new_tokens=30', '--device=cpu']
     out, message = run_script(monkeypatch, capsys, 'sample.py', *arguments)
     tokenizer = tokenizers.Tokenizer.from_file(str(released_folder / 'tokenizer.json'))
-    new, = generate(Zaya.from_pretrained(released_folder), [tokenizer.encode('naïve 漢字').ids], 30, stop=[1])
+    new, = generate(from_pretrained(released_folder), [tokenizer.encode('naïve 漢字').ids], 30, stop=[1])
     text = tokenizer.decode(new, skip_special_tokens=False)
     assert message is None and out == f'naïve 漢字{text}\n'
     assert '\ufffd' in text                             # random weights do not write whole characters
@@ -366,22 +361,22 @@ def test_generation_stops_at_the_released_end_token(released_folder, tmp_path, e
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / 'config.json').read_text()) | {'eos_token_id': eos}
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    assert sample.load(tmp_path, 'cpu')[3] == {'[5, 7]': [5, 7], '5': [5], 'None': []}[str(eos)]
+    assert checkpoint.load(tmp_path, 'cpu')[3] == {'[5, 7]': [5, 7], '5': [5], 'None': []}[str(eos)]
 
 
 def test_a_chat_prompt_is_a_user_s_turn(run_folder, monkeypatch, capsys):
     tokenizer = load_tokenizer(run_folder / 'bpe.json')
     turn = [*tokenizer.encode('<|user|>', allowed_special='all'), *tokenizer.encode_ordinary('self'),
             *tokenizer.encode('<|end|><|assistant|>', allowed_special='all')]
-    assert sample.load(run_folder, 'cpu', chat=True)[1]('self') == turn
+    assert checkpoint.load(run_folder, 'cpu', chat=True)[1]('self') == turn
     out, message = run_script(monkeypatch, capsys, 'sample.py', f'--ckpt={run_folder}', '--prompt=self', '--chat=True',
                               '--max_new_tokens=5', '--temperature=0')
-    model, _, decode, stop = sample.load(run_folder, 'cpu')
+    model, _, decode, stop = checkpoint.load(run_folder, 'cpu')
     assert message is None and out == 'self\n' + decode(generate(model, [turn], 5, temperature=0, stop=stop)[0]) + '\n'
 
 
 def test_generation_stops_at_the_end_of_a_document_and_of_a_turn(run_folder):
-    _, encode, decode, stop = sample.load(run_folder, 'cpu')
+    _, encode, decode, stop = checkpoint.load(run_folder, 'cpu')
     assert [decode([token]) for token in stop] == ['<|endoftext|>', '<|end|>'] and decode(encode('naïve')) == 'naïve'
     assert not set(stop) & set(encode('<|endoftext|><|end|>'))  # a prompt cannot forge them
 

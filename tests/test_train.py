@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 import configurator
 import train
 from common import ENV, HAS_COMPILER, ROOT, TINY_RUN, run_script
+from checkpoint import load_checkpoint, save_checkpoint, write_log
 from data.loader import TokenLoader
 from data.prepare import prepare
-from model import Zaya, ZayaConfig, load_checkpoint, save_checkpoint
-from train import TrainConfig, lr_at, write_log
+from model import Zaya, ZayaConfig
+from train import TrainConfig, lr_at
 
 
 def flags(dataset, out_dir, **changes):
@@ -214,22 +215,26 @@ def test_logged_val_loss_is_that_of_the_saved_weights_on_held_out_data(dataset, 
 def test_a_log_cut_anywhere_in_its_last_line_keeps_the_lines_before(tmp_path):
     path, columns = tmp_path / 'log.csv', ['step', 'loss']
     rows = [{'step': step, 'loss': f'0.{step}5'} for step in (8, 9, 10, 111)]
-    write_log(str(path), rows, columns, keep_until=-1)
+    write_log(tmp_path, None, columns, keep_until=-1)
+    for row in rows:
+        write_log(tmp_path, row, columns)
     whole = path.read_bytes()
     start = whole.index(b'\n111') + 1
     for size in range(start, len(whole) + 1):
         path.write_bytes(whole[:size])
-        write_log(str(path), [], columns, keep_until=10)
+        write_log(tmp_path, None, columns, keep_until=10)
         assert path.read_bytes() == whole[:start], size
-        write_log(str(path), rows[3:], columns)
+        write_log(tmp_path, rows[3], columns)
         assert path.read_bytes() == whole, size
-    write_log(str(path), [], columns, keep_until=9)
+    write_log(tmp_path, None, columns, keep_until=9)
     assert [row['step'] for row in log(tmp_path)] == ['8', '9']
 
 
 def test_a_kill_while_the_log_is_rewritten_leaves_the_old_one(tmp_path, monkeypatch):
     path, columns = tmp_path / 'log.csv', ['step', 'loss']
-    write_log(str(path), [{'step': step, 'loss': 1} for step in range(5)], columns, keep_until=-1)
+    write_log(tmp_path, None, columns, keep_until=-1)
+    for step in range(5):
+        write_log(tmp_path, {'step': step, 'loss': 1}, columns)
     whole = path.read_bytes()
 
     class Killed(BaseException):
@@ -239,7 +244,7 @@ def test_a_kill_while_the_log_is_rewritten_leaves_the_old_one(tmp_path, monkeypa
         raise Killed
     monkeypatch.setattr(os, 'replace', kill)
     with pytest.raises(Killed):
-        write_log(str(path), [], columns, keep_until=2)
+        write_log(tmp_path, None, columns, keep_until=2)
     assert path.read_bytes() == whole
 
 
@@ -598,14 +603,15 @@ def test_compiled_training_equals_eager_training(dataset, tmp_path):
 # ---- bad input ----
 
 BAD_SETTINGS = {
-    '--lr=-1': '--lr=-1: lr is -1.0, it must not be negative',
+    '--lr=-1': '--lr=-1: lr is -1.0, it must be at least 0, and finite',
     '--lr=1e999': '--lr=1e999: lr is inf',
     '--lr=fast': "lr must be float, got 'fast'",
     '--learning_rate=1': "unknown key 'learning_rate'",
     '--max_steps=0': 'max_steps is 0, it must be at least 1',
     '--decay_fraction=2': 'decay_fraction is 2.0',
-    '--dtype=float8': "dtype is 'float8', use one of auto, float32, bfloat16",
-    '--balancer=fair': "balancer is 'fair', use one of pid, sign, none",
+    '--dtype=float8': "dtype is 'float8', it must be one of auto, float32, bfloat16",
+    '--balancer=fair': "balancer is 'fair', it must be one of pid, sign, none",
+    '--kernel=cuda': "kernel is 'cuda', it must be one of torch, hip, auto",
     '--n_head=0': 'n_head is 0, it must be at least 1',
     '--n_kv_head=4': 'n_head (2) must be a multiple of n_kv_head (4)',
     '--seed=99999999999999999999': 'seed must be int',

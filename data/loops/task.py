@@ -7,18 +7,18 @@ A program with one register, modulo 10. Its K operations run R times over, from 
     answer       5
 
 A trace first states the current value. Then each step is 5 tokens: loops left, label, operation, `=`, value.
-So depth (K R steps, 3 to 72) and context come apart, as Markovian RSA (rsa.py) needs it: the last two steps of a trace
-are all that a rollout must know of its past. The next round finds them behind the question, in brackets, one pair of
-brackets for each candidate:
+So a problem can be far deeper (K R steps, 3 to 72) than the context is long, as Markovian RSA (rsa.py) needs it: of
+its past a rollout must know no more than the last two steps of a trace. The next round finds them behind the question,
+in brackets, one pair of brackets for each candidate:
 
     <|user|> 4x:a-2b*7c+3=5 [4c+3=43a-2=2][4c+3=43a-2=2][4c+3=13a-2=9][4b*7=14c+3=4] <|end|> <|assistant|> <think>
 
-and begins by stating the value that most of them agree on, 2 here (the third has erred, the fourth is a step behind);
+and begins by stating the value on which most of them agree, 2 here (the third has erred, the fourth is a step behind);
 then it goes on with step b. How to do so is learned from the examples of `aggregation_sample`, in the style of the
 ZAYA1-8B report (arXiv 2605.05365, VI): tails of experts who err now and then, and the right continuation. Here the
 experts are made up, so that everything can be prepared before training.
 
-Train and test problems differ by construction: a hash of the question says which it is.
+No problem is both trained and tested on: a hash of the question says to which of the two it belongs.
 """
 
 import hashlib
@@ -35,29 +35,33 @@ STEP = 5                                           # tokens of a step
 LENGTHS = {'easy': (3, 7), 'medium': (14, 20), 'hard': (25, 32), 'deep': (56, 64)}      # steps of the test problems
 NOISE = 0.02                                       # of the values written in training, wrong on purpose
 
-# A token a character, but for the operations, which are one token each: what a step does is then told by a single token.
-ENC = make_encoding(r'[-+*]\d|[\s\S]', [bytes([b]) for b in range(256)] + [op.encode() for op in OPERATIONS], SPECIAL_TOKENS)
+# Every character is a token, but an operation is one token as a whole: a single token says what a step does.
+ENC = make_encoding(r'[-+*]\d|[\s\S]', [bytes([b]) for b in range(256)] + [op.encode() for op in OPERATIONS],
+                    SPECIAL_TOKENS)
 USER, ASSISTANT, END, THINK, CLOSE = map(ENC.encode_single_token,
                                          ['<|user|>', '<|assistant|>', '<|end|>', '<think>', '</think>'])
 OPEN_TAIL, CLOSE_TAIL = ENC.encode_ordinary('[]')
 
 
 class Problem(NamedTuple):
+    """A program and its start value."""
     loops: int                                     # R
     operations: tuple                              # K of OPERATIONS
-    start: int
+    start: int                                     # 0 to 9
 
     @property
     def steps(self):
+        """Return the number of steps from the start value to the answer."""
         return self.loops * len(self.operations)
 
     @property
     def question(self):
+        """Return the problem as text, 4x:a-2b*7c+3=5."""
         return f'{self.loops}x:{"".join(map("".join, zip("abcdefgh", self.operations)))}={self.start}'
 
 
 def parse(question):
-    """The Problem that a question spells. Raises ValueError if it is none."""
+    """Return the Problem that a question spells. Raise ValueError if it is none."""
     match = re.fullmatch(r'([1-9])x:((?:[a-h][-+*][0-9])+)=([0-9])', question)
     problem = match and Problem(int(match[1]), tuple(re.findall(r'[-+*][0-9]', match[2])), int(match[3]))
     if not match or problem.question != question or not set(problem.operations) <= set(OPERATIONS):
@@ -67,13 +71,13 @@ def parse(question):
 
 
 def apply(operation, value):
-    """'*7', 3 -> 1: one step of the program."""
+    """Return the value after one step of the program: '*7', 3 -> 1."""
     n = int(operation[1:])
     return (value + n if operation[0] == '+' else value - n if operation[0] == '-' else value * n) % 10
 
 
 def solve(question):
-    """The answer, by running the program."""
+    """Return the answer, by running the program."""
     problem = parse(question)
     value = problem.start
     for _ in range(problem.loops):
@@ -83,13 +87,15 @@ def solve(question):
 
 
 def side(question):
-    """'train', 'val' or 'test': where a problem belongs, by a hash of its question. One in eight is for tests."""
+    """Return 'train', 'val' or 'test', by a hash of the question. One in eight is 'test', one in eight is 'val'."""
     return (['test', 'val'] + ['train'] * 6)[hashlib.sha256(question.encode()).digest()[0] % 8]
 
 
 def draw_problem(rng, low, high, split):
-    """A Problem of low to high steps that belongs to split: K 3 to 8, R 1 to 9, rng a random.Random. Raises ValueError if
-    there is none."""
+    """Draw a Problem of low to high steps that belongs to split: K 3 to 8, R 1 to 9.
+
+    rng: a random.Random. Raise ValueError if no problem has so few or so many steps.
+    """
     sizes = [(k, r) for k in range(3, 9) for r in range(1, 10) if low <= k * r <= high]
     if not sizes:
         raise ValueError(f'no problem has {low} to {high} steps: 3 to 8 operations, run 1 to 9 times')
@@ -101,7 +107,7 @@ def draw_problem(rng, low, high, split):
 
 
 def test_problems(split, n, seed=0):
-    """n different held-out problems of LENGTHS[split]. The first of them are the same for every n."""
+    """Return a list of n different held-out problems of LENGTHS[split]. A larger n only adds problems at the end."""
     rng, found = random.Random(f'{split} {seed}'), {}
     while len(found) < n:
         problem = draw_problem(rng, *LENGTHS[split], 'test')
@@ -114,20 +120,23 @@ def test_problems(split, n, seed=0):
 
 
 def continue_chain(problem, chain, n, rng, noise):
-    """The chain and n more steps, or as many as there are. A share `noise` of their values is wrong; what follows a
-    wrong value is computed from it, so that one error spoils the answer."""
+    """Return the chain with n more steps, fewer only if the program ends.
+
+    A share `noise` of the new values is wrong. What follows a wrong value is computed from it, so that one error spoils
+    the answer.
+    """
     chain = list(chain)
     done, value = chain[-1]
-    for done in range(done + 1, min(done + n, problem.steps) + 1):
-        value = apply(problem.operations[(done - 1) % len(problem.operations)], value)
+    for i in range(done, min(done + n, problem.steps)):
+        value = apply(problem.operations[i % len(problem.operations)], value)
         if rng.random() < noise:
             value = (value + rng.randrange(1, 10)) % 10
-        chain.append((done, value))
+        chain.append((i + 1, value))
     return chain
 
 
 def write(problem, chain):
-    """The tokens of a chain: its first value, then the steps."""
+    """Return the tokens of a chain: its first value, then the steps."""
     text, K = str(chain[0][1]), len(problem.operations)
     for done, value in chain[1:]:
         loop, i = divmod(done - 1, K)
@@ -136,45 +145,53 @@ def write(problem, chain):
 
 
 def build_prompt(question, tails):
-    """What a rollout reads: question and tails as tokens, ready for the first token of the trace.
+    """Return the tokens that a rollout reads before it writes the first token of its trace.
 
-    The <|end|> of a finished candidate is left out, so that a tail always ends in its last value.
+    question: list of tokens; tails: list of such lists. The <|end|> of a finished candidate is left out, so that every
+    tail ends in a value.
     """
     brackets = [token for tail in tails for token in [OPEN_TAIL, *without_end(tail), CLOSE_TAIL]]
     return [USER, *question, *brackets, END, ASSISTANT, THINK]
 
 
 def without_end(tail):
+    """Return the tokens of a tail without the <|end|> at its end, if there is one."""
     return tail[:-1] if tail[-1:] == [END] else tail
 
 
 def answer_of(output):
-    """The answer in the tokens of a rollout, as a list of one token, or None without a complete one."""
+    """Return the answer in the tokens of a rollout, as a list of one token, or None if there is no complete one."""
     return output[-2:-1] if len(output) >= 3 and output[-3] == CLOSE and output[-1] == END else None
 
 
 def sample(problem, tails, chain):
-    """A training sample for data/reasoning.py, of one turn: the prompt is not scored; <think>, the chain and, if it is at
-    its end, the answer are."""
-    prompt, trace, (done, value) = build_prompt(ENC.encode_ordinary(problem.question), tails), write(problem, chain), chain[-1]
+    """Return a training sample of one turn, as in data/reasoning.py.
+
+    The prompt is not scored. Scored are <think>, the chain and, if all steps are done, the answer.
+    """
+    prompt, trace = build_prompt(ENC.encode_ordinary(problem.question), tails), write(problem, chain)
+    done, value = chain[-1]
     if done < problem.steps:
         return [Turn(prompt[:-1], [THINK, *trace], [])]
     return [Turn(prompt[:-1], [THINK, *trace, CLOSE], [*ENC.encode_ordinary(str(value)), END])]
 
 
 def trace_sample(rng, problem, noise=NOISE):
-    """A whole solution."""
+    """Return a training sample that is a whole solution; a share `noise` of its values is wrong."""
     return sample(problem, [], continue_chain(problem, [(0, problem.start)], problem.steps, rng, noise))
 
 
 def rounds_needed(steps, budget):
-    """Rounds of aggregation, at least 1, in which to end a trace: each of the T + 1 rollouts spends a token on stating the
-    value, and </think>, answer and <|end|> take 3."""
+    """Return T, how many rounds of aggregation (at least 1) a trace takes to come to its end.
+
+    The trace is written by T + 1 rollouts of `budget` tokens. Each spends one token on the value that it states first;
+    </think>, answer and <|end|> take 3 more.
+    """
     return max(1, -(-(steps * STEP + 3) // max(1, budget - 1)) - 1)
 
 
 def judge(question, text):
-    """What a rollout says last, against the truth: 'ok', 'wrong', or '' if it says nothing that can be checked."""
+    """Return 'ok' or 'wrong', for the last value that a rollout states; '' if its text states none."""
     problem = parse(question)
     K, value = len(problem.operations), problem.start
     if found := re.search(r'</think>(\d)', text):
@@ -188,23 +205,56 @@ def judge(question, text):
 
 
 def spaced(text):
-    """A trace as in the first lines of this file, easier to read."""
+    """Return the text of a trace with spaces between its steps, as in the first lines of this file."""
     return re.sub(r'^(\d)(?=\d)|(=\d)(?!<)', r'\1\2 ', text).rstrip()
 
 
 # --- aggregation -------------------------------------------------------------------------------------------
+# The experts stand for the rollouts of a trained model, which do not exist before training. So these numbers are
+# guesses. They suit the default budget of 41 tokens, which is 8 steps a round.
+
+# Share of the samples whose experts stop where a round ends, as rollouts of one budget do. All others stop anywhere, so
+# that the model can also read tails of other budgets.
+END_OF_ROUND = 0.4
+# Share of the samples whose experts have done all steps, so that only the answer is left to say. RSA has such rounds:
+# short problems need fewer than it runs.
+FINISHED = 0.2
+# Share of the finished whose last round had few steps left to write: fewer than FEW, that is 0, 1 or 2.
+SHORT_LAST = 0.5
+FEW = 3
+# Share of the finished whose last round had room for the answer. One program in 8 ends just where a round does, which
+# leaves no room; with a smaller budget it is more of them.
+ANSWERS = 0.8
+# Share of the samples that end after one step. What they have to teach is the value stated first; how the steps go is
+# learned from whole solutions.
+SHORT = 0.7
+# Share of the experts that err. A sample draws one of these for all its experts, because they have the same problem,
+# easy or hard. With NOISE alone, 15% of the rounds of 8 steps hold an error; a model that has learned little errs more.
+ERRING = 0.1, 0.3, 0.5
+# Share of the errors that are a step left out. The others, a wrong value, are the commoner kind.
+SKIPPING = 0.25
+# Share of the experts that are behind. At least one of 4 is in 41% of the samples, but two or more only in 8%: they
+# must be read past, and seldom win the vote.
+LAGGING = 1 / 8
+# By how many steps an expert is behind, each equally often: mostly by one, sometimes by a whole round.
+LAGS = 1, 1, 2, 3, 8
+# Share of the experts that say an answer before the last step. A few, so that the model learns to go on all the same.
+EARLY = 1 / 30
 
 
 def expert(rng, problem, end, wrong):
-    """A chain of about `end` steps. Most experts are right and there. With probability `wrong` one has made an error
-    at some step, which is seen only if that step is in the tail; one in eight lags, and a few have left out a step."""
-    n = end if rng.random() < 7 / 8 else max(0, end - rng.choice([1, 1, 2, 3, 8]))
+    """Draw the chain of an expert, of `end` steps or, if it lags, fewer.
+
+    With probability `wrong` it makes one error, at any step. If that is before the tail, every step in the tail is
+    right, and only the value it started from is wrong.
+    """
+    n = end if rng.random() < 1 - LAGGING else max(0, end - rng.choice(LAGS))
     chain, error = [(0, problem.start)], rng.randrange(1, n + 1) if n and rng.random() < wrong else None
     if error is None:
         return continue_chain(problem, chain, n, rng, 0)
     chain = continue_chain(problem, chain, error - 1, rng, 0)
     done, value = chain[-1]
-    if rng.random() < 0.25:                        # a step left out: as many steps written, one further on
+    if rng.random() < SKIPPING:                    # leave out a step: as many are written, but the last is one further
         if done + 2 > problem.steps:
             return chain
         chain.append((done + 2, apply(problem.operations[(done + 1) % len(problem.operations)], value)))
@@ -214,40 +264,47 @@ def expert(rng, problem, end, wrong):
 
 
 def tail_of(rng, problem, chain, tail, written, answers=True):
-    """The last `tail` tokens of an expert's rollout, which wrote about so many steps in this round, and says its answer, if it
-    `answers`, where it is at the end; one in thirty thinks that it is there too early."""
+    """Return the last `tail` tokens of an expert's rollout, which wrote the last `written` steps of the chain.
+
+    An expert who has done all steps says the answer, if `answers`; a few say one too early.
+    """
     there = chain[-1][0] == problem.steps
-    tokens = write(problem, chain[-1 - max(written, not there):])               # a step at least, if it is not at the end
-    if there and answers or rng.random() < 1 / 30:
+    tokens = write(problem, chain[-1 - max(written, not there):])               # before the end, at least one step
+    if there and answers or rng.random() < EARLY:
         tokens += [CLOSE, *ENC.encode_ordinary(str(chain[-1][1]))]
     return tokens[-tail:]
 
 
 def vote(ends):
-    """[(steps done, value), ...] -> the one to continue from: the place where most are, of equals the furthest, and
-    the value that most have there. None if no value has more votes than every other."""
+    """Return the (steps done, value) from which to continue, or None if two values are equally common.
+
+    ends: a list of such pairs. First the place: where most ends are; of equally full places the furthest. Then the
+    commonest value of the ends there.
+    """
     places = Counter(done for done, _ in ends)
     place = max(places, key=lambda done: (places[done], done))
     (value, votes), *others = Counter(value for done, value in ends if done == place).most_common()
     return None if others and others[0][1] == votes else (place, value)
 
 
-def aggregation_sample(rng, problem, candidates, budget, tail, noise=NOISE, short=0.7):
-    """Tails of `candidates` experts and the right continuation, cut at the budget; a share `short` of the examples after
-    one step, for the value stated first is what there is to learn. The experts are drawn until their vote is right, so
-    what is stated always is; after that, `noise` as in any trace. Without candidates: the first round of a problem."""
+def aggregation_sample(rng, problem, candidates, budget, tail, noise=NOISE, short=SHORT):
+    """Return a training sample: question, tails of `candidates` experts, and the right continuation, cut at the budget.
+
+    The experts are drawn until their vote is right, so that the value stated first always is; of the values after it, a
+    share `noise` is wrong, as in any trace. A share `short` of the samples ends after one step. Without candidates the
+    continuation is the first round of a solution.
+    """
     true = continue_chain(problem, [(0, problem.start)], problem.steps, rng, 0)
-    # How far they have come: anywhere, often to where a round ends, or to the end of all. How often is a guess of what
-    # rollouts do, as are the other shares here and in `expert` and `tail_of`.
     per_round = max(1, budget // STEP)             # steps
-    end = rng.randrange(1, problem.steps + 1)
-    if (round_end := -(-end // per_round) * per_round) < problem.steps and rng.random() < 0.4:
+    end = rng.randrange(1, problem.steps + 1)      # how far the experts are
+    round_end = -(-end // per_round) * per_round
+    if round_end < problem.steps and rng.random() < END_OF_ROUND:
         end = round_end
-    if rng.random() < 0.2:
+    if rng.random() < FINISHED:
         end = problem.steps
-    written = rng.randrange(3) if end == problem.steps and rng.random() < 0.5 else per_round        # the last round can be short
-    answers = rng.random() < 0.8                   # or the budget has left no room for it
-    wrong, begin, chains = rng.choice([0.1, 0.3, 0.5]), true[0], []
+    written = rng.randrange(FEW) if end == problem.steps and rng.random() < SHORT_LAST else per_round
+    answers = rng.random() < ANSWERS
+    wrong, begin, chains = rng.choice(ERRING), true[0], []
     while candidates and (not chains or begin not in true):
         chains = [expert(rng, problem, end, wrong) for _ in range(candidates)]
         begin = vote([chain[-1] for chain in chains])

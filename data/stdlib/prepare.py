@@ -1,18 +1,17 @@
 """Token files from the source of Python's own standard library: about 10 MB of real code and prose that is
-already on the machine, so nothing is downloaded.
+already on the machine, so nothing is downloaded. From the project's root:
 
-    python data/stdlib/prepare.py [--out=DIR] [--vocab_size=N]
+    python -m data.stdlib.prepare [--out=DIR] [--vocab_size=N]
 
 Another Python version gives other text, and so another vocabulary and slightly different losses.
 """
 
-import argparse
 import re
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
 import configurator
 from data.prepare import prepare
 
@@ -20,12 +19,21 @@ from data.prepare import prepare
 # bytes), are tables rather than code (character maps, HTML entities), or belong to one machine's build.
 SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'entities.py',
         'python-config.py'}
-# What a program wrote says so near the top. `configuration generated` is sysconfig's record of one build.
+# A file written by a program says so near its top. `configuration generated` is sysconfig's record of one build.
 GENERATED = re.compile(rb'(auto-?|is |automatically |configuration )generated', re.IGNORECASE)
 
 
+@dataclass
+class StdlibConfig:
+    out: str = str(Path(__file__).parent)          # folder to write: data/stdlib
+    vocab_size: int = 4096                         # tokens of the vocabulary that is trained
+
+
 def stdlib_documents(root):
-    """[(relative path, bytes)] of the .py files under root worth learning from, sorted by path."""
+    """Return [(relative path, bytes)] of the .py files under root worth learning from, sorted by path.
+
+    Raise ValueError if there are none.
+    """
     documents = []
     for path in sorted(root.rglob('*.py')):
         name = path.relative_to(root)
@@ -39,12 +47,9 @@ def stdlib_documents(root):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description="Writes token files of Python's standard library.")
-    parser.add_argument('--out', default=Path(__file__).parent, help='folder to write (default: data/stdlib)')
-    parser.add_argument('--vocab_size', type=int, default=4096, help='size of the vocabulary (default: 4096)')
-    args = parser.parse_args()
-    with configurator.one_line_errors('prepare.py: error'):
-        prepare(stdlib_documents(Path(sysconfig.get_path('stdlib'))), args.out, args.vocab_size)
+    with configurator.one_line_errors('data.stdlib.prepare'):
+        config, = configurator.read(sys.argv[1:], StdlibConfig)
+        prepare(stdlib_documents(Path(sysconfig.get_path('stdlib'))), config.out, config.vocab_size)
 
 # Recorded output (CPython 3.11.7, one busy core of a server; 11 s in all):
 #

@@ -1,27 +1,38 @@
-"""Token files from your own text: any files and folders, in any language or encoding.
+"""Token files from your own text: any files and folders, in any language or encoding. From the project's root:
 
-    python data/text/prepare.py FILES_OR_FOLDERS... [--out=DIR] [--vocab_size=N] [--tokenizer=bpe|gpt2]
+    python -m data.text.prepare FILES_OR_FOLDERS... [--out=DIR] [--vocab_size=N] [--tokenizer=bpe|gpt2]
 
-Folders are read recursively, without hidden and binary files. One file is split by position (its end is
-val), several by a hash of their names.
+Folders are read with all that is below them, except hidden and binary files. A single file is split by position (its
+end is val), several by a hash of their names.
 """
 
-import argparse
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
 import configurator
 from data.prepare import prepare
 
 
-def text_documents(arguments):
-    """[(name, bytes)] of the files among and below the given paths; a file given twice counts once.
+@dataclass
+class TextConfig:
+    out: str = str(Path(__file__).parent)          # folder to write: data/text
+    vocab_size: int = 4096                         # tokens of the vocabulary that is trained
+    tokenizer: str = 'bpe'                         # 'bpe': trained on this text; 'gpt2': ready made, of its own size
 
-    Raises ValueError if a path does not exist.
+    def __post_init__(self):
+        configurator.check_ranges(self, tokenizer=('bpe', 'gpt2'))
+
+
+def text_documents(paths):
+    """Return [(name, bytes)] of the files among and below the given paths; a file given twice counts once.
+
+    Raise ValueError if there are no paths, or one does not exist.
     """
-    tops = [Path(os.path.abspath(argument)) for argument in arguments]
+    if not paths:
+        raise ValueError('name the files or folders to read: python -m data.text.prepare FILES_OR_FOLDERS...')
+    tops = [Path(os.path.abspath(path)) for path in paths]
     for top in tops:
         if not top.exists():
             raise ValueError(f'{top} does not exist')
@@ -40,12 +51,8 @@ def text_documents(arguments):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description='Writes token files of your own text.')
-    parser.add_argument('paths', nargs='+', metavar='FILES_OR_FOLDERS')
-    parser.add_argument('--out', default=Path(__file__).parent, help='folder to write (default: data/text)')
-    parser.add_argument('--vocab_size', type=int, default=4096, help='size of the vocabulary (default: 4096)')
-    parser.add_argument('--tokenizer', choices=['bpe', 'gpt2'], default='bpe',
-                        help='bpe: trained on this text (default); gpt2: ready made, ignores --vocab_size')
-    args = parser.parse_args()
-    with configurator.one_line_errors('prepare.py: error'):
-        prepare(text_documents(args.paths), args.out, args.vocab_size, args.tokenizer)
+    with configurator.one_line_errors('data.text.prepare'):
+        flags = [argument for argument in sys.argv[1:] if argument.startswith('--')]
+        config, = configurator.read(flags, TextConfig)
+        documents = text_documents([argument for argument in sys.argv[1:] if argument not in flags])
+        prepare(documents, config.out, config.vocab_size, config.tokenizer)
