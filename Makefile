@@ -1,5 +1,5 @@
-# `make demo` trains a small model to write and another to reason, and shows both; `make test` runs all tests. Both set up what
-# they need, once.
+# `make demo` trains a small model to write and another to reason, and shows both; `make test` checks the style and runs all
+# tests. Both set up what they need, once.
 #
 # An activated environment whose torch was built for CUDA or ROCm is used as it is: no other torch is installed there, and
 # other packages only where they are missing.
@@ -15,21 +15,27 @@ demo: data/stdlib/meta.json data/loops/votes/meta.json
 	$(PY) train.py config/demo.py
 	$(PY) sample.py --ckpt=runs/demo --prompt='def ' --max_new_tokens=150 --temperature=0.6
 	$(PY) train.py config/loops.py
-	$(PY) rsa.py --ckpt=runs/loops --split=hard
+	$(PY) -m data.loops.evaluate --ckpt=runs/loops --split=hard
 
 # One thread: the tests' tensors are tiny, and several threads only wait for each other when the machine is busy.
 test: environment
+	$(PY) -m ruff check -q
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
 # The benchmark on a tiny model: its figures mean nothing.
 bench-quick: environment
 	$(PY) bench.py --quick=True
 
+# The pictures of README and RESULTS.md, anew from evidence/results/*.csv.
+pictures: environment
+	$(PY) -m pip install -q 'matplotlib>=3.8'
+	$(PY) -m evidence.pictures
+
 data/stdlib/meta.json: | environment
-	$(PY) data/stdlib/prepare.py
+	$(PY) -m data.stdlib.prepare
 
 data/loops/votes/meta.json: | environment
-	$(PY) data/loops/prepare.py
+	$(PY) -m data.loops.prepare
 
 ifeq ($(PY),.venv/bin/python)
 environment: .venv/ready
@@ -43,4 +49,4 @@ environment:
 	sed '/^torch==/d; s/==[^ ]*//' requirements.txt | $(PY) -m pip install -q -r /dev/stdin
 endif
 
-.PHONY: demo test bench-quick environment
+.PHONY: demo test bench-quick pictures environment

@@ -26,11 +26,12 @@ class Cache:
 
     def __init__(self, config, B, capacity, device=None, dtype=torch.float32):
         Hk, d = config.n_kv_head, config.head_dim
-        zeros = lambda *shape, dtype: [torch.zeros(B, *shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        zeros = lambda *shape, dtype: [torch.zeros(B, *shape, device=device, dtype=dtype)
+                                       for _ in range(config.n_layer)]
         self.k, self.v = zeros(Hk, capacity + 1, d, dtype=dtype), zeros(Hk, capacity + 1, d, dtype=dtype)
         self.qk = zeros(2, (config.n_head + Hk) * d, dtype=torch.float32)
         self.v_last = zeros(1, Hk * d // 2, dtype=torch.float32)
-        self.lengths, self.capacity, self.device = [0] * B, capacity, device    # lengths: how many tokens each row holds
+        self.lengths, self.capacity, self.device = [0] * B, capacity, device   # lengths: how many tokens each row holds
 
     def begin(self, S, n_new=None, whole=False):
         """Announce S new columns, of which row b's first n_new[b] are real (None: all). Return the columns' positions,
@@ -59,10 +60,10 @@ class Cache:
     def update(self, layer, qk, v_delayed, k, v):
         """Take in the new columns of a layer. Return the keys and values to attend to, (B, Hk, P, d) each.
         k, v (B, Hk, S, d). qk (B, S + 2, C) and v_delayed (B, S + 1, Hk d / 2) begin with the past."""
-        if self.newest is None:                                                 # no padding: the newest are the last
+        if self.newest is None:                                 # no padding: the newest are the last
             qk, v_delayed = qk[:, -2:], v_delayed[:, -1:]
-        else:                                                                   # with the past in front, row b's newest
-            qk, v_delayed = qk[self.rows, self.newest], v_delayed[self.rows, self.newest[:, :1]]     # two are n_new[b] and the next
+        else:                                                   # the past is in front: row b's newest are at n_new[b]
+            qk, v_delayed = qk[self.rows, self.newest], v_delayed[self.rows, self.newest[:, :1]]
         self.qk[layer].copy_(qk)
         self.v_last[layer].copy_(v_delayed)
         for store, new in (self.k[layer], k), (self.v[layer], v):

@@ -42,7 +42,7 @@ def merge_convolutions(w1, b1, w2, b2):
     w1 (C, 1, 2), b1 (C), w2 (C, d, 2), b2 (C), laid out as in nn.Conv1d: out, in, time.
     Return the weights (H, d, 3d), the three taps side by side from old to new, and the bias (H, d), in float32."""
     C, d, _ = w2.shape
-    w1, b1, w2, b2 = map(wide, (w1, b1, w2, b2))                    # products of weights: rounded once, where they are used
+    w1, b1, w2, b2 = map(wide, (w1, b1, w2, b2))                # products of weights: rounded once, where they are used
     w_0, w_1 = w1.view(C // d, 1, d, 2).unbind(-1)                  # (H, 1, d): one factor for each input channel
     W_0, W_1 = w2.view(C // d, d, d, 2).unbind(-1)                  # (H, d, d)
     weight = torch.cat([W_0 * w_0, W_0 * w_1 + W_1 * w_0, W_1 * w_1], -1)
@@ -59,7 +59,7 @@ def out_of_sight(start):
 
 def qk_mean(q, k):
     """Average the latents from BEFORE the convolution. q (Hq, ...), k (Hk, ...) -> m_q, m_k of the same shapes."""
-    q = q.unflatten(0, (len(k), -1))                                # (Hk, G, ...): query head h belongs to KV head h // G
+    q = q.unflatten(0, (len(k), -1))                              # (Hk, G, ...): query head h belongs to KV head h // G
     m_q = (q + k[:, None]) / 2
     return m_q.flatten(0, 1), m_q.mean(1)
 
@@ -75,8 +75,8 @@ def norm(x, size):
 # ---- step 5 ----
 
 def rope_table(positions, dim, base):
-    """Return cos and sin of position * base^(-2i / dim) for i < dim / 2. positions (..., S) int -> two (..., S, dim / 2)
-    float32."""
+    """Return cos and sin of position * base^(-2i / dim) for i < dim / 2.
+    positions (..., S) int -> two (..., S, dim / 2) float32."""
     frequency = base ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     angle = positions[..., None].float() * frequency
     return angle.cos(), angle.sin()
@@ -101,7 +101,7 @@ def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
     # 2. A kernel of 3 looks back on two columns, the past. At the start of a sequence that is zero; but since the zeros
     # stand BEFORE the first convolution, what the second one sees of them is the first one's bias.
     x = F.pad(qk, (0, 0, 2, 0)) if past is None else torch.cat([past, qk], 1)   # (B, S + 2, C)
-    x = x.unflatten(-1, (H, d)).permute(2, 0, 1, 3)                             # (H, B, S + 2, d): heads first from here on
+    x = x.unflatten(-1, (H, d)).permute(2, 0, 1, 3)                         # (H, B, S + 2, d): heads first from here on
     taps = [x[:, :, :-2], x[:, :, 1:-1], x[:, :, 2:]]                           # x_{t-2}, x_{t-1}, x_t
     if start is not None:
         taps[:2] = [tap.masked_fill(hidden[..., None], 0) for tap, hidden in zip(taps, out_of_sight(start))]
@@ -110,7 +110,7 @@ def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
     z = torch.baddbmm(bias[:, None], taps, weight.mT).view(H, B, S, d)          # one product a head
     # 3 to 5 in float32: here small errors would bend every attention logit. Queries and keys go together.
     z = wide(z) + torch.cat(qk_mean(*wide(x[:, :, 2:]).split([Hq, Hk])))
-    size = d ** 0.5 * F.pad(wide(temperature), (Hq, 0), value=1.0)              # (H): sqrt(d) for queries, T sqrt(d) for keys
+    size = d ** 0.5 * F.pad(wide(temperature), (Hq, 0), value=1.0)        # (H): sqrt(d) for queries, T sqrt(d) for keys
     q, k = rope(norm(z, size), cos, sin).to(qk.dtype).split([Hq, Hk])           # (Hq or Hk, B, S, d)
     return q.transpose(0, 1), k.transpose(0, 1)
 

@@ -3,7 +3,7 @@
 Two kinds of folder hold a model:
 
     released    config.json, *.safetensors, tokenizer.json      the layout of ZAYA1-8B, which `transformers` reads, too
-    a run       ckpt.pt, bpe.json, log.csv                      what train.py writes; ckpt_previous.pt is its predecessor
+    a run       ckpt.pt, ckpt_previous.pt, bpe.json, log.csv    what train.py writes
 
 Nothing in a file is ever executed. A file that cannot be used is a ValueError that names it.
 """
@@ -24,9 +24,10 @@ from model import Zaya, ZayaConfig
 
 # This project's names -> the released names: each rule in turn replaces what it finds in a name.
 RENAMING = [
-    (r'^embedding\.', 'model.embed_tokens.'), (r'^embedding_', 'model.input_hidden_states_'), (r'^norm\.', 'model.norm.'),
-    (r'^layers\.', 'model.layers.'), (r'\.attn_norm\.', '.input_layernorm.'), (r'\.moe_norm\.', '.post_attention_layernorm.'),
-    (r'\.attn\.', '.self_attn.qkv_proj.'), (r'qkv_proj\.o_proj', 'o_proj'), (r'qkv_proj\.temperature', 'qk_norm.temp'),
+    (r'^(norm|layers)\.', r'model.\1.'), (r'^embedding\.', 'model.embed_tokens.'),
+    (r'^embedding_', 'model.input_hidden_states_'), (r'\.attn_norm\.', '.input_layernorm.'),
+    (r'\.moe_norm\.', '.post_attention_layernorm.'), (r'\.attn\.', '.self_attn.qkv_proj.'),
+    (r'qkv_proj\.o_proj', 'o_proj'), (r'qkv_proj\.temperature', 'qk_norm.temp'),
     (r'\.v_proj\.', '.v_proj_current.'), (r'conv_(depthwise|grouped)_', r'conv_qk_\1.'),
     (r'\.moe\.router\.', '.mlp.gate.router_mlp.'), (r'router_mlp\.down_proj', 'down_proj'),
     (r'router_mlp\.eda_scale', 'router_states_scale'), (r'router_mlp\.balancing_bias', 'balancing_biases'),
@@ -200,8 +201,8 @@ def save_checkpoint(folder, state):
 
 
 def damage(path):
-    """What is wrong with a file that save_checkpoint wrote, or None. torch.save writes a zip archive with a checksum for
-    each part; torch.load ignores them."""
+    """What is wrong with a file that save_checkpoint wrote, or None. torch.save writes a zip archive with a checksum
+    for each part; torch.load ignores them."""
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()
@@ -242,7 +243,8 @@ def write_log(folder, row, columns, keep_until=None):
         kept = []
         if os.path.exists(path):
             with open(path, newline='') as file:                # a kill or a full disk may have cut the last line short
-                kept = [row for row in csv.DictReader(file) if None not in row.values() and int(row['step']) <= keep_until]
+                kept = [row for row in csv.DictReader(file)
+                        if None not in row.values() and int(row['step']) <= keep_until]
         with open(path + '.tmp', 'w', newline='') as file:
             writer = csv.DictWriter(file, columns, extrasaction='ignore')
             writer.writeheader()
@@ -256,14 +258,15 @@ def write_log(folder, row, columns, keep_until=None):
 # ---- for everyone ----
 
 def load(folder, device='cpu', chat=False):
-    """Read a run or a released folder. Return the model in eval mode, encode(text) -> tokens, decode(tokens) -> text, and
-    the stop tokens. chat: encode puts the text into a user's turn. Raises ValueError if the folder is neither, or if it is
-    a released one and chat is wanted."""
+    """Read a run or a released folder. Return the model in eval mode, encode(text) -> tokens, decode(tokens) -> text,
+    and the stop tokens. chat: encode puts the text into a user's turn. Raises ValueError if the folder is neither, or a
+    released one asked to chat."""
     if not os.path.isdir(folder):
         raise ValueError(f'{folder}: no such folder; train a model first (make demo), or name another with --ckpt')
     released = os.path.exists(os.path.join(folder, 'config.json'))
     if released and chat:
-        raise ValueError(f'chat is for runs of train.py: ask {folder}, a released model, with `python rsa.py --question=...`')
+        raise ValueError(f'chat is for runs of train.py: ask {folder}, a released model, with '
+                         '`python rsa.py --question=...`')
     return load_released(folder, device) if released else load_run(folder, device, chat)
 
 
@@ -285,7 +288,8 @@ def load_run(folder, device, chat):
     """`load` for a run of train.py."""
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
-        raise ValueError(f'{folder}: holds neither a checkpoint of train.py (ckpt.pt) nor a released model (config.json)')
+        raise ValueError(f'{folder}: holds neither a checkpoint of train.py (ckpt.pt) nor a released model '
+                         '(config.json)')
     checkpoint['model_config'].pop('kernel', None)              # runs of earlier versions have it
     model = Zaya(ZayaConfig(**checkpoint['model_config'])).to(device).eval()
     model.load_state_dict(checkpoint['model'])

@@ -8,19 +8,17 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import math
 import operator
 import re
 import sys
-import textwrap
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.USub: operator.neg}
-TOO_DEEP = RecursionError, MemoryError                          # how Python gives up on thousands of brackets or signs
+NO_VALUE = ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError   # the last two: thousands of brackets
 
 
 def value_of(node):
-    """The value of a syntax tree made of literals and arithmetic on numbers. Raises ValueError for anything else."""
+    """The value of a syntax tree of literals and arithmetic on numbers. Raises one of NO_VALUE for anything else."""
     if isinstance(node, ast.Constant) and type(node.value) in (bool, int, float, str):
         value = node.value
     elif isinstance(node, (ast.BinOp, ast.UnaryOp)) and type(node.op) in OPERATORS:
@@ -29,8 +27,7 @@ def value_of(node):
             raise ValueError('arithmetic works on numbers only')
         value = OPERATORS[type(node.op)](*sides)
     else:
-        code = textwrap.shorten(ast.unparse(node), 60, placeholder=' ...')
-        raise ValueError(f'{code} is neither a literal nor arithmetic on literals')
+        raise ValueError(f'`{ast.unparse(node).splitlines()[0][:60]}` is neither a literal nor arithmetic on literals')
     if type(value) is int and not -2**63 <= value < 2**63:      # also keeps 9 * 9 * 9 * ... from growing without end
         raise ValueError('a whole number must fit into 64 bits')
     return value
@@ -38,38 +35,30 @@ def value_of(node):
 
 def assignments(path):
     """[(key, value, 'path, line n'), ...] of a config file. Raises ValueError naming file and line."""
-    found, where = [], path
+    found, place, key = [], path, ''
     try:
         with open(path, encoding='utf-8') as file:
-            tree = ast.parse(file.read())
-        for line in tree.body:
-            where = f'{path}, line {line.lineno}'
-            if isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name):
-                where, key = f'{where}: {line.targets[0].id}', line.targets[0].id
-                found.append((key, value_of(line.value), f'{path}, line {line.lineno}'))
-            elif not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and type(line.value.value) is str):
-                code = textwrap.shorten(ast.unparse(line), 60, placeholder=' ...')       # no docstring either
-                raise ValueError(f'only `key = value` lines are read, this is `{code}`')
+            lines = ast.parse(file.read()).body
+        for line in lines:
+            place, key = f'{path}, line {line.lineno}', ''
+            match line:
+                case ast.Assign(targets=[ast.Name(id=name)], value=node):
+                    key = f'{name}: '
+                    found.append((name, value_of(node), place))
+                case ast.Expr(value=ast.Constant(value=str())):                 # a docstring
+                    pass
+                case _:
+                    code = ast.unparse(line).splitlines()[0][:60]
+                    raise ValueError(f'only `key = value` lines are read, this is `{code}`')
     except OSError as error:
         raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
-    except SyntaxError as error:
-        raise ValueError(f'{path}, line {error.lineno}: {error.msg}'.replace(', line None', '')) from None
-    except (ValueError, ArithmeticError) as error:              # ours, or 1 / 0, or not UTF-8, or a NUL byte
-        raise ValueError(f'{where}: {error}') from None
-    except TOO_DEEP:
-        raise ValueError(f'{where}: an expression is too deeply nested') from None
+    except NO_VALUE as error:
+        if isinstance(error, SyntaxError):
+            place, error = f'{path}, line {error.lineno}'.replace(', line None', ''), error.msg
+        elif isinstance(error, (RecursionError, MemoryError)):
+            error = 'an expression is too deeply nested'
+        raise ValueError(f'{place}: {key}{error}') from None
     return found
-
-
-def flag(argument, kinds):
-    """'--key=value' -> (key, value, argument). Text that is no literal stays text, for `read` to complain about."""
-    key, equals, text = argument[2:].partition('=')             # at the first '=': the value may hold more of them
-    if not equals:
-        raise ValueError(f'{argument}: write --key=value')
-    try:
-        return key, text if kinds.get(key) is str else value_of(ast.parse(text.strip(), mode='eval').body), argument
-    except (SyntaxError, ValueError, ArithmeticError, *TOO_DEEP):
-        return key, text, argument
 
 
 def read(arguments, *classes):
@@ -81,7 +70,15 @@ def read(arguments, *classes):
     kinds = {field.name: type(field.default) for cls in classes for field in dataclasses.fields(cls)}
     found, values, made = [], {}, []
     for argument in arguments:
-        found += [flag(argument, kinds)] if argument.startswith('--') else assignments(argument)
+        key, equals, value = argument[2:].partition('=')        # at the first '=': the value may hold more of them
+        if not argument.startswith('--'):
+            found += assignments(argument)
+        elif not equals:
+            raise ValueError(f'{argument}: write --key=value')
+        else:
+            with contextlib.suppress(*NO_VALUE):                # text that is no literal stays text
+                value = value if kinds.get(key) is str else value_of(ast.parse(value.strip(), mode='eval').body)
+            found.append((key, value, argument))
     for key, value, where in found:
         if key not in kinds:
             near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)
@@ -102,12 +99,12 @@ def read(arguments, *classes):
 def check_ranges(settings, **allowed):
     """Raise ValueError for a setting out of its range. key=(low, high): from low to high, both included; high None: to
     any finite number. key=('this', 'that'): a choice of strings."""
-    for key, (low, *rest) in allowed.items():
-        value, high = getattr(settings, key), rest[-1] if rest else None
+    for key, choices in allowed.items():
+        value, low, high = getattr(settings, key), choices[0], choices[-1]
         if isinstance(low, str):
-            fits, wanted = value in (low, *rest), f'be one of {", ".join((low, *rest))}'
+            fits, wanted = value in choices, f'be one of {", ".join(choices)}'
         elif high is None:
-            fits, wanted = low <= value < math.inf, f'be at least {low}, and finite'
+            fits, wanted = low <= value < float('inf'), f'be at least {low}, and finite'
         else:
             fits, wanted = low <= value <= high, f'lie between {low} and {high:g}'
         if not fits:
@@ -121,10 +118,10 @@ def pick_device(name):
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, ImportError) as error:        # torch has no one way to say no
+        return torch.device(name)
+    except (RuntimeError, AssertionError, ImportError) as error:                # torch has no one way to say no
         reason = str(error).splitlines()[0]
         raise ValueError(f'device {name!r} cannot be used here ({reason}); try --device=cpu') from None
-    return torch.device(name)
 
 
 def pick_dtype(name, device):
@@ -135,8 +132,8 @@ def pick_dtype(name, device):
 
 @contextlib.contextmanager
 def one_line_errors(program, when_full='', when_stopped=''):
-    """Around a program's body: what a person can put right ends it with one line and exit code 1. The two hints say what
-    to try when memory is full, and what to know after Ctrl-C."""
+    """Around a program's body: end what a person can put right with one line and exit code 1. The hints say what to try
+    when memory is full, and what to know after Ctrl-C."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -5,12 +5,12 @@ pass of model.py, made for thousands of tokens at once, spends its time in calls
 function step(cache, tokens), and equals model(tokens[:, None], cache=cache) up to rounding:
 
 `folded(model)`, at once: the same function written for S = 1, in a third of the calls.
-  - Weights that meet in a row are multiplied beforehand: W_Q, W_K and both W_V are one matrix, every RMSNorm's weight is
-    in the matrix after it, the two convolutions are one of kernel 3, and a_f of residual scaling is in W_O.
+  - Weights that meet in a row are multiplied beforehand: W_Q, W_K and both W_V are one matrix, every RMSNorm's weight
+    is in the matrix after it, the two convolutions are one of kernel 3, and a_f of residual scaling is in W_O.
   - QK-mean needs no means. Only the directions of q and k count, since both are normed next: twice q + (q~ + k~) / 2
     does as well, and its part 2 q + q~ is a convolution like q itself. Likewise 2 k + k~, plus the mean of q~.
-  - RoPE turns all heads of a token by the same angles: one matrix for all layers. It keeps lengths, so that the norm can
-    come after it.
+  - RoPE turns all heads of a token by the same angles: one matrix for all layers. It keeps lengths, so that the norm
+    can come after it.
 
 `compiled(model)`, after half a minute: the plain forward pass itself, which torch.compile writes as one program. No
 tensor may change its shape from step to step, so attention looks at the cache's whole capacity through a mask.
@@ -37,7 +37,7 @@ class Layer(NamedTuple):
     down: Tensor            # (E, C + Hk d)   [W_Q; W_K; W_V1; W_V2]^T, with the norm's weight
     taps: Tensor            # (H, 3 d, d)   * twice the convolution, plus the identity at the newest tap
     taps_bias: Tensor       # (H, 1, d)     *
-    size: Tensor            # (H, 1)        * the length of each head: 1 and T sqrt(d), so that logits are q . k, unscaled
+    size: Tensor          # (H, 1)        * the length of each head: 1, and T sqrt(d) for keys
     o: Tensor               # (Hq d, E)       (diag(a_f) W_O)^T
     attn_scale: Tensor      # (E)           * a_r
     attn_constant: Tensor   # (E)           * b_r a_r + b_f a_f
@@ -91,8 +91,8 @@ def rotation(cos, sin, d):
 
 @contextlib.contextmanager
 def without_onednn(wanted):
-    """Do without oneDNN's GELU, which for so few numbers takes four times as long as torch's: a sixth of a step at B = 1.
-    Products in float32 are not its business, those in bf16 are: not wanted there."""
+    """Do without oneDNN's GELU, if wanted: for so few numbers it takes four times as long as torch's, a sixth of a step
+    at B = 1. In bf16, oneDNN also makes the products: not wanted there."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and not wanted
     try:
@@ -102,7 +102,7 @@ def without_onednn(wanted):
 
 
 def one_expert(experts, x, expert, weight):
-    """Experts.forward for a single token, which needs no sorting: nor, on a CPU, costs the look at its expert's number."""
+    """Experts.forward for a single token. Nothing to sort; and to look at a number costs nothing on a CPU."""
     e = int(expert)
     if e == len(experts.down):                                                  # 'skip'
         return torch.zeros_like(x)
@@ -111,8 +111,8 @@ def one_expert(experts, x, expert, weight):
 
 @torch.no_grad()
 def folded(model):
-    """Fold a Zaya -> step(cache, tokens), where tokens is (B) int64 and the logits returned are (B, V) float32. To be made
-    again when the weights have changed. step raises ValueError if the cache is full."""
+    """Fold a Zaya. Return step(cache, tokens): tokens (B) int64 -> logits (B, V) float32; ValueError if the cache is full.
+    To be made again when the weights have changed."""
     config, layers = model.config, [fold(layer) for layer in model.layers]
     Hq, Hk, d, dtype = config.n_head, config.n_kv_head, config.head_dim, model.embedding.weight.dtype
     H, half = Hq + Hk, Hk * d // 2
@@ -121,7 +121,8 @@ def folded(model):
     mean = (F.pad(group, (Hq, 0, 0, Hk)) + F.pad(group.T * Hk / Hq, (0, Hk, Hq, 0))).to(model.device)
     head = wide(model.embedding.weight)                                         # (V, E)
     # sqrt(|x|^2 + E eps), which is sqrt(E) times RMSNorm's denominator. hypot(a, b) = sqrt(a^2 + b^2)
-    eps = {n: torch.tensor((n * config.norm_eps) ** 0.5, device=model.device) for n in (config.n_embd, config.router_dim)}
+    eps = {n: torch.tensor((n * config.norm_eps) ** 0.5, device=model.device)
+           for n in (config.n_embd, config.router_dim)}
     length = lambda x: torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), eps[x.shape[-1]])    # (B, 1)
 
     @torch.no_grad()
@@ -167,8 +168,8 @@ def folded(model):
 
 
 class GatheredExperts(nn.Module):
-    """Experts for few tokens: each is multiplied by matrices looked up for it, so that nobody need count how many tokens
-    an expert has. Compiled, this stores no copy of them, but reads them once for every token."""
+    """Experts for few tokens: each is multiplied by matrices looked up for it, so that nobody need count an expert's
+    tokens. Compiled, this stores no copy of the matrices, but reads them once for every token."""
 
     def __init__(self, experts):
         super().__init__()
@@ -184,9 +185,9 @@ class GatheredExperts(nn.Module):
 
 @functools.cache
 def program(device_type):
-    """The plain forward pass for one token a row, in one piece; on a CPU in C++ throughout. To write it takes half a minute
-    for 6 layers, in another process on the same machine some seconds; again for each B and capacity, at most a hundred."""
-    torch._dynamo.config.recompile_limit = 100                                  # instead of 8, which is to find mistakes
+    """The plain forward pass for one token a row as one program, on a CPU in C++ throughout. To write it takes half a
+    minute for 6 layers, later on the same machine some seconds; anew for each B and capacity, at most a hundred."""
+    torch._dynamo.config.recompile_limit = 100                                 # instead of 8, which is to find mistakes
 
     def plain(model, tokens, positions, mask, cache):
         return model.head(model.stream(tokens, positions, mask, None, cache))

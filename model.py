@@ -12,9 +12,10 @@
 Source: ZAYA1-8B report (arXiv 2605.05365), section II and Table I. Parameter names are this project's; checkpoint.py
 maps them to those of the released weights. `python model.py` prints the sizes of all presets.
 
-Legend:  B batch   S sequence   T = B S tokens   E residual width   N experts   F expert width   R router width   V vocabulary
+Legend:  B batch   S sequence   T = B S tokens   E residual width   N experts   F expert width   R router width
+         V vocabulary
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +48,9 @@ class ZayaConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
-        sizes = ('vocab_size', 'context', 'n_layer', 'n_embd', 'n_head', 'n_kv_head', 'head_dim', 'n_expert', 'expert_dim',
-                 'router_dim')
-        check_ranges(self, **dict.fromkeys(sizes, (1, None)), rope_base=(1, None), norm_eps=(1e-20, 1), init_std=(1e-9, 1))
+        sizes = [field.name for field in fields(self) if field.type is int]
+        check_ranges(self, **dict.fromkeys(sizes, (1, None)), rope_base=(1, None), norm_eps=(1e-20, 1),
+                     init_std=(1e-9, 1))
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})')
         if self.n_kv_head * self.head_dim % 2:
@@ -143,7 +144,7 @@ class Block(nn.Module):
         self.moe_residual = ResidualScaling(config.n_embd)
 
     def forward(self, x, r, *attn_args):
-        """x (B, S, E), r (B, S, R) or None -> the same, one layer up. attn_args: the arguments of CCA.forward after x."""
+        """x (B, S, E), r (B, S, R) or None -> the same, one layer up. attn_args: those of CCA.forward after x."""
         x = self.attn_residual(x, self.attn(self.attn_norm(x), *attn_args))
         y, r = self.moe(self.moe_norm(x), r)
         return self.moe_residual(x, y), r
@@ -183,9 +184,8 @@ class Zaya(nn.Module):
 
         targets (B, S) int64: the next tokens; -1 is not scored. The loss is the mean cross entropy in nats, a float32
             scalar; the logits are made piece by piece, so that they never stand in memory all at once.
-        start (B, S) bool: True where a document begins, for windows packed with several. Each then is a world of its own:
-            attention, RoPE positions, convolutions and value shift start afresh, and the loss is that of the documents
-            alone. Not together with a cache.
+        start (B, S) bool: True where a document begins, for windows packed with several. Each then is a world of its
+            own: attention, RoPE positions, convolutions and value shift start afresh. Not together with a cache.
         cache: a Cache; each row goes on where its cached part ended, and the cache takes the new tokens in.
         n_new: list of B ints, only with a cache: in row b only the first n_new[b] tokens are real. The rest is padding
             (any tokens), which leaves no trace; its logits mean nothing.
@@ -196,8 +196,9 @@ class Zaya(nn.Module):
         held = [0] if cache is None else cache.lengths
         longest = max(old + new for old, new in zip(held, n_new or [S] * len(held)))
         if S < 1 or longest > self.config.context:
-            raise ValueError(f'a sequence must have 1 to {self.config.context} tokens (the context), got {min(S, longest)}'
-                             + (f' after {max(held)} in the cache' if cache is not None else ''))
+            after = '' if cache is None else f' after {max(held)} in the cache'
+            raise ValueError(f'a sequence must have 1 to {self.config.context} tokens (the context), '
+                             f'got {min(S, longest)}{after}')
         # Positions (1 or B, S) and attention mask (None: plainly causal) are the same for all layers.
         t, mask = torch.arange(S, device=tokens.device), None
         positions = t[None]
@@ -249,14 +250,14 @@ class Zaya(nn.Module):
 class CrossEntropy(torch.autograd.Function):
     """Mean over the scored targets (not -1) of -log softmax(x W^T)[target], in nats. x (T, E), W (V, E), targets (T).
 
-    Logits for all tokens may be the largest tensor of a whole training step: at 8B, a megabyte a token. So they are made
-    for a piece of the tokens at a time. Their gradient is needed then and never again, so it is made at once:
+    Logits for all tokens may be the largest tensor of a training step: at 8B, a megabyte a token. So they are made for
+    a piece of the tokens at a time. What is needed of them later is their gradient alone, so it is made at once:
     dlogits = (softmax - one-hot) / n,  dx = dlogits W,  dW = dlogits^T x, and n the number of scored targets.
     """
 
     @staticmethod
     def forward(ctx, x, W, targets):
-        n, rows = (targets >= 0).sum(), max(512, 2 ** 19 // len(W))             # a small vocabulary: what a CPU's cache holds
+        n, rows = (targets >= 0).sum(), max(512, 2 ** 19 // len(W))       # a small vocabulary: what a CPU's cache holds
         loss, dx, dW = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(W)
         for x_piece, target, dx_piece in zip(x.split(rows), targets.split(rows), dx.split(rows)):
             scored, target = (target >= 0)[:, None], target.clamp_min(0)[:, None]               # (rows, 1) each
@@ -276,10 +277,10 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def sizes(config):
-    """Count a config's numbers, without allocating them: parameters in all; those that work on one token, without the
-    embedding; KV-cache bytes a token in bf16 over all layers, for CCA and for full multi-head attention of that width;
-    FLOPs of training on one token: 6 for each parameter at work (2 forward, 4 backward), the output head among them, and 6
-    in each of attention's two products for each dim of a query head and position attended to, half the context."""
+    """Count what a config comes to, without allocating it. total: parameters. active: those that work on one token,
+    without the embedding. kv_bytes: of the KV cache, a token, bf16, all layers; mha_kv_bytes: were it full multi-head
+    attention. train_flops: of training on one token, 6 for each parameter at work (2 forward, 4 backward), the output
+    head among them, and in attention 12 for each dim of a query head and position attended to, half the context."""
     with torch.device('meta'):
         model = Zaya(config)
     total = sum(p.numel() for p in model.parameters())
@@ -292,7 +293,8 @@ def sizes(config):
 
 
 if __name__ == '__main__':
-    print(f'{"preset":<10}{"parameters":>16}{"active a token":>16}{"KV bytes a token":>18}{"full MHA":>10}{"smaller":>9}')
+    heads = f'{"preset":<10}{"parameters":>16}{"active a token":>16}{"KV bytes a token":>18}'
+    print(heads + f'{"full MHA":>10}{"smaller":>9}')
     for preset in (ZayaConfig.zaya1_8b, ZayaConfig.medium, ZayaConfig.small):
         n = sizes(preset())
         print(f'{preset.__name__:<10}{n["total"]:>16,}{n["active"]:>16,}{n["kv_bytes"]:>18,}{n["mha_kv_bytes"]:>10,}'

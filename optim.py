@@ -16,7 +16,7 @@ from collections import defaultdict
 
 import torch
 
-A, B, C = 3.4445, -4.7750, 2.0315       # Jordan's coefficients: steep at 0, ending between 0.7 and 1.2, not exactly at 1
+A, B, C = 3.4445, -4.7750, 2.0315      # Jordan's coefficients: steep at 0, ending between 0.7 and 1.2, not exactly at 1
 
 
 def orthogonalize(G, rounds=5):

@@ -10,7 +10,8 @@ from a small state that is averaged over DEPTH, so that a layer's choice builds 
     w   = s_l[e]                                             ... the output weight is the unbiased probability
 
 Left alone, a router sends ever more tokens to whichever experts learned first. The Balancer below moves b_l after each
-optimizer step so that each of N experts gets 1/N of the tokens. The loss never sees b_l: no auxiliary term bends its gradient.
+optimizer step so that each of N experts gets 1/N of the tokens. The loss never sees b_l: no auxiliary term bends its
+gradient.
 
 Legend:  B batch   S sequence   E residual width   R router width   N experts   M classes: N, or N + 1 with 'skip'
 """
@@ -49,7 +50,8 @@ class Router(nn.Module):
         self.register_buffer('load', torch.zeros(M, dtype=torch.int64), persistent=False)
 
     def forward(self, x, r_below=None):
-        """x (B, S, E), r_below (B, S, R) or None in layer 0 -> expert (B, S) int64, weight (B, S) float32, r (B, S, R)."""
+        """x (B, S, E), r_below (B, S, R) or, in layer 0, None -> expert (B, S) int64, weight (B, S) float32, and the
+        state r (B, S, R)."""
         r = self.down_proj(x)
         if self.eda_scale is not None:
             r = r + self.eda_scale * r_below

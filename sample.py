@@ -1,9 +1,9 @@
 """Sample from a model: `python sample.py --ckpt=RUN_OR_RELEASED_FOLDER --prompt='def '`, interactive without --prompt.
 
-Generation has two phases. Prefill: all prompts go through the model at once and fill the cache (cache.py); equal prompts
-are read once. Decode: one token a row and step, each step a forward over that token alone (decode.py), which the cache
-makes equal to a forward over everything so far. Prompts may differ in length. A row that has finished leaves the batch,
-unless the step is compiled for its size.
+Generation has two phases. Prefill: all prompts go through the model at once and fill the cache (cache.py); equal
+prompts are read once. Decode: one token a row and step, each step a forward over that token alone (decode.py), which
+the cache makes equal to a forward over everything so far. Prompts may differ in length. A row that has ended leaves the
+batch, unless the step is compiled for its size.
 
 A token is drawn from softmax(logits / temperature), by the inverse-CDF method: lay the probabilities end to end,
 likeliest first, and take the token that a uniform number u falls on. One number a row decides, so rows are independent.
@@ -24,13 +24,13 @@ import kernels
 def sample_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Draw one token a row. logits (B, V), u (B) uniform in [0, 1) -> (B) int64.
 
-    Unlikely tokens can be dropped before: all but the top_k likeliest (0: keep all); the tail beyond a total probability
+    Unlikely tokens can be dropped before: all but the top_k likeliest (0: keep all); those beyond a total probability
     of top_p; those below min_p times the likeliest. temperature 0 takes the likeliest token.
     """
     if temperature == 0:
         return logits.argmax(-1)
     probs, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)         # (B, V) each
-    keep = (probs.cumsum(-1) - probs < top_p) & (probs >= min_p * probs[:, :1])     # before a token lies less than top_p
+    keep = (probs.cumsum(-1) - probs < top_p) & (probs >= min_p * probs[:, :1])    # before a token lies less than top_p
     if top_k:
         keep[:, top_k:] = False
     keep[:, 0] = True                                           # the likeliest always stays
@@ -56,8 +56,8 @@ def prefill(model, prompts, capacity):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=(), seed=0, stream=None,
-             compiled=False):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=(), seed=0,
+             stream=None, compiled=False):
     """Continue each prompt, a list of tokens of any length. Return the new tokens of each, as lists.
 
     A row ends after max_new_tokens, or with the first token in `stop`, which is its last token then. Each row has a
@@ -73,7 +73,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     was_training = model.training
     model.eval()
     try:
-        # Every row draws all its random numbers now, from its own generator. (Python's hash of ints is always the same.)
+        # Every row draws all its random numbers now, from a generator of its own. (hash of ints is always the same.)
         u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))
                          for row in range(len(prompts))]).to(model.device)                      # (B, max_new_tokens)
         capacity = max(map(len, prompts)) + max_new_tokens
@@ -126,7 +126,7 @@ class SampleConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     compile: bool = False           # torch.compile: half a minute to start, for a token in half the time
-    chat: bool = False              # the prompt is a user's turn, as a run trained on conversations (data/chat) knows them
+    chat: bool = False           # the prompt is a user's turn, for a run trained on conversations (data/chat)
     kernel: str = 'torch'           # 'hip' or 'auto': CCA's own kernel reads the prompts, see kernels/README.md
     seed: int = 0
     device: str = 'auto'

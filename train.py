@@ -4,12 +4,12 @@ One optimizer step: `grad_accum` micro-batches forward and backward; clip the gr
 then the Balancer nudges every router's bias by what the experts got in this global batch (router.py). Nothing else in
 ZAYA1 needs a special trainer: no auxiliary loss, no capacity limit, no dropped tokens.
 
-The run folder `out_dir` holds all of a run: ckpt.pt and ckpt_previous.pt, log.csv (one line every `log_every` steps), and
-the tokenizer. Run the same command again, after a crash or a kill, and training goes on where the last checkpoint was;
-on a CPU its losses are bit for bit those of a run that was never interrupted.
+The run folder `out_dir` holds all of a run: ckpt.pt and ckpt_previous.pt, log.csv (one line every `log_every` steps),
+and the tokenizer. Run the same command again, after a crash or a kill, and training goes on where the last checkpoint
+was; on a CPU its losses are bit for bit those of a run that was never interrupted.
 
-Several GPUs: `torchrun --nproc_per_node=8 train.py config/NAME.py`. Every process runs all of this file, on its share of
-the micro-batches; the one of rank 0 alone speaks and writes.
+Several GPUs: `torchrun --nproc_per_node=8 train.py config/NAME.py`. Every process runs all of this file, on its share
+of the micro-batches; the one of rank 0 alone speaks and writes.
 """
 import contextlib
 import filecmp
@@ -47,7 +47,7 @@ class TrainConfig:
     grad_accum: int = 1             # micro-batches a step, over all processes together, each with the same weight
     max_steps: int = 1000
     # learning rate: up in warmup_steps, flat, then linearly down to min_lr over the last decay_fraction of the steps
-    lr: float = 6e-3                # for Muon and AdamW alike (optim.py says why one value fits both; vectors get a tenth)
+    lr: float = 6e-3             # for Muon and AdamW alike, vectors a tenth (optim.py says why)
     min_lr: float = 6e-4
     warmup_steps: int = 50
     decay_fraction: float = 0.5
@@ -68,11 +68,12 @@ class TrainConfig:
     wandb: bool = False             # also log to Weights & Biases (pip install wandb)
 
     def __post_init__(self):
-        at_least_1 = 'batch_size', 'grad_accum', 'max_steps', 'eval_every', 'eval_batches', 'checkpoint_every', 'log_every'
-        at_least_0 = 'lr', 'min_lr', 'warmup_steps', 'weight_decay', 'grad_clip', 'balancer_lr', 'sample_tokens', 'seed'
+        low = lambda least, names: dict.fromkeys(names.split(), (least, None))
         configurator.check_ranges(
-            self, **dict.fromkeys(at_least_1, (1, None)), **dict.fromkeys(at_least_0, (0, None)), decay_fraction=(0, 1),
-            balancer=('pid', 'sign', 'none'), dtype=('auto', 'float32', 'bfloat16'), kernel=('torch', 'hip', 'auto'))
+            self, **low(1, 'batch_size grad_accum max_steps eval_every eval_batches checkpoint_every log_every'),
+            **low(0, 'lr min_lr warmup_steps weight_decay grad_clip balancer_lr sample_tokens seed'),
+            decay_fraction=(0, 1), balancer=('pid', 'sign', 'none'), dtype=('auto', 'float32', 'bfloat16'),
+            kernel=('torch', 'hip', 'auto'))
 
 
 # Dense bf16 peak of a few GPUs in FLOP/s, from their data sheets, for the model FLOPs utilisation (MFU).
@@ -104,8 +105,8 @@ def start_processes(config):
 
 
 def open_data(config, model_config):
-    """Open the dataset. Return its loader, that of held-out data, the path of its tokenizer, and the model's config with
-    its vocabulary. Raises ValueError if the config asks for another one."""
+    """Open the dataset. Return its loader, that of held-out data, its tokenizer's path, and the model's config with its
+    vocabulary. Raises ValueError if the config asks for another one."""
     loader, val_loader = (open_dataset(config.dataset, split, config.batch_size, model_config.context, config.seed)
                           for split in ('train', 'val'))
     V = loader.vocab_size
@@ -116,8 +117,8 @@ def open_data(config, model_config):
 
 
 def take_up(config, model, optimizers, balancer, tokenizer_path, say):
-    """Continue the run in config.out_dir; or begin with the weights of config.init_from; or begin anew. Return the step to
-    go on from. Raises ValueError if the model or the tokenizer of that run is another."""
+    """Continue the run in config.out_dir; or begin with the weights of config.init_from; or begin anew. Return the step
+    to go on from. Raises ValueError if the model or the tokenizer of that run is another."""
     checkpoint = load_checkpoint(config.out_dir)
     folder = config.out_dir if checkpoint else config.init_from
     if not folder:
@@ -153,8 +154,8 @@ def take_up(config, model, optimizers, balancer, tokenizer_path, say):
 # ---- running ----
 
 def train_step(step, config, forward, optimizers, balancer, loader, autocast, rank, world):
-    """Take one optimizer step. forward: the model, or DDP around it. Return the loss, the gradient's norm, whether both are
-    finite (if not, nothing was changed), and the load fractions (layers, N)."""
+    """Take one optimizer step. forward: the model, or DDP around it. Return the loss, the gradient's norm, whether both
+    are finite (if not, nothing was changed), and the load fractions (layers, N)."""
     loss, n_micro, device = 0, config.grad_accum // world, next(forward.parameters()).device
     for micro in range(n_micro):
         # Which data comes is a function of the step alone: no loader state to save, no overlap between ranks.
@@ -182,10 +183,10 @@ def train_step(step, config, forward, optimizers, balancer, loader, autocast, ra
 
 @torch.no_grad()
 def evaluate(step, config, model, loader, autocast, tokenizer, say):
-    """Measure on the first batches of held-out data, and show what the model would write. Return a row of the log: the mean
-    loss, and the RMS of the residual stream after each layer. tokenizer: None for no text."""
+    """Measure on the first batches of held-out data, and show what the model would write. Return a row of the log: the
+    mean loss, and the RMS of the residual stream after each layer. tokenizer: None for no text."""
     n = min(config.eval_batches, max(1, loader.n_windows // loader.batch_size))            # not beyond the set's end
-    losses, squares = [], []                                    # squares: layer 0, layer 1, ..., layer 0, ... over the batches
+    losses, squares = [], []                             # squares: layer 0, layer 1, ..., layer 0, ... over the batches
     hooks = [layer.register_forward_hook(lambda module, args, out: squares.append(out[0].float().square().mean()))
              for layer in model.layers]
     model.eval()
@@ -199,7 +200,8 @@ def evaluate(step, config, model, loader, autocast, tokenizer, say):
         val_loss = torch.stack(losses).mean().item()
         say(f'step {step}: val loss {val_loss:.4f}')
         if tokenizer and config.sample_tokens:                  # the prompt is what a document begins after
-            text = generate(model, [[tokenizer.eot_token]], min(config.sample_tokens, model.config.context - 1), seed=step)[0]
+            n_new = min(config.sample_tokens, model.config.context - 1)
+            text = generate(model, [[tokenizer.eot_token]], n_new, seed=step)[0]
             say('    ' + tokenizer.decode(text).strip().replace('\n', '\n    '))
     model.train()
     rms = torch.stack(squares).view(n, -1).mean(0).sqrt().tolist()
@@ -240,7 +242,7 @@ def train(config, model_config):
             import wandb
         except ImportError:
             raise ValueError('wandb is not installed: pip install wandb, or leave --wandb out') from None
-        wandb.init(project='nanozaya', name=os.path.basename(config.out_dir), config=asdict(config) | asdict(model_config))
+        wandb.init(project='nanozaya', name=config.out_dir, config=asdict(config) | asdict(model_config))
 
     def log(row, keep_until=None):
         if rank == 0:
@@ -268,7 +270,7 @@ def train(config, model_config):
     # The loop.
     history, bad_in_a_row, steps, seconds = {}, 0, 0, 0.0       # steps and seconds since the last line of the log
     with tqdm(total=config.max_steps, initial=step, disable=rank != 0, dynamic_ncols=True, mininterval=1,
-              unit='step') as bar:                              # 'with': an error must not leave half a bar before its line
+              unit='step') as bar:                          # 'with': an error must not leave half a bar before its line
         while step < config.max_steps:
             began = time.perf_counter()
             loss, norm, finite, fractions = train_step(step, config, forward, optimizers, balancer, loader, autocast,

@@ -1,4 +1,4 @@
-# The loops task (data/loops/), of which 1.1M parameters learn to reason in bounded rounds: first `python data/loops/prepare.py`.
+# The loops task (data/loops/): 1.1M parameters learn to reason in bounded rounds. First `python -m data.loops.prepare`.
 out_dir = 'runs/loops'
 dataset = 'data/loops/traces:0.5 data/loops/votes:0.5'
 n_layer = 4
@@ -9,7 +9,7 @@ head_dim = 32
 n_expert = 4
 expert_dim = 128
 router_dim = 32
-batch_size = 8          # 8 * 256 = 2,048 tokens a step: what is learned late, arithmetic, takes steps rather than tokens
+batch_size = 8         # 8 * 256 = 2,048 tokens a step: what is learned late, arithmetic, takes steps rather than tokens
 max_steps = 1000        # 2.0M tokens
 warmup_steps = 20
 lr = 1e-2

@@ -1,5 +1,5 @@
 # About GPT-2's active parameters, for one 80 GB GPU or several. Prepare a corpus of your own first:
-#   python data/text/prepare.py FILES_OR_FOLDERS --vocab_size=50304
+#   python -m data.text.prepare FILES_OR_FOLDERS --vocab_size=50304
 out_dir = 'runs/medium'
 dataset = 'data/text'
 context = 1024

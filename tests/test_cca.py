@@ -107,7 +107,7 @@ def test_the_whole_model_is_causal(S, data, seed):
     changed[:, t] = (changed[:, t] + 1) % 50
     with torch.no_grad():
         a, b = model(idx)[0], model(changed)[0]
-    assert (a[:, :t] - b[:, :t]).abs().max() < 1e-5 if t else True              # expert slices change size: not bit-equal
+    assert (a[:, :t] - b[:, :t]).abs().max() < 1e-5 if t else True            # expert slices change size: not bit-equal
     assert (a[:, t] - b[:, t]).abs().max() > 1e-4
 
 

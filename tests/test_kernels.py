@@ -407,7 +407,7 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch, tmp_path):
 def test_nvidia_s_register_layout_is_right_too_and_nothing_out_of_bounds_is_touched(kind):
     environment = ENV | {'NANOZAYA_CPU_BUILD': kind}
     build.cpu_library(kind)
-    if kind == 'cpu_asan':                                      # its runtime must be loaded before all else, and wants C++'s
+    if kind == 'cpu_asan':                                 # its runtime must be loaded before all else, and wants C++'s
         runtime = [subprocess.run(['g++', f'-print-file-name={name}'], capture_output=True, text=True).stdout.strip()
                    for name in ('libasan.so', 'libstdc++.so')]
         environment |= {'LD_PRELOAD': ' '.join(runtime), 'ASAN_OPTIONS': 'detect_leaks=0'}
@@ -424,7 +424,7 @@ def test_gfx942_code_spills_nothing_fits_the_lds_and_uses_the_matrix_units():
     except FileNotFoundError as error:
         pytest.skip(str(error))
     found = build.gfx942_kernels(assembly)
-    assert len(found) == 36 and {k['dtype'] for k in found} == {'float32', 'bf16', 'fp16'}       # nothing was overlooked
+    assert len(found) == 36 and {k['dtype'] for k in found} == {'float32', 'bf16', 'fp16'}      # nothing was overlooked
     build.check_gfx942(found)
     for wrong in ({'spills': 1}, {'scratch': 4}, {'lds': 70_000}, {'mfma': 0}):
         with pytest.raises(ValueError, match='gfx942: cca_rows'):

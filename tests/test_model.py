@@ -201,7 +201,7 @@ def test_sizes_count_what_is_there():
     idle = sum(p.numel() for layer in model.layers for p in layer.moe.experts.parameters()) * 3 // 4
     assert n['active'] == n['total'] - 50 * 32 - idle
     assert n['kv_bytes'] == 2 * 2 * 3 * 2 * 8
-    attention = 2 * 2 * sum(range(1, 65)) / 64 * 3 * 4 * 8                      # two products, multiply and add, 64 positions
+    attention = 2 * 2 * sum(range(1, 65)) / 64 * 3 * 4 * 8                # two products, multiply and add, 64 positions
     assert n['train_flops'] == pytest.approx(3 * (2 * (n['active'] + 50 * 32) + attention), rel=0.02)
 
 

@@ -191,7 +191,7 @@ def test_what_was_saved_last_is_loaded_from_a_once_sharded_folder(tmp_path):
         model.norm.weight.fill_(7)
     save_pretrained(model, tmp_path)
     assert from_pretrained(tmp_path).norm.weight.eq(7).all()
-    assert json.loads((tmp_path / 'config.json').read_text())['eos_token_id'] == 2      # kept, though nothing here uses it
+    assert json.loads((tmp_path / 'config.json').read_text())['eos_token_id'] == 2   # kept, though nothing here uses it
 
 
 def test_a_missing_shard_is_named(tmp_path):
