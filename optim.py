@@ -46,10 +46,12 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             lr, momentum = group['lr'], group['momentum']
-            stacks = defaultdict(list)                      # a layer's experts are a stack already; other matrices
-            for p in group['params']:                       # of one shape, over all layers, are made one
-                stacks[p.shape if p.ndim == 2 else p].append(p)
-            for params in stacks.values():
+            # Small matrices of one shape, over all layers, are orthogonalised together. A layer's experts are a stack already.
+            of_shape = defaultdict(list)
+            for p in group['params']:
+                if p.ndim == 2:
+                    of_shape[p.shape].append(p)
+            for params in [*of_shape.values(), *([p] for p in group['params'] if p.ndim == 3)]:
                 updates = []
                 for p in params:
                     state = self.state[p]
@@ -68,8 +70,8 @@ def make_optimizers(model, lr, weight_decay=0.1):
 
     A group's 'lr_scale' multiplies the scheduled learning rate: 0.1 for vectors, which do not decay either. All tokens
     share them: at full rate, biases would within some 20 steps outgrow what a fresh embedding (std 0.02) tells of each
-    token, and the routers then see all tokens alike and send them to one expert. After 120 steps of a model of width 128
-    with lr 3e-3, full rate had val loss 6.54 and load entropy 0.42, a tenth had 6.29 and 0.78.
+    token, and the routers then see all tokens alike and send them to one expert. After 120 steps of a model of width
+    128 with lr 3e-3, full rate had val loss 6.54 and load entropy 0.42, a tenth had 6.29 and 0.78.
     """
     muon, others, vectors = [], [], []
     for name, p in model.named_parameters():

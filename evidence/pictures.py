@@ -1,0 +1,67 @@
+"""The pictures of README.md, from small tables that are committed beside them: `python -m evidence.pictures`.
+
+    results/training.csv        columns step, loss, val_loss, entropy of runs/demo/log.csv, after `make demo`
+    results/rsa_lengths.csv     `python -m data.loops.evaluate main`: a row for each length, method and training seed
+
+Each picture says one thing. Needs matplotlib (extra `plot`).
+"""
+import csv
+import statistics
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / 'results'
+
+
+def table(name):
+    """The rows of a table, as dicts of strings."""
+    with open(RESULTS / f'{name}.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def training(plt):
+    """While the loss falls, the balancer brings the load of the experts to almost perfect evenness."""
+    rows = table('training')
+    figure, left = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    right = left.twinx()
+    for axis, column, label, color, style in ((left, 'loss', 'loss', 'tab:blue', '-'),
+                                              (left, 'val_loss', 'loss on held-out files', 'black', 'o'),
+                                              (right, 'entropy', 'load entropy', 'tab:orange', '-')):
+        points = [(int(row['step']), float(row[column])) for row in rows if row[column]]
+        axis.plot(*zip(*points), style, color=color, label=label)
+    left.set(xlabel='step', ylabel='nats a token')
+    right.set(ylabel='load entropy, 1: even', ylim=(0, 1.02))
+    figure.legend(loc='outside upper center', ncols=3, frameon=False)
+    return figure
+
+
+def rsa_lengths(plt):
+    """Reading four tails instead of one keeps a population right, however long the problem is."""
+    rows = table('rsa_lengths')
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    steps = list(dict.fromkeys(row['steps'] for row in rows))
+    for method, style in ('C=4', 'o-'), ('C=1', 's-'), ('one unbounded rollout', '^--'), ('one bounded rollout', 'v:'):
+        per_length = {s: [float(row['mean']) for row in rows if (row['steps'], row['method']) == (s, method)] for s in steps}
+        points = [(i, statistics.fmean(per_length[s]), min(per_length[s]), max(per_length[s]))
+                  for i, s in enumerate(steps) if per_length[s]]
+        x, y, low, high = zip(*points)
+        spread = [[a - b for a, b in zip(y, low)], [a - b for a, b in zip(high, y)]]
+        axis.errorbar(x, y, spread, fmt=style, capsize=3, label=method)
+    axis.set(xticks=range(len(steps)), xticklabels=steps, xlabel='steps of the problem', ylim=(-3, 103),
+             ylabel='right answers, %')
+    figure.legend(loc='outside upper center', ncols=4, frameon=False)
+    return figure
+
+
+def main():
+    import matplotlib
+    matplotlib.use('svg')
+    matplotlib.rcParams['svg.hashsalt'] = 'nanozaya'            # the same table gives the same file
+    import matplotlib.pyplot as plt
+    for draw in training, rsa_lengths:
+        path = RESULTS / f'{draw.__name__}.svg'
+        draw(plt).savefig(path, metadata={'Date': None})
+        print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+if __name__ == '__main__':
+    main()
