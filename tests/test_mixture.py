@@ -126,7 +126,7 @@ def test_a_mixture_trains_and_its_weights_start_a_longer_context(folders, tmp_pa
     assert 'starting from the weights' in capsys.readouterr().out
     short, long = (load_checkpoint(tmp_path / name)['model'] for name in ('short', 'long'))
     assert all(torch.equal(short[name], long[name]) for name in short)          # nothing was learned since
-    with pytest.raises(ValueError, match='other sizes'):
+    with pytest.raises(ValueError, match='n_embd is 48, but'):
         run(dataset=plain, out_dir=tmp_path / 'other', init_from=tmp_path / 'short', n_embd=48)
     with pytest.raises(ValueError, match='no checkpoint'):
         run(dataset=plain, out_dir=tmp_path / 'other', init_from=tmp_path / 'nothing')

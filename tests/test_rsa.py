@@ -18,7 +18,7 @@ from common import run_script, tiny_model
 from data.loops import task
 from data.loops.task import ENC, test_problems as problems_of
 from data.tokenizer import save_tokenizer
-from model import save_checkpoint
+from checkpoint import save_checkpoint, save_pretrained
 from rsa import RSAConfig, Speaker, load_speaker, majority_vote, markovian_rsa, mean_ci95, sampler, score
 
 OPEN, CLOSE, MARK = 100, 101, 9         # a tail's brackets in a prompt; the answer follows the first MARK in an output
@@ -452,7 +452,7 @@ def released_folder(tmp_path_factory):
     tokenizer.save(str(folder / 'tokenizer.json'))
     model = tiny_model(vocab_size=tokenizer.get_vocab_size(), context=1024, skip_expert=True)
     model.released_config = {'eos_token_id': 2}
-    model.save_pretrained(folder)
+    save_pretrained(model, folder)
     return folder
 
 

@@ -21,7 +21,7 @@ import configurator
 from data.loops.prepare import LoopsConfig, prepare_loops
 from data.loops.task import LENGTHS, rounds_needed, test_problems
 from rsa import RSAConfig, load_speaker, measure, rows_of_table
-from sample import pick_device
+from configurator import pick_device
 
 
 @dataclass
