@@ -25,7 +25,7 @@ def milliseconds(call, flush, repeats=30):
         call()
     times = []
     for _ in range(repeats):
-        flush.zero_()                                       # takes so long that the launches below are queued meanwhile
+        flush.zero_()                                           # takes so long that the launches below are queued meanwhile
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         call()

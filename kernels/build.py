@@ -97,7 +97,7 @@ def load_for_gpu():
     rocm = bool(torch.version.hip)
     folder = cache_folder('rocm' if rocm else 'cuda')
     folder.mkdir(parents=True, exist_ok=True)
-    for name in SOURCES:                                    # copies: for ROCm, torch writes translated ones beside them
+    for name in SOURCES:                                        # copies: for ROCm, torch writes translated ones beside them
         if not (folder / name).exists() or (folder / name).read_bytes() != (HERE / name).read_bytes():
             shutil.copy(HERE / name, folder)
     device_source = folder / 'cca.hip'
@@ -109,7 +109,7 @@ def load_for_gpu():
         cpp_extension.load(folder.name, [str(folder / 'binding.cpp'), str(device_source)], is_python_module=False,
                            extra_cflags=['-O2'], build_directory=str(folder),
                            extra_cuda_cflags=['-O3', '-std=c++17', *(['--offload-arch=gfx942'] if rocm else [])])
-    except Exception as error:                              # no compiler, no ninja, a failed build: torch has many ways
+    except Exception as error:                                  # no compiler, no ninja, a failed build: torch has many ways
         raise RuntimeError(f'the kernel could not be built: {error}') from error
 
 
