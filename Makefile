@@ -15,7 +15,7 @@ demo: data/stdlib/meta.json data/loops/votes/meta.json
 	$(PY) train.py config/demo.py
 	$(PY) sample.py --ckpt=runs/demo --prompt='def ' --max_new_tokens=150 --temperature=0.6
 	$(PY) train.py config/loops.py
-	$(PY) rsa.py --ckpt=runs/loops --split=hard
+	$(PY) -m data.loops.evaluate --ckpt=runs/loops --split=hard
 
 # One thread: the tests' tensors are tiny, and several threads only wait for each other when the machine is busy.
 test: environment

@@ -48,12 +48,15 @@ def tokens(*shape, seed=0, vocab_size=50):
 
 
 def run_script(monkeypatch, capsys, script, *arguments):
-    """`python script arguments`, in this process -> (stdout, None), or (stdout, message) if it ends with
+    """`python script arguments`, or `python -m script ...`, in this process -> (stdout, None), or (stdout, message) if it ends with
     sys.exit(message), which means exit code 1 and the message on stderr."""
     monkeypatch.setattr(sys, 'argv', [script, *map(str, arguments)])
     message = None
     try:
-        runpy.run_path(str(ROOT / script), run_name='__main__')
+        if script.endswith('.py'):
+            runpy.run_path(str(ROOT / script), run_name='__main__')
+        else:
+            runpy.run_module(script, run_name='__main__', alter_sys=True)
     except SystemExit as error:
         message = error.code
         assert type(message) is str and message.startswith(f'{script}: ') and '\n' not in message

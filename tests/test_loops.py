@@ -10,19 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-import configurator
-import train
-from common import ENV, ROOT, TINY_RUN
+from common import ENV, ROOT
 from data.loader import open_dataset
 from data.loops import task
-from data.loops.experiment import ExperimentConfig, trim
 from data.loops.prepare import LoopsConfig, prepare_loops
 from data.loops.task import (CLOSE, END, ENC, LENGTHS, OPERATIONS, STEP, THINK, Problem, aggregation_sample, answer_of,
                              build_prompt, continue_chain, draw_problem, expert, judge, parse, side, solve, tail_of,
                              test_problems as problems_of, trace_sample, vote, write)
 from data.reasoning import flatten
 from data.tokenizer import load_tokenizer, save_tokenizer
-from model import ZayaConfig
 
 operations = st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=8).map(tuple)
 problems = st.builds(Problem, st.integers(1, 9), operations, st.integers(0, 9))
@@ -346,32 +342,3 @@ def test_the_script_prints_what_it_wrote_and_gives_errors_one_line(tmp_path):
                  for flag in ('--context=128', '--context=3'))
     assert good.stdout.count('windows of 128') == 4
     assert out.returncode == 1 and out.stderr.startswith('data.loops.prepare: ') and out.stderr.count('\n') == 1
-
-
-# ---- experiments ----
-
-def test_an_experiment_trains_measures_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    def run(command, **kwargs):                                 # train.py, in this process
-        train.train(*configurator.read(command[2:], train.TrainConfig, ZayaConfig))
-        return subprocess.CompletedProcess(command, 0)
-    monkeypatch.setattr(subprocess, 'run', run)
-    (tmp_path / 'recipe.py').write_text('\n'.join(flag.removeprefix('--') for flag in TINY_RUN if 'device' not in flag))
-    config = ExperimentConfig(recipe=f'{tmp_path}/recipe.py', samples=400, steps=2, seeds=1, problems=2, splits='easy', device='cpu')
-    trim(config, tmp_path / 'out')
-    first = capsys.readouterr().out
-    table = [line.split(' | ') for line in first.splitlines() if line.startswith('| 3-7')]
-    assert [row[1] for row in table] == [f'{rule}: {what}' for rule in ('ap', 'truncate', 'drop')
-                                         for what in ('one rollout', 'C=4, T=1')]
-    trim(config, tmp_path / 'out')
-    again = capsys.readouterr().out
-    assert 'windows of 116' in first and 'windows of 116' not in again          # what is prepared stays
-    assert again.splitlines()[-6:] == first.splitlines()[-6:]
-
-
-@pytest.mark.parametrize('flags', [[], ['trimm'], ['trim', '--seeds=0'], ['main', '--problem=3'],
-                                   ['trim', '--recipe=nowhere.py', '--samples=400']])
-def test_a_bad_experiment_gets_one_line(tmp_path, flags):
-    flags = [*flags, f'--out={tmp_path}'] if flags else []
-    out = subprocess.run([sys.executable, 'data/loops/experiment.py', *flags], cwd=ROOT, env=ENV, capture_output=True, text=True)
-    assert out.returncode == 1 and 'Traceback' not in out.stderr
-    assert out.stderr.splitlines()[-1].startswith('experiment.py: ')

@@ -13,13 +13,12 @@ import torch
 from hypothesis import given, strategies as st
 
 import rsa
-import sample
 from common import run_script, tiny_model
 from data.loops import task
 from data.loops.task import ENC, test_problems as problems_of
 from data.tokenizer import save_tokenizer
 from checkpoint import save_checkpoint, save_pretrained
-from rsa import RSAConfig, Speaker, load_speaker, majority_vote, markovian_rsa, mean_ci95, sampler, score
+from rsa import RSAConfig, load_speaker, majority_vote, markovian_rsa, mean_ci95, sampler, score
 
 OPEN, CLOSE, MARK = 100, 101, 9         # a tail's brackets in a prompt; the answer follows the first MARK in an output
 
@@ -422,7 +421,7 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
 
 # ---- the command line ----
 
-FLAGS = ['--problems=3', '--population=4', '--candidates=2', '--device=cpu']
+FLAGS = ['--population=4', '--candidates=2', '--device=cpu']
 
 
 @pytest.fixture(scope='module')
@@ -456,58 +455,6 @@ def released_folder(tmp_path_factory):
     return folder
 
 
-def cells(out):
-    """The table in what was printed: [[cell, ...], ...] without its head."""
-    return [[cell.strip() for cell in line.strip('|').split('|')] for line in out.splitlines() if line.startswith('|')][2:]
-
-
-def test_the_table_is_what_the_algorithm_gives(run_folder, monkeypatch, capsys):
-    monkeypatch.setattr(sample, 'generate', lambda model, prompts, n, *args, **kwargs: [[48] * n for _ in prompts])
-    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--split=easy hard', *FLAGS)
-    assert message is None
-    table = cells(out)
-    methods = ['one bounded rollout each, T=0', 'one unbounded rollout each', 'C=1, T={}', 'C=2, T={}']
-    assert [row[:2] for row in table] == [[steps, method.format(T)] for steps, T in (('3-7', 1), ('25-32', 4))
-                                          for method in methods]
-    lengths = [len(ENC.encode_ordinary(p.question)) + 4 for p in problems_of('hard', 3)]
-    longest, rest = max(lengths), round(4 * sum(256 - n for n in lengths) / 3)
-    assert [int(row[5].replace(',', '')) for row in table[4:]] == [4 * 41, rest, 4 * 5 * 41, 4 * 5 * 41]
-    assert [int(row[6]) for row in table[4:]] == [longest + n for n in (0, 0, 12, 24)]          # whatever T is
-    assert {row[2] for row in table} == {'0.0 +-0.0'}
-
-
-def test_the_table_counts_right_answers(run_folder, monkeypatch, capsys):
-    """A model that gives every second candidate the right answer, at once."""
-    said = itertools.cycle([True, False])
-
-    def generate(model, prompts, n, *args, **kwargs):
-        answers = [task.solve(re.search(r'<.user.>(.*?=\d)', ENC.decode(prompt))[1]) + next(said) - 1 for prompt in prompts]
-        return [[task.CLOSE, *ENC.encode_ordinary(str(answer % 10)), task.END] for answer in answers]
-    monkeypatch.setattr(sample, 'generate', generate)
-    out, _ = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--split=hard', *FLAGS)
-    assert [row[2:6] for row in cells(out)] == [['50.0 +-0.0', '100.0', '100.0', '12']] * 3 + [['50.0 +-0.0', '100.0', '100.0', '60']]
-
-
-def test_a_split_too_deep_for_the_context_has_no_unbounded_row(run_folder, monkeypatch, capsys):
-    out, _ = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--split=deep', '--rounds=1', *FLAGS)
-    assert [row[1] for row in cells(out)] == ['one bounded rollout each, T=0', 'C=1, T=1', 'C=2, T=1']
-
-
-def test_more_rows_at_a_time_change_neither_problems_nor_draws(run_folder):
-    """One problem at a time, or all at once: the same prompts go in, in the same order, if the model says the same."""
-    def prompts(rows):
-        speaker, seen = load_speaker(run_folder, torch.device('cpu')), []
-        config = RSAConfig(problems=5, population=3, candidates=2, rows=rows, temperature=0)
-        with pytest.MonkeyPatch.context() as patch:
-            def fake(model, batch, n, *args, **kwargs):
-                seen.extend(map(tuple, batch))
-                return [prompt[-7:-3] for prompt in batch]
-            patch.setattr(rsa, 'generate', fake)
-            rsa.measure(speaker, problems_of('easy', 5), config, '', candidates=2, rounds=3, budget=11, tail=5)
-        return Counter(seen)
-    assert prompts(1) == prompts(6) == prompts(512)
-
-
 def test_no_two_calls_draw_the_same_random_numbers(run_folder):
     generate = sampler(load_speaker(run_folder, torch.device('cpu')), RSAConfig())
     prompts = [[task.USER, 50]] * 2
@@ -518,8 +465,9 @@ def test_no_two_calls_draw_the_same_random_numbers(run_folder):
 
 
 def test_show_tells_every_round_and_who_read_whom(run_folder, monkeypatch, capsys):
-    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--show=True', '--split=medium', *FLAGS)
     question = problems_of('medium', 1)[0].question
+    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', '--show=True',
+                              f'--question={question}', *FLAGS)
     assert message is None and out.startswith(f'{question}   ') and f'the answer is {task.solve(question)}' in out
     T = task.rounds_needed(task.parse(question).steps, 41)
     assert re.findall(r'^round (\d)', out, re.M) == [str(t) for t in range(T + 1)]
@@ -571,11 +519,8 @@ def test_a_released_model_is_asked_in_its_chat_format(released_folder, monkeypat
 
 BAD_ARGUMENTS = {
     '--ckpt=nowhere': 'nowhere: no such folder',
-    '--split=harder': "split is 'harder', choose from easy, medium, hard, deep",
-    '--split=': "split is ''",
     '--candidates=5': 'candidates is 5: that many cannot be drawn from a population of 4',
     '--population=0': 'population is 0',
-    '--problems=0': 'problems is 0',
     '--tail=50': 'tail is 50, more than the budget of 41',
     '--compact=head': "compact is 'head'",
     '--question=4x:a-2': 'is not a question like',

@@ -1,0 +1,141 @@
+"""The tables and experiments of Markovian RSA on the loops task (data/loops/evaluate.py), with tiny random models."""
+import itertools
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import configurator
+import sample
+import train
+from checkpoint import save_checkpoint
+from common import ENV, ROOT, TINY_RUN, run_script, tiny_model
+from data.loops import task
+from data.loops.evaluate import ExperimentConfig, TableConfig, measure, trim
+from data.loops.task import ENC, test_problems as problems_of
+from data.tokenizer import save_tokenizer
+from model import ZayaConfig
+from rsa import load_speaker
+
+PROGRAM = 'data.loops.evaluate'
+FLAGS = ['--problems=3', '--population=4', '--candidates=2', '--device=cpu']
+
+
+@pytest.fixture(scope='module')
+def run_folder(tmp_path_factory):
+    """A tiny model with random weights, as a run on the loops task leaves it."""
+    folder = tmp_path_factory.mktemp('run')
+    model = tiny_model(vocab_size=ENC.n_vocab, context=256)
+    save_checkpoint(folder, {'model': model.state_dict(), 'model_config': asdict(model.config), 'step': 1})
+    save_tokenizer(folder / 'bpe.json', ENC)
+    return folder
+
+
+def cells(out):
+    """The table in what was printed: [[cell, ...], ...] without its head."""
+    lines = [line for line in out.splitlines() if line.startswith('|')]
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in lines][2:]
+
+
+def test_the_table_is_what_the_algorithm_gives(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(sample, 'generate', lambda model, prompts, n, *args, **kwargs: [[48] * n for _ in prompts])
+    out, message = run_script(monkeypatch, capsys, PROGRAM, f'--ckpt={run_folder}', '--split=easy hard', *FLAGS)
+    assert message is None
+    table = cells(out)
+    methods = ['one bounded rollout each, T=0', 'one unbounded rollout each', 'C=1, T={}', 'C=2, T={}']
+    assert [row[:2] for row in table] == [[steps, method.format(T)] for steps, T in (('3-7', 1), ('25-32', 4))
+                                          for method in methods]
+    lengths = [len(ENC.encode_ordinary(p.question)) + 4 for p in problems_of('hard', 3)]
+    longest, rest = max(lengths), round(4 * sum(256 - n for n in lengths) / 3)
+    assert [int(row[5].replace(',', '')) for row in table[4:]] == [4 * 41, rest, 4 * 5 * 41, 4 * 5 * 41]
+    assert [int(row[6]) for row in table[4:]] == [longest + n for n in (0, 0, 12, 24)]          # whatever T is
+    assert {row[2] for row in table} == {'0.0 +-0.0'}
+
+
+def test_the_table_counts_right_answers(run_folder, monkeypatch, capsys):
+    """A model that gives every second candidate the right answer, at once."""
+    said = itertools.cycle([True, False])
+
+    def generate(model, prompts, n, *args, **kwargs):
+        questions = [re.search(r'<.user.>(.*?=\d)', ENC.decode(prompt))[1] for prompt in prompts]
+        answers = [task.solve(question) + next(said) - 1 for question in questions]
+        return [[task.CLOSE, *ENC.encode_ordinary(str(answer % 10)), task.END] for answer in answers]
+    monkeypatch.setattr(sample, 'generate', generate)
+    out, _ = run_script(monkeypatch, capsys, PROGRAM, f'--ckpt={run_folder}', '--split=hard', *FLAGS)
+    shares = ['50.0 +-0.0', '100.0', '100.0']
+    assert [row[2:6] for row in cells(out)] == [[*shares, '12']] * 3 + [[*shares, '60']]
+
+
+def test_a_split_too_deep_for_the_context_has_no_unbounded_row(run_folder, monkeypatch, capsys):
+    out, _ = run_script(monkeypatch, capsys, PROGRAM, f'--ckpt={run_folder}', '--split=deep', '--rounds=1', *FLAGS)
+    assert [row[1] for row in cells(out)] == ['one bounded rollout each, T=0', 'C=1, T=1', 'C=2, T=1']
+
+
+def test_more_rows_at_a_time_change_neither_problems_nor_draws(run_folder):
+    """One problem at a time, or all at once: the same prompts go in, in the same order, if the model says the same."""
+    def prompts(rows):
+        speaker, seen = load_speaker(run_folder, torch.device('cpu')), []
+        config = TableConfig(problems=5, population=3, candidates=2, rows=rows, temperature=0)
+        with pytest.MonkeyPatch.context() as patch:
+            def fake(model, batch, n, *args, **kwargs):
+                seen.extend(map(tuple, batch))
+                return [prompt[-7:-3] for prompt in batch]
+            patch.setattr(sample, 'generate', fake)
+            measure(speaker, problems_of('easy', 5), config, '', candidates=2, rounds=3, budget=11, tail=5)
+        return Counter(seen)
+    assert prompts(1) == prompts(6) == prompts(512)
+
+
+BAD_ARGUMENTS = {
+    '--ckpt=nowhere': 'nowhere: no such folder',
+    '--split=harder': "split is 'harder', choose from easy, medium, hard, deep",
+    '--split=': "split is ''",
+    '--candidates=5': 'candidates is 5: that many cannot be drawn from a population of 4',
+    '--population=0': 'population is 0',
+    '--problems=0': 'problems is 0',
+    '--tail=50': 'tail is 50, more than the budget of 41',
+    '--compact=head': "compact is 'head'",
+    '--budget=500': 'more than the context of 256',
+    '--question=4x:a-2=1': 'are settings of rsa.py',
+    '--splt=hard': "unknown key 'splt'; did you mean 'split'?",
+}
+
+
+@pytest.mark.parametrize('argument', BAD_ARGUMENTS)
+def test_bad_arguments_get_one_line(run_folder, monkeypatch, capsys, argument):
+    _, message = run_script(monkeypatch, capsys, PROGRAM, f'--ckpt={run_folder}', *FLAGS, argument)
+    assert BAD_ARGUMENTS[argument] in message
+
+
+# ---- experiments ----
+
+def test_an_experiment_trains_measures_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    def run(command, **kwargs):                                 # train.py, in this process
+        train.train(*configurator.read(command[2:], train.TrainConfig, ZayaConfig))
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(subprocess, 'run', run)
+    (tmp_path / 'recipe.py').write_text('\n'.join(flag.removeprefix('--') for flag in TINY_RUN if 'device' not in flag))
+    config = ExperimentConfig(recipe=f'{tmp_path}/recipe.py', samples=400, steps=2, seeds=1, problems=2, splits='easy',
+                              device='cpu')
+    trim(config, tmp_path / 'out')
+    first = capsys.readouterr().out
+    table = [line.split(' | ') for line in first.splitlines() if line.startswith('| 3-7')]
+    assert [row[1] for row in table] == [f'{rule}: {what}' for rule in ('ap', 'truncate', 'drop')
+                                         for what in ('one rollout', 'C=4, T=1')]
+    trim(config, tmp_path / 'out')
+    again = capsys.readouterr().out
+    assert 'windows of 116' in first and 'windows of 116' not in again          # what is prepared stays
+    assert again.splitlines()[-6:] == first.splitlines()[-6:]
+
+
+@pytest.mark.parametrize('flags', [['trimm'], ['trim', '--seeds=0'], ['main', '--problem=3'],
+                                   ['trim', '--recipe=nowhere.py', '--samples=400']])
+def test_a_bad_experiment_gets_one_line(tmp_path, flags):
+    out = subprocess.run([sys.executable, '-m', PROGRAM, *flags, f'--out={tmp_path}'], cwd=ROOT, env=ENV,
+                         capture_output=True, text=True)
+    assert out.returncode == 1 and 'Traceback' not in out.stderr
+    assert out.stderr.splitlines()[-1].startswith(f'{PROGRAM}: ')
