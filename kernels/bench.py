@@ -12,7 +12,7 @@ import sys
 import torch
 
 from cca import mix, rope_table
-from kernels import cca_mix, usable
+from kernels import cca_mix, load
 from kernels.build import gpu_trouble
 
 HQ, HK, D, N = 8, 2, 128, 32                                    # the 8B model (report, Table I); N rotated pairs
@@ -87,7 +87,7 @@ def compare(name, found, wanted):
 def main():
     if trouble := gpu_trouble():
         raise ValueError(f'no GPU to measure on: {trouble}')
-    usable('hip', 'cuda', torch.bfloat16, D, N)
+    load('cuda')
     print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}; Hq {HQ}, Hk {HK}, d {D}, bfloat16')
     flush = torch.empty(1 << 30, dtype=torch.uint8, device='cuda')
     source = torch.empty_like(flush)

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
+import assembly
 import kernels
 from cca import mix
 from common import ENV, ROOT, tiny_model, tokens
@@ -260,8 +262,7 @@ def test_torch_compile_takes_it_without_a_break():
     inputs = arguments(problem(torch.float32, 2, 5, 2, 1, 64, False, False, False))
 
     def f(*inputs):
-        if kernels.usable('hip', inputs[0].device.type, inputs[0].dtype, 64, 16):
-            return sum(x.square().sin().sum() for x in kernels.cca_mix(*inputs))
+        return sum(x.square().sin().sum() for x in kernels.cca_mix(*inputs))
     plain = torch.autograd.grad(f(*inputs), inputs[0])
     compiled = torch.autograd.grad(torch.compile(f, fullgraph=True, backend='aot_eager')(*inputs), inputs[0])
     torch.testing.assert_close(plain, compiled)
@@ -370,25 +371,55 @@ def test_an_unknown_kernel_is_refused():
 
 # ---- choosing it ----
 
-def test_auto_never_fails_and_hip_says_why(monkeypatch, capsys):
+def model_of(head_dim=64, device='cuda'):
+    """As much of a model as kernels.use looks at before it changes anything; 'cuda' where there is none."""
+    config = SimpleNamespace(head_dim=head_dim, rope_dim=head_dim // 2)
+    return SimpleNamespace(device=SimpleNamespace(type=device), config=config,
+                           layers=[SimpleNamespace(attn=SimpleNamespace(mix=mix)) for _ in range(2)])
+
+
+def mixers(model):
+    return {layer.attn.mix for layer in model.layers}
+
+
+@pytest.fixture
+def forget():
+    """What was found out about a kernel that a test breaks is forgotten before and after."""
+    kernels.trouble.cache_clear()
+    kernels.say_once.cache_clear()
+    yield
+    kernels.trouble.cache_clear()
+    kernels.say_once.cache_clear()
+
+
+def test_it_is_used_where_it_is_asked_for_and_can_be(monkeypatch, forget):
+    monkeypatch.setattr(kernels, 'load', lambda device: None)
+    monkeypatch.setattr(kernels, 'difference', lambda *args: 0.001)
+    for kernel, expected in ('torch', mix), ('auto', kernels.cca_mix), ('hip', kernels.cca_mix):
+        model = model_of()
+        kernels.use(model, kernel, torch.bfloat16)
+        assert mixers(model) == {expected}
+
+
+def test_auto_never_fails_and_hip_says_why(monkeypatch, capsys, forget):
     def broken(device):
         raise RuntimeError('the kernel could not be built: no compiler\nmore')
     monkeypatch.setattr(kernels, 'load', broken)
-    kernels.trouble.cache_clear()
-    kernels.say_once.cache_clear()
-    assert not kernels.usable('torch', 'cuda', torch.bfloat16, 128, 32)
-    assert not kernels.usable('auto', 'cpu', torch.float32, 64, 16)             # slow on a CPU
+    model, cpu = model_of(), model_of(device='cpu')
+    kernels.use(model, 'torch', torch.bfloat16)
+    kernels.use(cpu, 'auto', torch.float32)                     # slow on a CPU: not even looked at
     assert capsys.readouterr().err == ''
     for _ in range(2):
-        assert not kernels.usable('auto', 'cuda', torch.bfloat16, 128, 32)
+        kernels.use(model, 'auto', torch.bfloat16)
     assert capsys.readouterr().err == 'CCA runs without its kernel: the kernel could not be built: no compiler\n'       # once
-    assert not kernels.usable('auto', 'cuda', torch.bfloat16, 32, 8)
+    kernels.use(small := model_of(32), 'auto', torch.bfloat16)
     assert 'not torch.bfloat16, 32 and 16' in capsys.readouterr().err
-    with pytest.raises(ValueError, match='no compiler'):
-        kernels.usable('hip', 'cuda', torch.bfloat16, 128, 32)
+    with pytest.raises(ValueError, match='no compiler') as error:
+        kernels.use(model, 'hip', torch.bfloat16)
+    assert '\n' not in str(error.value)
     with pytest.raises(ValueError, match='head_dim 64 or 128'):
-        kernels.usable('hip', 'cpu', torch.float32, 32, 8)
-    kernels.trouble.cache_clear()                               # of what was broken here only
+        kernels.use(model_of(32, 'cpu'), 'hip', torch.float32)
+    assert mixers(model) == mixers(cpu) == mixers(small) == {mix}
 
 
 def test_a_compiler_that_is_missing_is_named(monkeypatch, tmp_path):
@@ -421,40 +452,79 @@ def test_nvidia_s_register_layout_is_right_too_and_nothing_out_of_bounds_is_touc
 @pytest.mark.skipif(BUILD != 'cpu', reason='once is enough')
 def test_gfx942_code_spills_nothing_fits_the_lds_and_uses_the_matrix_units():
     try:
-        assembly = build.gfx942_assembly()
+        code = assembly.gfx942_assembly()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    found = build.gfx942_kernels(assembly)
+    found = assembly.gfx942_kernels(code)
     assert len(found) == 36 and {k['dtype'] for k in found} == {'float32', 'bf16', 'fp16'}      # nothing was overlooked
-    build.check_gfx942(found)
+    assembly.check_gfx942(found)
     for wrong in ({'spills': 1}, {'scratch': 4}, {'lds': 70_000}, {'mfma': 0}):
         with pytest.raises(ValueError, match='gfx942: cca_rows'):
-            build.check_gfx942([found[0] | wrong])
+            assembly.check_gfx942([found[0] | wrong])
 
 
 @pytest.mark.skipif(BUILD != 'cpu', reason='once is enough')
 def test_nvcc_compiles_it_for_sm_90():
     try:
-        assert len(build.sm_90_kernels()) == 36
+        assert len(assembly.sm_90_kernels()) == 36
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
 
+QUICK = ((2, 21),)                                               # on a CPU thousands of times slower than on a GPU
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_the_self_check_passes_what_is_right_and_notices_what_is_wrong(monkeypatch, dtype):
-    assert kernels.difference('cpu', dtype, 64, 16) < 0.02
+    assert kernels.difference('cpu', dtype, 64, 16, QUICK) < 0.02
     right = kernels.cca_mix
-    monkeypatch.setattr(kernels, 'cca_mix', lambda *args: (right(*args)[0], right(*args)[1] * 1.05))
-    assert kernels.difference('cpu', dtype, 64, 16) > 0.02
+
+    def wrong(*args, **options):
+        q, k = right(*args, **options)
+        return q, k * 1.05
+    monkeypatch.setattr(kernels, 'cca_mix', wrong)
+    assert kernels.difference('cpu', dtype, 64, 16, QUICK) > 0.02
 
 
-def test_a_kernel_that_is_wrong_on_this_gpu_is_not_used(monkeypatch, capsys):
+@pytest.mark.parametrize('broken', [SMALL, LARGE, 'past', 'start', 'gradient', 'nan'])
+def test_the_self_check_looks_at_every_variant(monkeypatch, broken):
+    """Also a kernel that is wrong in one tile only, after a cached past, in packed windows, or on the way back."""
+    right = kernels.cca_mix
+
+    def wrong(*args, tile=0):
+        q, k = right(*args, tile=tile)
+        if broken == 'nan':
+            return q, k * float('nan')
+        if broken == 'gradient':
+            return q, k.detach() * 0.1 + k * 0.9                # the same results, the gradient of k a tenth too small
+        hit = args[1] is not None if broken == 'past' else args[9] is not None if broken == 'start' else tile == broken
+        return q, k * 1.05 if hit else k
+    monkeypatch.setattr(kernels, 'cca_mix', wrong)
+    assert not kernels.difference('cpu', torch.float32, 64, 16, QUICK) <= 0.02
+
+
+def test_the_self_check_s_sizes_lead_to_each_choice_of_the_kernel():
+    """Few rows: small tiles. More: large ones, a head each, then, from 512 blocks on, a KV group each."""
+    calls = []
+
+    def note(inputs, tile):
+        calls.append((tuple(inputs[0].shape[:2]), tile))
+        return 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, 'error', note)
+        kernels.difference('cpu', torch.bfloat16, 64, 16)
+    rows = {B * S for (B, S), tile in calls if tile == 0}
+    blocks = lambda n: -(-n // 32) * 2                          # tiles of 32 rows times 2 KV heads
+    assert min(rows) <= 1024 and any(n > 1024 and blocks(n) < 512 for n in rows) and any(blocks(n) >= 512 for n in rows)
+    assert {tile for _, tile in calls} == {0, SMALL, LARGE}
+
+
+def test_a_kernel_that_is_wrong_on_this_gpu_is_not_used(monkeypatch, capsys, forget):
     monkeypatch.setattr(kernels, 'load', lambda device: None)
-    monkeypatch.setattr(kernels, 'difference', lambda *args: 0.5)
-    kernels.trouble.cache_clear()
-    kernels.say_once.cache_clear()
-    assert not kernels.usable('auto', 'cuda', torch.bfloat16, 128, 32)
-    assert '50% off' in capsys.readouterr().err
-    with pytest.raises(ValueError, match='50% off'):
-        kernels.usable('hip', 'cuda', torch.bfloat16, 128, 32)
-    kernels.trouble.cache_clear()
+    for worst in 0.5, float('nan'):
+        monkeypatch.setattr(kernels, 'difference', lambda *args: worst)
+        kernels.trouble.cache_clear()
+        kernels.use(model := model_of(), 'auto', torch.bfloat16)
+        assert f'{worst:.0%} off' in capsys.readouterr().err and mixers(model) == {mix}
+        with pytest.raises(ValueError, match=f'{worst:.0%} off'):
+            kernels.use(model, 'hip', torch.bfloat16)
