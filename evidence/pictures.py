@@ -40,7 +40,8 @@ def rsa_lengths(plt):
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
     steps = list(dict.fromkeys(row['steps'] for row in rows))
     for method, style in ('C=4', 'o-'), ('C=1', 's-'), ('one unbounded rollout', '^--'), ('one bounded rollout', 'v:'):
-        per_length = {s: [float(row['mean']) for row in rows if (row['steps'], row['method']) == (s, method)] for s in steps}
+        per_length = {s: [float(row['mean']) for row in rows if (row['steps'], row['method']) == (s, method)]
+                      for s in steps}
         points = [(i, statistics.fmean(per_length[s]), min(per_length[s]), max(per_length[s]))
                   for i, s in enumerate(steps) if per_length[s]]
         x, y, low, high = zip(*points)

@@ -1,4 +1,4 @@
-"""bench.py runs, compares equals, and refuses what it cannot do. No figure it prints is a test."""
+"""bench.py runs, compares equals, and refuses what it cannot do. No figure that it prints is a test."""
 import pytest
 import torch
 
@@ -17,22 +17,11 @@ def no_processes(monkeypatch):
 
 
 def test_quick_prints_every_row_of_the_comparison(capsys):
-    settings = bench.BenchConfig(quick=True, repeats=1)
-    bench.side_by_side(CPU, 'float32', settings)
-    bench.attention_layer(CPU, 'float32', settings)
+    bench.side_by_side(CPU, torch.float32, bench.BenchConfig(quick=True, repeats=1))
     rows = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
-    assert [row[0][2:] for row in rows[2:8]] == ['training step, AdamW', 'training step, own optimizers', 'prefill', 'prefill',
-                                                 'decode', 'decode']
-    assert all(float(row[4]) > 0 for row in rows[2:8])
-    assert [row[0].split(',')[0][2:] for row in rows[-2:]] == ['prefill', 'decode']
-
-
-def test_quick_scaling_has_a_row_for_every_size(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)                                                 # for the plot, if there is one
-    bench.scaling(CPU, bench.BenchConfig(quick=True, repeats=1))
-    out = capsys.readouterr().out
-    for name in 'context', 'experts', 'layers', 'batch':
-        assert out.count(f'| {name} | ') == 2
+    assert [row[0][2:] for row in rows[2:]] == ['training step, AdamW', 'training step, own optimizers', 'prefill',
+                                                'prefill', 'decode', 'decode']
+    assert all(float(row[4]) > 0 for row in rows[2:])
 
 
 def test_models_that_disagree_are_not_compared(monkeypatch):
@@ -54,12 +43,20 @@ def test_measured_routers_use_all_experts(n_expert):
 
 
 def test_decoding_does_the_same_work_on_both_sides():
-    pair = bench.make_pair(bench.TINY, CPU, seed=0)
-    torch.manual_seed(0)
-    ours = bench.decoding(bench.TINY, CPU, pair[0], 2, 4, 8)()
-    torch.manual_seed(0)
-    theirs = bench.decoding(bench.TINY, CPU, pair[1], 2, 4, 8)()
+    ours, theirs = (bench.decoding(model, 2, 4, 8)() for model in bench.make_pair(bench.TINY, CPU, seed=0))
     assert ours == theirs[:, 4:].tolist()
+
+
+def test_a_training_step_does_the_same_work_every_time_and_has_gradients():
+    model = bench.zaya(bench.TINY, CPU, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    seen = []
+    model.embedding.weight.register_hook(lambda g: seen.append(g.norm().item()))
+    step = bench.training(model, 2, 8)
+    for _ in range(2):
+        bench.timed(step, CPU)
+    assert len(seen) == 2 and seen[0] > 0 and seen[0] == pytest.approx(seen[1], rel=1e-3)
+    assert all(torch.allclose(a, p, atol=1e-5) for a, p in zip(before, model.parameters()))
 
 
 @pytest.mark.parametrize('argument', ['--repeats=0', '--dtype=int8', '--repeat=3', '--device=nowhere'])
