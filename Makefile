@@ -19,6 +19,7 @@ demo: data/stdlib/meta.json data/loops/votes/meta.json
 
 # One thread: the tests' tensors are tiny, and several threads only wait for each other when the machine is busy.
 test: environment
+	$(PY) -m ruff check -q
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
 # The benchmark on a tiny model: its figures mean nothing.

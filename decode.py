@@ -111,8 +111,8 @@ def one_expert(experts, x, expert, weight):
 
 @torch.no_grad()
 def folded(model):
-    """Fold a Zaya. Return step(cache, tokens): tokens (B) int64 -> logits (B, V) float32; ValueError if the cache is full.
-    To be made again when the weights have changed."""
+    """Fold a Zaya. Return step(cache, tokens): tokens (B) int64 -> logits (B, V) float32; ValueError if the cache is
+    full. To be made again when the weights have changed."""
     config, layers = model.config, [fold(layer) for layer in model.layers]
     Hq, Hk, d, dtype = config.n_head, config.n_kv_head, config.head_dim, model.embedding.weight.dtype
     H, half = Hq + Hk, Hk * d // 2

@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             lr, momentum = group['lr'], group['momentum']
-            # Small matrices of one shape, over all layers, are orthogonalised together. A layer's experts are a stack already.
+            # Matrices of one shape, of all layers, are orthogonalised together. A layer's experts are a stack already.
             of_shape = defaultdict(list)
             for p in group['params']:
                 if p.ndim == 2:

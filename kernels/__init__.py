@@ -3,9 +3,9 @@
     q, k = cca_mix(qk, past, w1, b1, w2, b2, T, cos, sin, start)        the kernel
     use(model, 'auto', dtype)                                           put it into a model's layers, if it can run here
 
-cca_mix takes the arguments of cca.mix and gives the same results: steps 2 to 5 of cca.py, where mix stays the definition
-of what is right. In place of a dozen passes over memory there is one, forward; three, backward. See README.md beside this
-file.
+cca_mix takes the arguments of cca.mix and gives the same results: steps 2 to 5 of cca.py, where mix stays the
+definition of what is right. In place of a dozen passes over memory there is one, forward; three, backward. See
+README.md beside this file.
 
 The operators nanozaya::cca_forward and cca_backward are defined here, for torch.compile and autograd; binding.cpp
 implements them, once build.load() has built and loaded it.
@@ -77,16 +77,16 @@ def cca_mix(qk, past, conv_depthwise_weight, conv_depthwise_bias, conv_grouped_w
     """Convolutions, QK-mean, norm with temperature and RoPE: steps 2 to 5 of cca.py, differentiable.
 
     qk (B, S, C)      [q~; k~], float32, bfloat16 or float16; rows contiguous, equally spaced, at multiples of 16 bytes
-    past (B, 2, C)    the two columns of [q~; k~] before these (Cache.qk), in qk's dtype; None at the start of a sequence
+    past (B, 2, C)    the two columns of [q~; k~] before these (Cache.qk), in qk's dtype; None: a sequence starts here
     conv_depthwise_weight (C, 1, 2), conv_depthwise_bias (C), conv_grouped_weight (C, d, 2), conv_grouped_bias (C),
     temperature (Hk)  the parameters, any float dtype; d is 64 or 128
     cos, sin (B or 1, S, n)     of rope_table: any positions; n a multiple of 8
     start (B, S) bool           True where a document begins, for packed windows; None: nowhere
-    tile              how many tokens a block of threads takes: SMALL_TILE, LARGE_TILE, or CHOOSE by the number of tokens
+    tile              tokens for a block of threads: SMALL_TILE, LARGE_TILE, or CHOOSE by the number of tokens
 
-    Return q (B, Hq, S, d) and k (B, Hk, S, d) in qk's dtype; all sums are in float32. The results, forward and backward,
-    are the same bits every time. Raises RuntimeError if the kernel cannot be built, ValueError or TypeError for arguments
-    that do not fit.
+    Return q (B, Hq, S, d) and k (B, Hk, S, d) in qk's dtype; all sums are in float32. The results, forward and
+    backward, are the same bits every time. Raises RuntimeError if the kernel cannot be built, ValueError or TypeError
+    for arguments that do not fit.
     """
     load(qk.device.type)
     return torch.ops.nanozaya.cca_forward(qk, past, conv_depthwise_weight, conv_depthwise_bias, conv_grouped_weight,
@@ -98,8 +98,8 @@ def cca_mix(qk, past, conv_depthwise_weight, conv_depthwise_bias, conv_grouped_w
 def use(model, kernel, dtype):
     """Put cca_mix in the place of cca.mix in all layers of `model` (Zaya), which is on its device already.
 
-    kernel: 'torch' leaves the model as it is. 'hip' puts cca_mix there, and raises ValueError if it cannot be built or is
-    wrong. 'auto' does so on a GPU where it can be built and is right; where not, it says why in one line on stderr.
+    kernel: 'torch' leaves the model as it is. 'hip' puts cca_mix there, and raises ValueError if it cannot be built or
+    is wrong. 'auto' does so on a GPU where it can be built and is right; where not, it says why in one line on stderr.
     dtype: that of the activations (torch.bfloat16 under autocast). Raises ValueError for any other kernel."""
     if kernel not in KERNELS:
         raise ValueError(f'kernel is {kernel!r}, it must be one of {", ".join(KERNELS)}')
@@ -120,7 +120,7 @@ say_once = functools.cache(lambda line: print(line, file=sys.stderr))
 
 @functools.cache
 def trouble(device, dtype, d, n):
-    """Return why cca_mix cannot be used, in one line, or None. device: 'cuda' or 'cpu'. On a GPU, compare it with cca.mix."""
+    """Return why cca_mix cannot be used, in one line, or None. device: 'cuda' or 'cpu'. On a GPU it is compared."""
     try:
         if dtype not in DTYPES or d not in HEAD_DIMS or n % 8:
             raise ValueError(f'the kernel takes {", ".join(map(str, DTYPES))}, head_dim '
@@ -136,11 +136,11 @@ def trouble(device, dtype, d, n):
 # ---- is it right? ----
 
 def difference(device, dtype, d, n, sizes=((2, 70), (2, 550), (2, 8250))):
-    """Return the largest relative error of cca_mix on random inputs, over all its variants: each tile, at each size (B, S);
-    with nothing before the tokens, with a cached past, and packed with several documents.
+    """Return the largest relative error of cca_mix on random inputs, over all its variants: each tile, at each size
+    (B, S); with nothing before the tokens, with a cached past, and packed with several documents.
 
-    The sizes lead to the three choices that the kernel makes by itself, see FEW_ROWS and ENOUGH_BLOCKS in cca.hip: small
-    tiles; large ones, a head each; large ones, a KV group each."""
+    The sizes lead to the three choices that the kernel makes by itself, see FEW_ROWS and ENOUGH_BLOCKS in cca.hip:
+    small tiles; large ones, a head each; large ones, a KV group each."""
     g = torch.Generator(device).manual_seed(0)
     random = lambda *shape: torch.randn(shape, generator=g, device=device).to(dtype)
     Hq, Hk = 4, 2

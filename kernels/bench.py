@@ -1,13 +1,14 @@
 """Time the kernel against PyTorch, at the 8B model's shape: `python -m kernels.bench`, on a GPU.
 
-Compared are cca.mix (eager), torch.compile(cca.mix), and cca_mix, in bfloat16: forward, forward with backward, and decoding
-steps of one token for 1 and 64 sequences. Each is checked against float64 before it is timed. Long runs are timed one by
-one with GPU events, the caches flushed before each; decoding as many calls in a row, as generation does it, launches
-and all. Bytes: what must be read and written at least, see README.md; 'of copy' is their rate as a share of the rate of a large
-tensor's copy, measured in the same run.
+Compared are cca.mix (eager), torch.compile(cca.mix), and cca_mix, in bfloat16: forward, forward with backward, and
+decoding steps of one token for 1 and 64 sequences. Each is checked against float64 before it is timed. Long runs are
+timed one by one with GPU events, the caches flushed before each; decoding as many calls in a row, as generation does
+it, launches and all. Bytes: what must be read and written at least, see README.md; 'of copy' is their rate as a share
+of the rate of a large tensor's copy, measured in the same run.
 """
 import statistics
 import sys
+from functools import partial
 
 import torch
 
@@ -25,7 +26,7 @@ def milliseconds(call, flush, repeats=30):
         call()
     times = []
     for _ in range(repeats):
-        flush.zero_()                                           # takes so long that the launches below are queued meanwhile
+        flush.zero_()                                           # takes long: the launches below queue up meanwhile
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         call()
@@ -51,11 +52,12 @@ def milliseconds_in_a_row(call, calls=200, repeats=5):
 
 
 def problem(B, S, past=False):
-    """Arguments of mix and cca_mix, the gradients of q and k, all bfloat16 as in a bf16 model; the tables are float32."""
+    """Arguments of mix and cca_mix, and gradients of q and k: bfloat16 as in a bf16 model; the tables are float32."""
     torch.manual_seed(0)
     random = lambda *shape: torch.randn(shape, device='cuda', dtype=torch.bfloat16)
-    inputs = [random(B, S, C), random(B, 2, C) if past else None, random(C, 1, 2), random(C), random(C, D, 2) / D ** 0.5, random(C),
-              random(HK), *rope_table(torch.arange(S, device='cuda')[None], 2 * N, 10_000.0)]
+    inputs = [random(B, S, C), random(B, 2, C) if past else None, random(C, 1, 2), random(C),
+              random(C, D, 2) / D ** 0.5, random(C), random(HK),
+              *rope_table(torch.arange(S, device='cuda')[None], 2 * N, 10_000.0)]
     return inputs, (random(B, HQ, S, D), random(B, HK, S, D))
 
 
@@ -90,18 +92,17 @@ def main():
     load('cuda')
     print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}; Hq {HQ}, Hk {HK}, d {D}, bfloat16')
     flush = torch.empty(1 << 30, dtype=torch.uint8, device='cuda')
-    source = torch.empty_like(flush)
-    copy = 2 * flush.numel() / milliseconds(lambda: flush.copy_(source), flush) / 1e6
-    del source
+    copy = 2 * flush.numel() / milliseconds(partial(flush.copy_, torch.empty_like(flush)), flush) / 1e6
     print(f'copy: {copy:,.0f} GB/s\n')
     compiled = torch.compile(mix, dynamic=False)
-    print('| what | eager, ms | compiled, ms | kernel, ms | over eager | over compiled | GB/s | of copy |\n' + '| --- ' * 8 + '|')
+    print('| what | eager, ms | compiled, ms | kernel, ms | over eager | over compiled | GB/s | of copy |')
+    print('| --- ' * 8 + '|')
 
     def row(what, timer, calls, bytes_):
         eager, compiled_, kernel = (timer(call) for call in calls)
         rate = bytes_ / kernel / 1e6
-        print(f'| {what} | {eager:.3f} | {compiled_:.3f} | {kernel:.3f} | {eager / kernel:.1f}x | {compiled_ / kernel:.1f}x '
-              f'| {rate:,.0f} | {rate / copy:.0%} |', flush=True)
+        print(f'| {what} | {eager:.3f} | {compiled_:.3f} | {kernel:.3f} | {eager / kernel:.1f}x '
+              f'| {compiled_ / kernel:.1f}x | {rate:,.0f} | {rate / copy:.0%} |', flush=True)
 
     weights = 2 * C * D * 2                                     # bytes of the grouped convolution's, the largest
     for S in 1024, 4096, 16384:

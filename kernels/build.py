@@ -5,8 +5,8 @@ Three ways to a library, all with the same binding.cpp:
     CUDA     torch.utils.cpp_extension: it takes no .hip, so nvcc compiles a .cu of one line, #include "cca.hip"
     CPU      g++, called directly: cpp_extension would need ninja, and has nothing to add
 
-Libraries are kept in TORCH_EXTENSIONS_DIR (default ~/.cache/torch_extensions), in folders named by a hash of the sources
-and versions: a change of either builds anew, and two processes never disturb each other.
+Libraries are kept in TORCH_EXTENSIONS_DIR (default ~/.cache/torch_extensions), in folders named by a hash of the
+sources and versions: a change of either builds anew, and two processes never disturb each other.
 """
 import functools
 import hashlib
@@ -22,7 +22,8 @@ import torch
 HERE = Path(__file__).parent
 SOURCES = 'cca.hip', 'cca.h', 'portable.h', 'binding.cpp'
 # Builds for the CPU: as on an AMD GPU; with NVIDIA's lanes and register layout; with AddressSanitizer.
-CPU_FLAGS = {'cpu': ['-O1'], 'cpu_nvidia': ['-O0', '-DIMITATE_NVIDIA'], 'cpu_asan': ['-O0', '-g1', '-fsanitize=address']}
+CPU_FLAGS = {'cpu': ['-O1'], 'cpu_nvidia': ['-O0', '-DIMITATE_NVIDIA'],
+             'cpu_asan': ['-O0', '-g1', '-fsanitize=address']}
 
 
 def command(arguments):
@@ -62,11 +63,11 @@ def cpu_library(kind='cpu'):
                      '-o', folder / 'binding.o'])
             os.replace(folder / 'binding.o', binding)
         # Low optimization: most of the time goes into compiling. -x c++: g++ does not know .hip.
-        command([compiler, '-std=c++17', '-fPIC', '-Wall', '-Wextra', '-Werror', '-Wno-unknown-pragmas', *CPU_FLAGS[kind],
-                 '-x', 'c++', '-c', HERE / 'cca.hip', '-o', folder / 'cca.o'])
+        command([compiler, '-std=c++17', '-fPIC', '-Wall', '-Wextra', '-Werror', '-Wno-unknown-pragmas',
+                 *CPU_FLAGS[kind], '-x', 'c++', '-c', HERE / 'cca.hip', '-o', folder / 'cca.o'])
         libraries = cpp_extension.library_paths()[0]
-        command([compiler, '-shared', *CPU_FLAGS[kind], binding, folder / 'cca.o', f'-L{libraries}', '-ltorch_cpu', '-lc10',
-                 '-o', folder / 'library.so'])
+        command([compiler, '-shared', *CPU_FLAGS[kind], binding, folder / 'cca.o', f'-L{libraries}', '-ltorch_cpu',
+                 '-lc10', '-o', folder / 'library.so'])
         os.replace(folder / 'library.so', path)                 # whole or not at all, whoever else builds it just now
     return path
 
@@ -89,7 +90,7 @@ def load_for_gpu():
     rocm = bool(torch.version.hip)
     folder = cache_folder('rocm' if rocm else 'cuda')
     folder.mkdir(parents=True, exist_ok=True)
-    for name in SOURCES:                                        # copies: for ROCm, torch writes translated ones beside them
+    for name in SOURCES:                                        # for ROCm, torch writes translations beside them
         if not (folder / name).exists() or (folder / name).read_bytes() != (HERE / name).read_bytes():
             shutil.copy(HERE / name, folder)
     device_source = folder / 'cca.hip'
@@ -101,7 +102,7 @@ def load_for_gpu():
         cpp_extension.load(folder.name, [str(folder / 'binding.cpp'), str(device_source)], is_python_module=False,
                            extra_cflags=['-O2'], build_directory=str(folder),
                            extra_cuda_cflags=['-O3', '-std=c++17', *(['--offload-arch=gfx942'] if rocm else [])])
-    except Exception as error:                                  # no compiler, no ninja, a failed build: torch has many ways
+    except Exception as error:                                  # no compiler, no ninja, a failed build: in many ways
         raise RuntimeError(f'the kernel could not be built: {error}') from error
 
 

@@ -18,8 +18,9 @@ MFMA = {'float32': 'v_mfma_f32_16x16x4_f32', 'bf16': 'v_mfma_f32_16x16x16_bf16',
 
 
 def gfx942_assembly():
-    """cca.hip in gfx942's assembly language. Raises FileNotFoundError without a compiler for it, RuntimeError if it fails."""
-    flags = ['-x', 'hip', '--offload-arch=gfx942', '--cuda-device-only', '-std=c++17', '-O3', '-S', HERE / 'cca.hip', '-o']
+    """cca.hip in gfx942's assembly language. Raises FileNotFoundError without a compiler, RuntimeError if it fails."""
+    flags = ['-x', 'hip', '--offload-arch=gfx942', '--cuda-device-only', '-std=c++17', '-O3', '-S', HERE / 'cca.hip',
+             '-o']
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if Path('/opt/rocm/llvm/bin/clang++').exists():
@@ -28,7 +29,8 @@ def gfx942_assembly():
             # Debian 12's device library is older than gfx942. It has gfx940, whose file says the same of that ISA.
             shutil.copytree(bitcode, folder / 'bitcode')
             if not (folder / 'bitcode' / 'oclc_isa_version_942.bc').exists():
-                shutil.copy(folder / 'bitcode' / 'oclc_isa_version_940.bc', folder / 'bitcode' / 'oclc_isa_version_942.bc')
+                shutil.copy(folder / 'bitcode' / 'oclc_isa_version_940.bc',
+                            folder / 'bitcode' / 'oclc_isa_version_942.bc')
             command([clang, f'--rocm-device-lib-path={folder / "bitcode"}', *flags, folder / 'cca.s'])
         else:
             raise FileNotFoundError('no compiler for gfx942: it needs ROCm, or on Debian the packages '
@@ -53,7 +55,8 @@ def gfx942_kernels(assembly):
         name, dtype = describe(symbol)
         kernels.append({
             'kernel': name, 'dtype': dtype, 'vgprs': registers, 'lds': lds,
-            'spills': number('vgpr_spill_count') + number('sgpr_spill_count'), 'scratch': number('private_segment_fixed_size'),
+            'spills': number('vgpr_spill_count') + number('sgpr_spill_count'),
+            'scratch': number('private_segment_fixed_size'),
             'mfma': body.count(MFMA[dtype]),
             # A block of 256 threads puts one wave on each of the 4 SIMDs, so waves a SIMD = blocks a compute unit.
             'waves': min(8, GFX942_REGISTERS // (-(-registers // 8) * 8), GFX942_LDS // lds)})
@@ -73,11 +76,12 @@ def describe(symbol):
 
 
 def check_gfx942(kernels):
-    """Raises ValueError where a kernel would not run well: spilled registers, scratch memory, too much LDS, no matrix units."""
+    """Raise ValueError where a kernel would not run well: spilled registers, scratch, too much LDS, no matrix units."""
     for k in kernels:
         if k['spills'] or k['scratch'] or k['lds'] > GFX942_LDS or not k['mfma']:
             raise ValueError(f'gfx942: {k["kernel"]} in {k["dtype"]} has {k["spills"]} spilled registers, '
-                             f'{k["scratch"]} bytes of scratch, {k["lds"]} bytes of LDS of {GFX942_LDS}, {k["mfma"]} {MFMA[k["dtype"]]}')
+                             f'{k["scratch"]} bytes of scratch, {k["lds"]} bytes of LDS of {GFX942_LDS}, '
+                             f'{k["mfma"]} {MFMA[k["dtype"]]}')
 
 
 def find_nvcc():
@@ -85,7 +89,7 @@ def find_nvcc():
 
 
 def sm_90_kernels():
-    """Compile cca.hip for H100; what each kernel uses: (name, 'Used 128 registers, ...'). Raises like gfx942_assembly."""
+    """Compile cca.hip for H100 -> what each kernel uses: (name, 'Used 128 registers'). Raises as gfx942_assembly."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise FileNotFoundError('no compiler for sm_90: it needs nvcc, of the CUDA toolkit')
@@ -111,7 +115,7 @@ def report():
     try:
         kernels = gfx942_kernels(gfx942_assembly())
         print('gfx942 (MI300), compiled only; waves: how many a SIMD can hold at once, at most 8\n')
-        print('| kernel | dtype | VGPRs | LDS, bytes | waves | MFMA | spills, scratch |\n| --- | --- | --- | --- | --- | --- | --- |')
+        print('| kernel | dtype | VGPRs | LDS, bytes | waves | MFMA | spills, scratch |\n' + '| --- ' * 7 + '|')
         for k in kernels:
             print(f'| {k["kernel"]} | {k["dtype"]} | {k["vgprs"]} | {k["lds"]:,} | {k["waves"]} | {k["mfma"]} '
                   f'| {k["spills"]}, {k["scratch"]} |')

@@ -48,8 +48,8 @@ def tokens(*shape, seed=0, vocab_size=50):
 
 
 def run_script(monkeypatch, capsys, script, *arguments):
-    """`python script arguments`, or `python -m script ...`, in this process -> (stdout, None), or (stdout, message) if it ends with
-    sys.exit(message), which means exit code 1 and the message on stderr."""
+    """`python script arguments`, or `python -m script ...`, in this process -> (stdout, None), or (stdout, message) if
+    it ends with sys.exit(message), which means exit code 1 and the message on stderr."""
     monkeypatch.setattr(sys, 'argv', [script, *map(str, arguments)])
     message = None
     try:
