@@ -48,7 +48,7 @@ class BenchConfig:
         configurator.check_ranges(self, repeats=(1, None), seed=(0, None), dtype=('auto', 'float32', 'bfloat16'))
 
 
-SMALL = replace(ZayaConfig.small(), vocab_size=512, context=1024, skip_expert=True)
+SMALL = replace(ZayaConfig(), vocab_size=512, context=1024, skip_expert=True)
 MEDIUM = replace(ZayaConfig.medium(), skip_expert=True)
 TINY = ZayaConfig(vocab_size=64, context=64, n_layer=2, n_embd=32, n_head=2, n_kv_head=1, head_dim=8, n_expert=4,
                   expert_dim=16, router_dim=8, skip_expert=True)

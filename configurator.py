@@ -27,7 +27,7 @@ def value_of(node):
             raise ValueError('arithmetic works on numbers only')
         value = OPERATORS[type(node.op)](*sides)
     else:
-        raise ValueError(f'`{ast.unparse(node).splitlines()[0][:60]}` is neither a literal nor arithmetic on literals')
+        raise ValueError(f'`{ast.unparse(node)[:60]}` is neither a literal nor arithmetic on literals')
     if type(value) is int and not -2**63 <= value < 2**63:      # also keeps 9 * 9 * 9 * ... from growing without end
         raise ValueError('a whole number must fit into 64 bits')
     return value
@@ -48,16 +48,13 @@ def assignments(path):
                 case ast.Expr(value=ast.Constant(value=str())):                 # a docstring
                     pass
                 case _:
-                    code = ast.unparse(line).splitlines()[0][:60]
-                    raise ValueError(f'only `key = value` lines are read, this is `{code}`')
+                    raise ValueError(f'only `key = value` lines are read, this is `{ast.unparse(line)[:60].splitlines()[0]}`')
     except OSError as error:
         raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
+    except SyntaxError as error:
+        raise ValueError(f'{path}, line {error.lineno or 1}: {error.msg}') from None
     except NO_VALUE as error:
-        if isinstance(error, SyntaxError):
-            place, error = f'{path}, line {error.lineno}'.replace(', line None', ''), error.msg
-        elif isinstance(error, (RecursionError, MemoryError)):
-            error = 'an expression is too deeply nested'
-        raise ValueError(f'{place}: {key}{error}') from None
+        raise ValueError(f'{place}: {key}{error or "too many brackets"}') from None
     return found
 
 

@@ -21,42 +21,19 @@ Legend:  B rows, one new token each   P cached positions   E residual width   Hq
 import contextlib
 import copy
 import functools
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from cca import merge_convolutions, rope_table
 from layers import wide
 from model import Experts, swiglu
 
 
-class Layer(NamedTuple):
-    """One layer's weights, multiplied out. Those marked * are float32, the others in the model's dtype."""
-    down: Tensor            # (E, C + Hk d)   [W_Q; W_K; W_V1; W_V2]^T, with the norm's weight
-    taps: Tensor            # (H, 3 d, d)   * twice the convolution, plus the identity at the newest tap
-    taps_bias: Tensor       # (H, 1, d)     *
-    size: Tensor          # (H, 1)        * the length of each head: 1, and T sqrt(d) for keys
-    o: Tensor               # (Hq d, E)       (diag(a_f) W_O)^T
-    attn_scale: Tensor      # (E)           * a_r
-    attn_constant: Tensor   # (E)           * b_r a_r + b_f a_f
-    moe_norm: Tensor        # (E)           * the norm's weight
-    router_down: Tensor     # (E, R)
-    router_bias: Tensor     # (R)
-    eda_scale: Tensor       # (R)             gamma, None in layer 0
-    fc1: Tensor             # (R, R)          with the norm's weight
-    fc1_bias: Tensor        # (R)
-    fc2: Tensor             # (R, R)
-    fc2_bias: Tensor        # (R)
-    out: Tensor             # (R, M)
-    moe_scale: Tensor       # (E)           * a_r
-    moe_constant: Tensor    # (E)           *
-    branch_scale: Tensor    # (E)           * a_f
-
-
 def fold(layer):
-    """Multiply out the weights of a Block -> Layer."""
+    """Multiply out the weights of a Block. Those marked * are float32, the others in the model's dtype."""
     attn, router, a, m = layer.attn, layer.moe.router, layer.attn_residual, layer.moe_residual
     d, T = attn.head_dim, wide(attn.temperature)
     # RMSNorm divides by |x| / sqrt(E). `step` divides by |x|, and the sqrt(E) is here, beside the norm's weight.
@@ -67,18 +44,19 @@ def fold(layer):
                                     attn.conv_grouped_weight, attn.conv_grouped_bias)      # (H, d, 3 d), (H, d)
     taps = 2 * taps
     taps[..., 2 * d:] += torch.eye(d, device=taps.device)
-    return Layer(
-        down=matrix(attn.down_weight(), norm_weight(layer.attn_norm)[:, None]),
-        taps=taps.mT.contiguous(), taps_bias=2 * bias[:, None],
-        size=torch.cat([T.new_ones(attn.Hq), T * d ** 0.5])[:, None],
-        o=matrix(attn.o_proj.weight, wide(a.branch_scale)),
-        attn_scale=wide(a.residual_scale), attn_constant=constant(a),
-        moe_norm=norm_weight(layer.moe_norm),
-        router_down=router.down_proj.weight.T.contiguous(), router_bias=router.down_proj.bias,
-        eda_scale=router.eda_scale,
-        fc1=matrix(router.fc1.weight, norm_weight(router.norm)[:, None]), fc1_bias=router.fc1.bias,
-        fc2=router.fc2.weight.T.contiguous(), fc2_bias=router.fc2.bias, out=router.out_proj.weight.T.contiguous(),
-        moe_scale=wide(m.residual_scale), moe_constant=constant(m), branch_scale=wide(m.branch_scale))
+    return SimpleNamespace(
+        down=matrix(attn.down_weight(), norm_weight(layer.attn_norm)[:, None]),             # (E, C + Hk d)
+        taps=taps.mT.contiguous(), taps_bias=2 * bias[:, None],                             # (H, 3 d, d), (H, 1, d) *
+        size=torch.cat([T.new_ones(attn.Hq), T * d ** 0.5])[:, None],                       # (H, 1) *: of each head
+        o=matrix(attn.o_proj.weight, wide(a.branch_scale)),                                 # (Hq d, E)
+        attn_scale=wide(a.residual_scale), attn_constant=constant(a),                       # (E) *, (E) *
+        moe_norm=norm_weight(layer.moe_norm),                                               # (E) *
+        router_down=router.down_proj.weight.T.contiguous(), router_bias=router.down_proj.bias,         # (E, R), (R)
+        eda_scale=router.eda_scale,                                                         # (R), None in layer 0
+        fc1=matrix(router.fc1.weight, norm_weight(router.norm)[:, None]), fc1_bias=router.fc1.bias,    # (R, R), (R)
+        fc2=router.fc2.weight.T.contiguous(), fc2_bias=router.fc2.bias,                     # (R, R), (R)
+        out=router.out_proj.weight.T.contiguous(),                                          # (R, M)
+        moe_scale=wide(m.residual_scale), moe_constant=constant(m), branch_scale=wide(m.branch_scale))     # (E) * each
 
 
 def rotation(cos, sin, d):

@@ -54,11 +54,9 @@ class ZayaConfig:
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})')
         if self.n_kv_head * self.head_dim % 2:
-            raise ValueError(f'n_kv_head * head_dim ({self.n_kv_head} * {self.head_dim}) must be even: '
-                             'half of the values come from the token before')
+            raise ValueError('n_kv_head * head_dim must be even: half of the values come from the token before')
         if not 0 < self.rope_fraction <= 1 or self.rope_dim % 2:
-            raise ValueError(f'rope_fraction * head_dim ({self.rope_fraction} * {self.head_dim}) must be an '
-                             'even number of dims, they are rotated in pairs')
+            raise ValueError('rope_fraction * head_dim must be an even number of dims: they are rotated in pairs')
 
     @property
     def rope_dim(self):
@@ -75,11 +73,6 @@ class ZayaConfig:
         """For one GPU: about nanoGPT's GPT-2 in active parameters."""
         return cls(vocab_size=50_304, context=1024, n_layer=16, n_embd=1024, n_head=8, n_kv_head=2, head_dim=64,
                    n_expert=16, expert_dim=1024, router_dim=128)
-
-    @classmethod
-    def small(cls):
-        """For a laptop: the defaults."""
-        return cls()
 
 
 def swiglu(gate_up):
@@ -295,8 +288,8 @@ def sizes(config):
 if __name__ == '__main__':
     heads = f'{"preset":<10}{"parameters":>16}{"active a token":>16}{"KV bytes a token":>18}'
     print(heads + f'{"full MHA":>10}{"smaller":>9}')
-    for preset in (ZayaConfig.zaya1_8b, ZayaConfig.medium, ZayaConfig.small):
-        n = sizes(preset())
-        print(f'{preset.__name__:<10}{n["total"]:>16,}{n["active"]:>16,}{n["kv_bytes"]:>18,}{n["mha_kv_bytes"]:>10,}'
+    for name, preset in ('zaya1_8b', ZayaConfig.zaya1_8b()), ('medium', ZayaConfig.medium()), ('small', ZayaConfig()):
+        n = sizes(preset)
+        print(f'{name:<10}{n["total"]:>16,}{n["active"]:>16,}{n["kv_bytes"]:>18,}{n["mha_kv_bytes"]:>10,}'
               f'{n["mha_kv_bytes"] / n["kv_bytes"]:>8.0f}x')
     print('active: parameters that work on one token, without the embedding. KV cache in bf16, over all layers.')

@@ -61,8 +61,7 @@ class Router(nn.Module):
         expert, weight = choose(probs, self.balancing_bias)
         if self.training:
             self.load += F.one_hot(expert.flatten(), len(self.load)).sum(0)     # no bincount: it would wait for the GPU
-        # Class N, where there is one, is 'skip' (mixture of depths): the experts give such a token zero.
-        return expert, weight, r
+        return expert, weight, r            # class N, if there is one, is 'skip': the experts give such a token zero
 
 
 def load_entropy(fractions):
@@ -91,8 +90,8 @@ class Balancer:
 
     @torch.no_grad()
     def step(self, update=True):
-        """Read and clear the loads; move the biases unless `update` is False (a skipped step). Returns the load
-        fractions, (layers, N) float32. Under torch.distributed the loads are summed over all ranks."""
+        """Read and clear the loads, summed over all ranks; move the biases unless `update` is False (a skipped step).
+        Return the load fractions, (layers, N) float32."""
         loads = torch.stack([router.load[:router.n_expert] for router in self.routers])
         if dist.is_initialized():
             dist.all_reduce(loads)

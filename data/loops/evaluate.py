@@ -10,7 +10,6 @@ An experiment has the settings of ExperimentConfig, say --seeds=1 --problems=50 
 one table: for each row the mean over the training seeds and, in brackets, the seeds one by one. Every training takes
 minutes. The runs stay in runs/loops_experiments, and a finished one is not repeated.
 """
-
 import os
 import statistics
 import subprocess
