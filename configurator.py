@@ -48,7 +48,8 @@ def assignments(path):
                 case ast.Expr(value=ast.Constant(value=str())):                 # a docstring
                     pass
                 case _:
-                    raise ValueError(f'only `key = value` lines are read, this is `{ast.unparse(line)[:60].splitlines()[0]}`')
+                    code = ast.unparse(line).splitlines()[0][:60]
+                    raise ValueError(f'only `key = value` lines are read, this is `{code}`')
     except OSError as error:
         raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
     except SyntaxError as error:

@@ -160,8 +160,8 @@ def test_mix_equals_the_steps_one_by_one_with_its_gradients(shape, S, has_past, 
 
 
 def test_mix_of_zeros_is_zero_with_finite_gradients():
-    x, w1, w2 = torch.zeros(1, 3, 24).requires_grad_(), torch.ones(24, 1, 2), torch.ones(24, 8, 2)
-    q, k = mix(x, None, w1, torch.zeros(24), w2, torch.zeros(24), torch.ones(1), *rope_table(torch.arange(3)[None], 4, 1e4))
+    x, w1, w2, b = torch.zeros(1, 3, 24).requires_grad_(), torch.ones(24, 1, 2), torch.ones(24, 8, 2), torch.zeros(24)
+    q, k = mix(x, None, w1, b, w2, b, torch.ones(1), *rope_table(torch.arange(3)[None], 4, 1e4))
     (q.sum() + k.sum()).backward()
     assert q.eq(0).all() and k.eq(0).all() and x.grad.isfinite().all()
 
@@ -317,14 +317,15 @@ def test_cache_holds_nothing_but_the_compressed_state():
 
 @torch.no_grad()
 def test_padding_leaves_no_trace_even_if_it_is_not_a_number():
-    """Of the same real tokens, with paddings that differ: all that a cache holds of its rows, and all logits to come."""
+    """Of the same real tokens, with paddings that differ: all that a cache holds of its rows, and all logits."""
     model, idx = tiny_model(), tokens(2, 4)
     other, kept = idx.clone(), []
     other[0, 2:] = 7
     for padded in idx, other:
         cache = model.make_cache(2, 6)
         model(padded, cache=cache, n_new=[2, 4])
-        kept.append([[t[:, :, :-1] for t in cache.k + cache.v], cache.qk + cache.v_last, model(idx[:, :1], cache=cache)[0]])
+        logits = model(idx[:, :1], cache=cache)[0]
+        kept.append([[t[:, :, :-1] for t in cache.k + cache.v], cache.qk + cache.v_last, logits])
     torch.testing.assert_close(*kept, rtol=0, atol=0)
     for t in cache.k + cache.v:
         t[:, :, -1] = float('nan')                              # the place where padding went

@@ -205,13 +205,17 @@ def test_any_flag_is_read_or_refused(key, text):
         assert key != 'name' or settings.name == text
 
 
-@pytest.mark.parametrize('error, line', [(ValueError('lr is -1'), 'p.py: lr is -1'), (OSError(2, 'gone', 'x'), "p.py: [Errno 2] gone: 'x'"),
-                                         (torch.OutOfMemoryError('2 GiB\nmore'), 'p.py: out of memory; try less (2 GiB)'),
-                                         (MemoryError(), 'p.py: out of memory; try less (MemoryError)'),
-                                         *((RuntimeError(text), "p.py: --compile=True needs a C++ compiler and Python's headers: install g++ "
-                                                                "and python3-dev, or name a compiler in CXX")
-                                           for text in ('InvalidCxxCompiler: none', 'fatal error: Python.h: No such file')),
-                                         (KeyboardInterrupt(), 'p.py: stopped; go on')])
+NEEDS_COMPILER = ("p.py: --compile=True needs a C++ compiler and Python's headers: install g++ and python3-dev, "
+                  'or name a compiler in CXX')
+
+
+@pytest.mark.parametrize('error, line', [
+    (ValueError('lr is -1'), 'p.py: lr is -1'), (OSError(2, 'gone', 'x'), "p.py: [Errno 2] gone: 'x'"),
+    (torch.OutOfMemoryError('2 GiB\nmore'), 'p.py: out of memory; try less (2 GiB)'),
+    (MemoryError(), 'p.py: out of memory; try less (MemoryError)'),
+    (RuntimeError('InvalidCxxCompiler: none'), NEEDS_COMPILER),
+    (RuntimeError('fatal error: Python.h: No such file'), NEEDS_COMPILER),
+    (KeyboardInterrupt(), 'p.py: stopped; go on')])
 def test_what_a_person_can_put_right_is_one_line_and_a_failing_exit_code(error, line):
     with pytest.raises(SystemExit) as exit, configurator.one_line_errors('p.py', 'try less', 'go on'):
         raise error

@@ -136,10 +136,11 @@ def test_looking_at_the_whole_capacity_changes_nothing(seed, heads, lengths, cap
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason='torch.compile needs a C++ compiler on a CPU')
 def test_compiled_generation_equals_plain_generation():
-    """Rows of several lengths, of which some stop early. Nothing may be left over for the next model: one with other weights, which
-    needs no new code, and one with another constant, which does. 23 is no power of two."""
+    """Rows of several lengths, of which some stop early. Nothing may be left over for the next model: one with other
+    weights, which needs no new code, and one with another constant, which does. 23 is no power of two."""
     for seed, rope_base in (0, 10_000.0), (1, 10_000.0), (1, 100.0):
         model = tiny_model(seed, n_layer=2, skip_expert=True, rope_base=rope_base, context=23)
         prompts = [tokens(n, seed=n).tolist() for n in (9, 3, 5)]
-        plain, compiled = (generate(model, prompts, 12, temperature=1.0, stop=range(20), compiled=c) for c in (False, True))
+        plain, compiled = (generate(model, prompts, 12, temperature=1.0, stop=range(20), compiled=c)
+                           for c in (False, True))
         assert compiled == plain and len(set(map(len, plain))) > 1

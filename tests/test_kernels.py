@@ -1,6 +1,6 @@
 """The kernel of kernels/, run on the CPU block by block and thread by thread, against float64; and its code for GPUs.
 
-NANOZAYA_CPU_BUILD chooses among the builds for the CPU (kernels/build.py); the tests marked by `every_build` run with all.
+NANOZAYA_CPU_BUILD chooses among the builds for the CPU (kernels/build.py); tests marked by `every_build` run with all.
 """
 import os
 import shutil
@@ -62,7 +62,7 @@ def problem(dtype, B, S, Hq, Hk, d, past, start, rows_apart, seed=0):
 
 
 def reference(qk, past, w1, b1, w2, b2, temperature, cos, sin, start):
-    """From the equations, each document by itself, with conv1d. temperature (B, S, Hk): one for each token, see below."""
+    """From the equations, each document by itself, with conv1d. temperature (B, S, Hk): one a token, see below."""
     B, S, C = qk.shape
     d, Hk = w2.shape[1], temperature.shape[-1]
     Hq, G, n = C // d - Hk, (C // d - Hk) // Hk, cos.shape[-1]
@@ -87,8 +87,8 @@ def reference(qk, past, w1, b1, w2, b2, temperature, cos, sin, start):
 
 
 def exact(p, dq, dk):
-    """q, k and the gradients of all float arguments in float64. The temperature's comes for each token: the sum over tokens
-    may all but cancel, and rounding errors are small against what is added up, not against what is left."""
+    """q, k and the gradients of all float arguments in float64. The temperature's comes for each token: the sum over
+    tokens may all but cancel, and rounding errors are small against what is added up, not against what is left."""
     p = {name: t if t is None or t.dtype == torch.bool else t.double() for name, t in p.items()}
     p['temperature'] = p['temperature'].expand(*p['qk'].shape[:2], -1)
     leaves = {name: p[name] for name in ('qk', 'past', 'w1', 'b1', 'w2', 'b2', 'temperature') if p[name] is not None}
@@ -128,8 +128,8 @@ def check(p, tile, seed=0):
 # ---- right ----
 
 @every_build
-@given(dtypes, st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 5, 13, 16, 17, 31, 33, 40]), heads, st.booleans(), st.booleans(),
-       st.booleans(), st.sampled_from([SMALL, LARGE]), seeds)
+@given(dtypes, st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 5, 13, 16, 17, 31, 33, 40]), heads, st.booleans(),
+       st.booleans(), st.booleans(), st.sampled_from([SMALL, LARGE]), seeds)
 def test_forward_and_backward_are_those_of_float64(dtype, B, S, shape, past, start, rows_apart, tile, seed):
     check(problem(dtype, B, S, *shape, past, start, rows_apart, seed), tile, seed)
 
@@ -167,7 +167,7 @@ def test_the_depthwise_bias_lands_on_the_padded_position():
 @given(dtypes, st.lists(st.integers(1, 9), min_size=1, max_size=5), seeds)
 @settings(max_examples=10)
 def test_chunks_with_a_cached_past_give_the_bits_of_the_whole(dtype, chunks, seed):
-    """Prefill, decoding steps of one to four tokens, anything: a row's result depends on its own two past rows alone."""
+    """Prefill, decoding steps of one to four tokens: a row's result depends on its own two past rows alone."""
     p = problem(dtype, 2, sum(chunks), 2, 1, 64, True, False, True, seed)
     whole, columns, at = forward(p, LARGE), torch.cat([p['past'], p['qk']], 1), 0
     for n in chunks:
@@ -187,7 +187,8 @@ def test_results_are_the_same_bits_every_time_and_alone_or_in_a_batch(seed):
     assert all(torch.equal(a, b) for a, b in zip(once, again))
     row = {name: t[1:2] if name in ('qk', 'past', 'cos', 'sin', 'start') else t for name, t in p.items()}
     assert all(torch.equal(a, b[1:2]) for a, b in zip(forward(row), once))
-    assert all(torch.equal(g, once[2 + i][1:2]) for i, g in enumerate(list(backward(dq[1:2], dk[1:2], row).values())[:2]))
+    gradients = list(backward(dq[1:2], dk[1:2], row).values())[:2]
+    assert all(torch.equal(g, once[2 + i][1:2]) for i, g in enumerate(gradients))
 
 
 @given(dtypes, st.integers(0, 20), seeds)
@@ -213,7 +214,7 @@ def test_a_zero_vector_stays_zero_and_its_gradient_is_finite():
 @given(dtypes, st.integers(1, 3), st.integers(1, 5))
 @settings(max_examples=5)
 def test_rows_of_a_wider_tensor_and_gradients_of_any_stride_are_read_in_place(dtype, B, S):
-    """qk may be a part of a fused projection; the gradients of attention come as (B, S, H, d), transposed, or expanded."""
+    """qk may be a part of a wider projection; attention's gradients come as (B, S, H, d), transposed, or expanded."""
     p = problem(dtype, B, S, 2, 1, 64, False, False, False)
     wide = torch.cat([p['qk'], torch.full((B, S, 64), float('nan'), dtype=dtype)], -1)
     part = p | {'qk': wide[..., :192]}
@@ -224,8 +225,8 @@ def test_rows_of_a_wider_tensor_and_gradients_of_any_stride_are_read_in_place(dt
 
 
 @pytest.mark.skipif(build.gpu_trouble() is not None, reason=str(build.gpu_trouble()))
-@given(dtypes, st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 31, 64, 65, 200, 1500]), heads, st.booleans(), st.booleans(),
-       st.booleans(), st.sampled_from([0, SMALL, LARGE]), seeds)
+@given(dtypes, st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 31, 64, 65, 200, 1500]), heads, st.booleans(),
+       st.booleans(), st.booleans(), st.sampled_from([0, SMALL, LARGE]), seeds)
 @settings(max_examples=60)
 def test_a_gpu_gives_what_float64_gives(dtype, B, S, shape, past, start, rows_apart, tile, seed):
     kernels.load('cuda')
@@ -243,7 +244,8 @@ def arguments(p, leaves=('qk', 'w1', 'b1', 'w2', 'b2', 'temperature')):
 
 def test_autograd_returns_the_backward_operator_s_gradients_in_each_parameter_s_dtype():
     p = problem(torch.bfloat16, 2, 5, 2, 1, 64, True, True, False)
-    p = {name: t.float() if name in ('w1', 'b1', 'w2', 'b2', 'temperature') else t for name, t in p.items()}    # master weights
+    masters = 'w1', 'b1', 'w2', 'b2', 'temperature'
+    p = {name: t.float() if name in masters else t for name, t in p.items()}
     inputs = arguments(p, ('qk', 'past', 'w1', 'b1', 'w2', 'b2', 'temperature'))
     q, k = kernels.cca_mix(*inputs)
     dq, dk = torch.randn_like(q), torch.randn_like(k)
@@ -288,13 +290,14 @@ BAD = {                                                         # name: (what is
     'whole numbers': (lambda p: p | {'b2': p['b2'].long()}, TypeError, 'must be floats'),
     'past shape': (lambda p: p | {'past': p['qk'][:, :1]}, ValueError, r'past must have the shape \[2, 2, 192\]'),
     'past dtype': (lambda p: p | {'past': p['qk'][:, :2].bfloat16()}, TypeError, "qk's dtype"),
-    'start shape': (lambda p: p | {'start': torch.ones(2, 1, dtype=torch.bool)}, ValueError, 'start must have the shape'),
+    'start shape': (lambda p: p | {'start': torch.ones(2, 1).bool()}, ValueError, 'start must have the shape'),
     'start dtype': (lambda p: p | {'start': torch.ones(2, 4)}, TypeError, 'start must be bool'),
     'cos': (lambda p: p | {'cos': p['cos'][:, :-1]}, ValueError, 'cos must have the shape'),
     'cos rows': (lambda p: p | {'cos': p['cos'].expand(3, -1, -1)}, ValueError, 'cos must have the shape'),
     'sin': (lambda p: p | {'sin': p['sin'][..., :8]}, ValueError, 'sin must have the shape'),
-    'odd rotation': (lambda p: p | {'cos': p['cos'][..., :12], 'sin': p['sin'][..., :12]}, ValueError, 'n a multiple of 8'),
-    'rotates too much': (lambda p: p | {'cos': p['cos'].repeat(1, 1, 3), 'sin': p['sin'].repeat(1, 1, 3)}, ValueError, '2n of 64'),
+    'odd rotation': (lambda p: p | {name: p[name][..., :12] for name in ('cos', 'sin')}, ValueError, 'multiple of 8'),
+    'rotates too much': (lambda p: p | {name: p[name].repeat(1, 1, 3) for name in ('cos', 'sin')},
+                         ValueError, '2n of 64'),
     'column stride': (lambda p: p | {'qk': p['qk'].mT.contiguous().mT}, ValueError, 'contiguous'),
     'alignment': (lambda p: p | {'qk': F.pad(p['qk'], (1, 0))[..., 1:]}, ValueError, '16 bytes'),
     'uneven rows': (lambda p: p | {'qk': F.pad(p['qk'], (0, 0, 0, 1))[:, :4]}, ValueError, 'equally spaced'),
@@ -360,7 +363,8 @@ def test_the_model_with_the_kernel_continues_a_cache_with_rows_of_any_length():
     kernels.use(model, 'hip', torch.float32)
     caches = [m.make_cache(2, 12) for m in (model, plain)]
     for i, n_new in enumerate(([3, 5], [1, 1], [0, 2], [4, 1])):
-        a, b = (m(tokens(2, max(n_new), seed=i), cache=cache, n_new=n_new)[0] for m, cache in zip((model, plain), caches))
+        a, b = (m(tokens(2, max(n_new), seed=i), cache=cache, n_new=n_new)[0]
+                for m, cache in zip((model, plain), caches))
         assert all((a[row, :n] - b[row, :n]).abs().max() < 1e-4 for row, n in enumerate(n_new) if n)
 
 
@@ -411,7 +415,8 @@ def test_auto_never_fails_and_hip_says_why(monkeypatch, capsys, forget):
     assert capsys.readouterr().err == ''
     for _ in range(2):
         kernels.use(model, 'auto', torch.bfloat16)
-    assert capsys.readouterr().err == 'CCA runs without its kernel: the kernel could not be built: no compiler\n'       # once
+    once = 'CCA runs without its kernel: the kernel could not be built: no compiler\n'
+    assert capsys.readouterr().err == once
     kernels.use(small := model_of(32), 'auto', torch.bfloat16)
     assert 'not torch.bfloat16, 32 and 16' in capsys.readouterr().err
     with pytest.raises(ValueError, match='no compiler') as error:

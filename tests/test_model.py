@@ -43,7 +43,8 @@ def test_gradients_of_dispatch_are_those_of_each_expert_alone(seed, skip):
 
     def one_by_one():
         return torch.stack([0 * x_t if e == len(experts.gate_up) else
-                            w * experts.down[e] @ swiglu(experts.gate_up[e] @ x_t) for x_t, e, w in zip(x, expert, weight)])
+                            w * experts.down[e] @ swiglu(experts.gate_up[e] @ x_t)
+                            for x_t, e, w in zip(x, expert, weight)])
     g = torch.randn(40, 32, generator=torch.Generator().manual_seed(seed))
     grads = [torch.autograd.grad(y, leaves, g, materialize_grads=True)
              for y in (experts(x, expert, weight), one_by_one())]
@@ -76,8 +77,9 @@ def test_residual_scaling_at_init_is_the_plain_residual():
 
 @given(seeds)
 def test_residual_scaling_is_equation_6(seed):
-    s, (x, f) = randomize(ResidualScaling(8), seed), torch.randn(2, 2, 3, 8, generator=torch.Generator().manual_seed(seed))
-    expected = s.residual_scale * x + s.residual_scale * s.residual_bias + s.branch_scale * f + s.branch_scale * s.branch_bias
+    s, generator = randomize(ResidualScaling(8), seed), torch.Generator().manual_seed(seed)
+    x, f = torch.randn(2, 2, 3, 8, generator=generator)
+    expected = (x + s.residual_bias) * s.residual_scale + (f + s.branch_bias) * s.branch_scale
     torch.testing.assert_close(s(x, f), expected)
 
 
@@ -186,8 +188,9 @@ def test_too_long_and_empty_sequences_are_refused(idx, message):
         model(tokens(2, 70), cache=model.make_cache(2, 100), n_new=[3, 65])
 
 
-@pytest.mark.parametrize('bad', [dict(n_head=5), dict(n_layer=0), dict(head_dim=7, n_kv_head=1), dict(rope_fraction=0.4),
-                                 dict(init_std=-1.0), dict(norm_eps=0.0), dict(rope_base=float('inf'))])
+@pytest.mark.parametrize('bad', [dict(n_head=5), dict(n_layer=0), dict(head_dim=7, n_kv_head=1),
+                                 dict(rope_fraction=0.4), dict(init_std=-1.0), dict(norm_eps=0.0),
+                                 dict(rope_base=float('inf'))])
 def test_impossible_sizes_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         tiny_config(**bad)

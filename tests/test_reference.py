@@ -1,4 +1,4 @@
-"""The oracle: `transformers`' ZayaForCausalLM, tiny and with every number random, against ours loaded from its files."""
+"""The oracle: `transformers`' ZayaForCausalLM, tiny and random in every number, against ours, loaded from its files."""
 import copy
 import json
 import os
@@ -24,9 +24,9 @@ SHAPES = {                                      # query heads, KV heads, head di
 
 
 def make_reference(folder, seed=1, dtype=torch.float32, shards=None, **shape):
-    config = transformers.ZayaConfig(**dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, moe_intermediate_size=24,
-                                            router_hidden_size=16, max_position_embeddings=128, pad_token_id=0,
-                                            bos_token_id=1, eos_token_id=2) | shape)
+    sizes = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, moe_intermediate_size=24, router_hidden_size=16,
+                 max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = transformers.ZayaConfig(**sizes | shape)
     reference = randomize(transformers.ZayaForCausalLM(config), seed).to(dtype).eval()
     for layer in reference.model.layers:        # .to() rounded these, a released checkpoint keeps them in float32
         layer.mlp.gate.balancing_biases = layer.mlp.gate.balancing_biases.float()

@@ -1,5 +1,5 @@
-"""Markovian RSA (rsa.py) under fake models: its special cases, its bounds, its bookkeeping, and why voting helps; then its
-command line, with tiny random ones."""
+"""Markovian RSA (rsa.py) under fake models: its special cases, its bounds, its bookkeeping, and why voting helps; then
+its command line, with tiny random ones."""
 import itertools
 import math
 import random
@@ -436,7 +436,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def released_folder(tmp_path_factory):
-    """A tiny random model in the released layout, with a byte-level tokenizer that puts <bos> first and knows ChatML."""
+    """A tiny random model in the released layout, whose byte-level tokenizer puts <bos> first and knows ChatML."""
     pytest.importorskip('safetensors')
     tokenizers = pytest.importorskip('tokenizers')
     folder = tmp_path_factory.mktemp('released')
@@ -447,7 +447,8 @@ def released_folder(tmp_path_factory):
     tokenizer.train_from_iterator([], tokenizers.trainers.BpeTrainer(
         vocab_size=300, special_tokens=special, show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single='<bos> $A', special_tokens=[('<bos>', 0)])
+    template = tokenizers.processors.TemplateProcessing
+    tokenizer.post_processor = template(single='<bos> $A', special_tokens=[('<bos>', 0)])
     tokenizer.save(str(folder / 'tokenizer.json'))
     model = tiny_model(vocab_size=tokenizer.get_vocab_size(), context=1024, skip_expert=True)
     model.released_config = {'eos_token_id': 2}
@@ -487,10 +488,12 @@ def test_show_marks_what_is_right_so_far(capsys):
     said = iter([ENC.encode_ordinary('51a-2=3'), ENC.encode_ordinary('51a-2=4'),
                  [*ENC.encode_ordinary('3'), task.CLOSE, *ENC.encode_ordinary('3'), task.END]] * 2)
     result, = markovian_rsa([ENC.encode_ordinary('1x:a-2=5')], lambda prompts, n: [next(said) for _ in prompts],
-                            task.build_prompt, answer_of=task.answer_of, population=3, candidates=1, rounds=1, budget=11, tail=5)
+                            task.build_prompt, answer_of=task.answer_of, population=3, candidates=1, rounds=1,
+                            budget=11, tail=5)
     rsa.print_population(result, '1x:a-2=5', ENC.decode, task.judge, task.spaced)
     assert capsys.readouterr().out.splitlines() == [
-        '', 'round 0: 2 of 3 are right so far', ' 0  ok    5 1a-2=3', ' 1  wrong 5 1a-2=4', ' 2  ok    3</think>3<|end|>',
+        '', 'round 0: 2 of 3 are right so far', ' 0  ok    5 1a-2=3', ' 1  wrong 5 1a-2=4',
+        ' 2  ok    3</think>3<|end|>',
         '', 'round 1: 2 of 3 are right so far', ' 0  reads  0  ok    5 1a-2=3', ' 1  reads  1! wrong 5 1a-2=4',
         ' 2  reads  2  ok    (finished) 3</think>3<|end|>', '']
 
@@ -511,8 +514,8 @@ def test_a_released_model_is_asked_in_its_chat_format(released_folder, monkeypat
     assert text(speaker.answer_of([*speaker.encode('a</think>b</think>c'), 2])) == 'c'
     assert [speaker.answer_of(o) for o in ([], speaker.encode('a</think>c'), [*speaker.encode('ac'), 2])] == [None] * 3
 
-    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={released_folder}', '--question=2 + 2?', '--budget=6',
-                              '--tail=3', '--show=True', *FLAGS)
+    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={released_folder}', '--question=2 + 2?',
+                              '--budget=6', '--tail=3', '--show=True', *FLAGS)
     assert message is None and len(re.findall('^round', out, re.M)) == 3
     assert re.search(r'answers: none; \d+ tokens generated$', out)
 
