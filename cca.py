@@ -16,8 +16,8 @@ For a token x_t (already RMS-normed), after the CCA paper (arXiv 2510.04476, II-
     6. value shift    v_t = [W_V1 x_t ; W_V2 x_{t-1}]                      x_{-1} = 0
     7. attend         softmax(q k^T / sqrt(d)) v, causal, then W_O back to width E
 
-T itself scales the keys, not exp(T) as in the paper: this keeps the logits bounded (ZAYA1-8B report, 2605.05365,
-App. C). Steps 2 to 5 are one function, `mix`, in whose place a kernel may be put (kernels/).
+T itself scales the keys, not exp(T) as in the paper, so that logits grow no faster than T (ZAYA1-8B report,
+2605.05365, App. C). Steps 2 to 5 are one function, `mix`, in whose place a kernel may be put (kernels/).
 
 Legend:  B batch   S sequence (new tokens)   P positions attended to   E residual width
          Hq, Hk query / KV heads   H = Hq + Hk   G = Hq / Hk query heads a KV head   d head dim   C = H d channels
@@ -98,8 +98,8 @@ def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
     temperature (Hk): T. cos, sin (B or 1, S, n): of rope_table. start (B, S) bool or None: as in CCA.forward."""
     (B, S, C), d, Hk = qk.shape, w2.shape[1], len(temperature)
     H, Hq = C // d, C // d - Hk
-    # 2. A kernel of 3 looks back on two columns, the past. At the start of a sequence that is zero; but since the zeros
-    # stand BEFORE the first convolution, what the second one sees of them is the first one's bias.
+    # 2. A kernel of 3 looks back on two columns, the past. At the start of a sequence that is zero: x before the first
+    # convolution is, so that a, before the second one, is b1 there and not zero.
     x = F.pad(qk, (0, 0, 2, 0)) if past is None else torch.cat([past, qk], 1)   # (B, S + 2, C)
     x = x.unflatten(-1, (H, d)).permute(2, 0, 1, 3)                         # (H, B, S + 2, d): heads first from here on
     taps = [x[:, :, :-2], x[:, :, 1:-1], x[:, :, 2:]]                           # x_{t-2}, x_{t-1}, x_t
@@ -155,7 +155,7 @@ class CCA(nn.Module):
         # 2 to 5. Convolutions, QK-mean, norm, RoPE.
         q, k = self.mix(qk, past, self.conv_depthwise_weight, self.conv_depthwise_bias, self.conv_grouped_weight,
                         self.conv_grouped_bias, self.temperature, cos, sin, start)       # (B, Hq or Hk, S, d)
-        # 6. Values: half of the latent sees this token, the other half the one before. 2 KV heads: one head each.
+        # 6. Values: half of the latent sees this token, the other half the one before. Of 2 KV heads, each does one.
         v_before = v_delayed[:, :-1]                                            # (B, S, Hk d / 2)
         if start is not None:
             v_before = v_before.masked_fill(start[..., None], 0)

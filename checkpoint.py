@@ -153,7 +153,10 @@ def config_from_json(folder):
             sizes[ours] = values.get(theirs, getattr(released, ours))
             if type(sizes[ours]) not in (kind := type(getattr(released, ours)), int):
                 raise ValueError(f'{path}: {theirs} must be {kind.__name__}, got {sizes[ours]!r}')
-    return ZayaConfig(**sizes, skip_expert=True)
+    try:
+        return ZayaConfig(**sizes, skip_expert=True)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
 
 
 def config_to_json(config):

@@ -1,4 +1,4 @@
-"""Settings: defaults from dataclasses, then a config file, then --key=value, in this order; the later wins.
+"""Settings: defaults from dataclasses, then config files and --key=value in the order given; the later wins.
 
 A config file holds plain assignments, `lr = 3e-4` or `max_steps = 600_000 * 2`, and comments. It looks like Python but
 is only read, with `ast`: numbers, strings, True, False, and arithmetic. Nothing in it is executed, and a key that no
@@ -55,7 +55,7 @@ def assignments(path):
     except SyntaxError as error:
         raise ValueError(f'{path}, line {error.lineno or 1}: {error.msg}') from None
     except NO_VALUE as error:
-        raise ValueError(f'{place}: {key}{error or "too many brackets"}') from None
+        raise ValueError(f'{place}: {key}{str(error) or "too many brackets"}') from None
     return found
 
 

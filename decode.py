@@ -4,11 +4,11 @@ Why. For a single token the arithmetic is nothing and each of PyTorch's calls ta
 pass of model.py, made for thousands of tokens at once, spends its time in calls. Two ways around that. Each is a
 function step(cache, tokens), and equals model(tokens[:, None], cache=cache) up to rounding:
 
-`folded(model)`, at once: the same function written for S = 1, in a third of the calls.
-  - Weights that meet in a row are multiplied beforehand: W_Q, W_K and both W_V are one matrix, every RMSNorm's weight
-    is in the matrix after it, the two convolutions are one of kernel 3, and a_f of residual scaling is in W_O.
-  - QK-mean needs no means. Only the directions of q and k count, since both are normed next: twice q + (q~ + k~) / 2
-    does as well, and its part 2 q + q~ is a convolution like q itself. Likewise 2 k + k~, plus the mean of q~.
+`folded(model)`, ready at once: the same function written for S = 1, in a third of the calls.
+  - Weights that meet in a row are multiplied beforehand: W_Q, W_K and both W_V are one matrix, the weight of a norm is
+    in the matrix after it where there is a single one, the convolutions are one of kernel 3, and a_f is in W_O.
+  - QK-mean needs no halves. Only the directions of q and k count, since both are normed next, so they may be twice as
+    long: (2 q + q~) + k~, and (2 k + k~) + the mean of q~. What is in brackets is a convolution, like q itself.
   - RoPE turns all heads of a token by the same angles: one matrix for all layers. It keeps lengths, so that the norm
     can come after it.
 
@@ -70,7 +70,7 @@ def rotation(cos, sin, d):
 @contextlib.contextmanager
 def without_onednn(wanted):
     """Do without oneDNN's GELU, if wanted: for so few numbers it takes four times as long as torch's, a sixth of a step
-    at B = 1. In bf16, oneDNN also makes the products: not wanted there."""
+    at B = 1. Not wanted in bf16, where oneDNN makes the matrix products, too, and makes them well."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and not wanted
     try:

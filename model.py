@@ -41,7 +41,7 @@ class ZayaConfig:
     n_expert: int = 8
     expert_dim: int = 256           # F, width inside an expert, after the gate
     router_dim: int = 64            # R
-    skip_expert: bool = False       # one more class that computes nothing; in the released checkpoint, off from scratch
+    skip_expert: bool = False       # one more class that computes nothing; the released model has it
     rope_base: float = 10_000.0     # 10K at 4K context, 1M at 32K, 5M at 131K (report, III)
     rope_fraction: float = 0.5      # of each head's dims that are rotated
     norm_eps: float = 1e-5
@@ -55,8 +55,8 @@ class ZayaConfig:
             raise ValueError(f'n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})')
         if self.n_kv_head * self.head_dim % 2:
             raise ValueError('n_kv_head * head_dim must be even: half of the values come from the token before')
-        if not 0 < self.rope_fraction <= 1 or self.rope_dim % 2:
-            raise ValueError('rope_fraction * head_dim must be an even number of dims: they are rotated in pairs')
+        if not 0 < self.rope_fraction <= 1 or self.rope_fraction * self.head_dim % 2:
+            raise ValueError('rope_fraction must be 0 to 1, and times head_dim even: dims are rotated in pairs')
 
     @property
     def rope_dim(self):
@@ -104,9 +104,9 @@ class Experts(nn.Module):
         expert, order = expert.sort(stable=True)                # expert 0's tokens first, skipped ones last
         ends = torch.searchsorted(expert, torch.arange(len(down), device=x.device), right=True, out_int32=True)
         skipped = (expert == len(down))[:, None]                # (T, 1): rows that belong to no slice
-        x = x.to(dtype).index_select(0, order).masked_fill(skipped, 0)
+        x = x.to(dtype).index_select(0, order).masked_fill(skipped, 0)          # backward: nor is their gradient
         h = swiglu(grouped_mm(x, gate_up.mT, offs=ends))        # (T, F)
-        y = grouped_mm(h, down.mT, offs=ends).masked_fill(skipped, 0)           # what no slice has written is undefined
+        y = grouped_mm(h, down.mT, offs=ends).masked_fill(skipped, 0)           # forward: their rows are not defined
         return torch.zeros_like(y).index_copy(0, order, y) * weight[:, None].to(dtype)
 
 
@@ -250,13 +250,13 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, targets):
-        n, rows = (targets >= 0).sum(), max(512, 2 ** 19 // len(W))       # a small vocabulary: what a CPU's cache holds
+        n, rows = (targets >= 0).sum().clamp_min(1), max(512, 2 ** 19 // len(W))    # a piece: 2 MiB, or 512 rows
         loss, dx, dW = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(W)
         for x_piece, target, dx_piece in zip(x.split(rows), targets.split(rows), dx.split(rows)):
             scored, target = (target >= 0)[:, None], target.clamp_min(0)[:, None]               # (rows, 1) each
             logp = (x_piece @ W.T).log_softmax(-1)                              # (rows, V)
             loss -= logp.gather(1, target).mul_(scored).sum()
-            if any(ctx.needs_input_grad):
+            if ctx.needs_input_grad[0]:                                         # not in evaluation
                 dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(x_piece[:, :1])).mul_(scored / n)
                 torch.mm(dlogits, W, out=dx_piece)
                 dW.addmm_(dlogits.T, x_piece)
@@ -272,8 +272,8 @@ class CrossEntropy(torch.autograd.Function):
 def sizes(config):
     """Count what a config comes to, without allocating it. total: parameters. active: those that work on one token,
     without the embedding. kv_bytes: of the KV cache, a token, bf16, all layers; mha_kv_bytes: were it full multi-head
-    attention. train_flops: of training on one token, 6 for each parameter at work (2 forward, 4 backward), the output
-    head among them, and in attention 12 for each dim of a query head and position attended to, half the context."""
+    attention. train_flops: of training on one token. 6 for each parameter at work, those of the output head included (2
+    forward, 4 backward); 12 for each dim of the query heads and each position attended to, half the context."""
     with torch.device('meta'):
         model = Zaya(config)
     total = sum(p.numel() for p in model.parameters())

@@ -4,7 +4,7 @@ The idea. Most mixture-of-experts models route with a single linear layer. ZAYA1
 from a small state that is averaged over DEPTH, so that a layer's choice builds on those of the layers below it
 (ZAYA1-8B report, arXiv 2605.05365, II-A2, eqs. 1-5):
 
-    r_l = W_down h_l + b_down + gamma_l * r_{l-1}            Exponential Depth Averaging; no second term in layer 0
+    r_l = W_down h_l + b_down + gamma_l * r_{l-1}            Exponential Depth Averaging; h normed x, gamma_0 = 0
     s_l = softmax(MLP(RMSNorm(r_l)))                         MLP: linear, GELU, linear, GELU, linear (no bias)
     e   = argmax(s_l + b_l)                                  top-1; the balancing bias b_l only takes part here ...
     w   = s_l[e]                                             ... the output weight is the unbiased probability
@@ -66,7 +66,7 @@ class Router(nn.Module):
 
 def load_entropy(fractions):
     """How even a load is: H(p) / ln N, 1 when perfectly balanced, 0 when one expert gets all. (..., N) -> (...)."""
-    return -torch.special.xlogy(fractions, fractions).sum(-1) / math.log(fractions.shape[-1])
+    return -torch.special.xlogy(fractions, fractions).sum(-1) / (math.log(fractions.shape[-1]) or 1)
 
 
 class Balancer:

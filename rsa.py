@@ -1,16 +1,16 @@
 """Markovian RSA: a population thinks in rounds of bounded length, and in between it outvotes the errors of its members.
 
-An output is cut after `budget` tokens, and only its last `tail` tokens live on: they say how far it came. In the next
-round each candidate reads the question and the tails of a few others, drawn uniformly and without replacement, and
-continues from what most of them agree on. On the right, what this becomes in three special cases:
+An output is cut after `budget` tokens, and only its last `tail` tokens live on. In the next round each candidate reads
+the question and some of these tails, drawn uniformly without replacement, and goes on from what most of them agree on:
 
-    round 0      output_i = generate(question)            i = 1..N       T = 0       parallel sampling: nothing follows
-    always       tail_i   = last tau tokens of output_i                  tau = beta  full-chain RSA: nothing is cut away
-    round 1..T   output_i = generate(question, C tails of the last)      C = 1       Delethink: each reads its own tail
+    round 0      output_i = generate(question)                                  i = 1..N
+    round 1..T   output_i = generate(question, C tails of the round before)
+    always       tail_i   = last tau tokens of output_i
     result       the N outputs of round T; its score is their mean correctness, not that of the best
 
-A prompt holds the question and C tails, whatever beta and T are, while a line of thought may have (T + 1) beta tokens:
-to think longer takes no longer context. The cost is the number of tokens generated in all; prompts do not count.
+T = 0 is parallel sampling; tau = beta, full-chain RSA; C = 1, where each goes on from its own tail, Delethink. Whatever
+beta and T are, a prompt holds the question and C tails: to think longer takes no longer context. The cost is the number
+of tokens generated in all; prompts do not count.
 
 Source: ZAYA1-8B report (arXiv 2605.05365), section VI. Delethink, Markovian thinking: Aghajohari et al., 2510.06557.
 Legend: N population   C candidates   T rounds after round 0   beta budget   tau tail
@@ -41,7 +41,7 @@ def markovian_rsa(questions, generate, build_prompt, *, population=16, candidate
     finishes. If C = 1, who has finished is not generated again; if C > 1, there are others to read, so everybody is.
     final_budget: the budget of the last round, if it is another. compact='answer': who has finished passes on the last
     tau tokens of the answer alone. seed: draws depend on it and the question, not on other questions or on `rounds`.
-    Each dict: {'rounds': [{'draws': N lists of C numbers, [] in round 0; 'prompts': N lists, None where nothing was
+    Each dict: {'rounds': [{'draws': N lists of C numbers, empty in round 0; 'prompts': N lists, None where nothing was
     generated; 'outputs': N lists; 'answers': N lists or None; 'tails': N lists; 'tokens': how many were generated},
     ...], 'outputs', 'answers': those of the last round, 'tokens': of all rounds}. Raise ValueError if a setting is bad.
     """
@@ -173,11 +173,11 @@ def main(config):
         print(f'{question}   {steps} steps, the answer is {task.solve(question)}')
     elif not question:
         raise ValueError(f'{config.ckpt} is a released model: give it a --question')
-    rounds = rounds if config.rounds < 0 else config.rounds
-    result, = markovian_rsa([speaker.encode(question)], sampler(speaker, config), speaker.build_prompt, rounds=rounds,
-                            population=config.population, candidates=config.candidates, budget=config.budget or budget,
-                            tail=config.tail or tail, final_budget=config.final_budget or None, compact=config.compact,
-                            answer_of=speaker.answer_of, seed=config.seed)
+    result, = markovian_rsa(
+        [speaker.encode(question)], sampler(speaker, config), speaker.build_prompt, population=config.population,
+        candidates=config.candidates, rounds=rounds if config.rounds < 0 else config.rounds, compact=config.compact,
+        budget=config.budget or budget, tail=config.tail or tail, final_budget=config.final_budget or None,
+        answer_of=speaker.answer_of, seed=config.seed)
     if config.show:
         print_population(result, question, speaker.decode, *extras)
     votes = Counter(speaker.decode(answer).strip() for answer in result['answers'] if answer is not None)

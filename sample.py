@@ -61,9 +61,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     """Continue each prompt, a list of tokens of any length. Return the new tokens of each, as lists.
 
     A row ends after max_new_tokens, or with the first token in `stop`, which is its last token then. Each row has a
-    random generator of its own, made from (seed, row number): its tokens do not depend on its neighbours. stream(row,
-    token), if given, is called for every new token. The options of sampling are those of sample_tokens. compiled: by
-    decode.compiled, which computes finished rows as well until the last one ends.
+    random generator of its own, made from (seed, row number): up to rounding, its tokens do not depend on its
+    neighbours. stream(row, token), if given, is called for every new token. The options of sampling are those of
+    sample_tokens. compiled: decode.compiled makes the steps, and finished rows stay until the last one ends.
     Raises ValueError for an empty prompt, a token outside the vocabulary, and what does not fit the context.
     """
     check_prompts(model.config, prompts, max_new_tokens)

@@ -93,11 +93,10 @@ def lr_at(step, config):
 def start_processes(config):
     """Join the processes of torchrun, if there are any. Return rank, number of processes, device."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if world > 1 and torch.cuda.is_available():                 # first of all, or each would put something on GPU 0
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     device = configurator.pick_device(config.device)
     if world > 1:
-        if device.type == 'cuda':
-            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-            torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     if config.grad_accum % world:
         raise ValueError(f'grad_accum ({config.grad_accum}) must be a multiple of the {world} processes')
@@ -106,7 +105,7 @@ def start_processes(config):
 
 def open_data(config, model_config):
     """Open the dataset. Return its loader, that of held-out data, its tokenizer's path, and the model's config with its
-    vocabulary. Raises ValueError if the config asks for another one."""
+    vocabulary. Raises ValueError if that config names another vocab_size."""
     loader, val_loader = (open_dataset(config.dataset, split, config.batch_size, model_config.context, config.seed)
                           for split in ('train', 'val'))
     V = loader.vocab_size
@@ -191,10 +190,11 @@ def evaluate(step, config, model, loader, autocast, tokenizer, say):
              for layer in model.layers]
     model.eval()
     # What was compiled for training would have to be compiled anew for evaluation and its other shapes.
-    with autocast, torch.compiler.set_stance('force_eager') if config.compile else contextlib.nullcontext():
+    with torch.compiler.set_stance('force_eager') if config.compile else contextlib.nullcontext():
         for index in range(n):
             x, y, start = (None if t is None else t.to(model.device) for t in loader.batch(index))
-            losses.append(model(x, y, start)[1])
+            with autocast:
+                losses.append(model(x, y, start)[1])
         for hook in hooks:
             hook.remove()
         val_loss = torch.stack(losses).mean().item()
@@ -262,7 +262,7 @@ def train(config, model_config):
     if step == 0:                                               # before any learning: val loss is near ln(vocab_size)
         log({'step': 0, 'tokens': 0} | evaluation())
     model.train()
-    for layer in model.layers if config.compile else ():        # one program, written for the first, serves all of them
+    for layer in model.layers if config.compile else ():        # layers that are alike share one program
         layer.compile()
     # With DDP, buffers are the balancer's business: it sums the loads over ranks and moves all biases alike.
     forward = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
@@ -295,7 +295,7 @@ def train(config, model_config):
                 history[step], steps, seconds = loss, 0, 0.0
                 bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tok/s, load entropy {row["entropy"]:.3f}')
             bar.update()
-            # Not after a skipped step: the count of those in a row is not in a checkpoint.
+            # Not after a skipped step: a run that goes on from a checkpoint counts those in a row from 0.
             if (step % config.checkpoint_every == 0 or done) and finite and rank == 0:
                 save()
     if world > 1:
