@@ -13,7 +13,7 @@ endif
 
 demo: data/stdlib/meta.json data/loops/votes/meta.json
 	$(PY) train.py config/demo.py
-	$(PY) sample.py --ckpt=runs/demo --prompt='def ' --max_new_tokens=150 --temperature=0.6
+	$(PY) sample.py --ckpt=runs/demo --prompt='    def __init__(self' --max_new_tokens=45 --temperature=0.5 --seed=2
 	$(PY) train.py config/loops.py
 	$(PY) -m data.loops.evaluate --ckpt=runs/loops --split=hard
 
