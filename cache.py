@@ -19,6 +19,7 @@ rest padding, is
 Legend:  B rows   S new columns   P positions looked at   Hk KV heads   d head dim   C convolution channels
 """
 import torch
+import torch.nn.functional as F
 
 
 class Cache:
@@ -80,3 +81,18 @@ class Cache:
         for name in 'k', 'v', 'qk', 'v_last':
             setattr(self, name, [t[index] for t in getattr(self, name)])
         self.lengths = [self.lengths[row] for row in rows]
+
+    def grow(self, capacity):
+        """Make room for rows of `capacity` tokens."""
+        for store in self.k, self.v:
+            store[:] = [F.pad(t, (0, 0, 0, max(0, capacity - self.capacity))) for t in store]
+        self.capacity = max(self.capacity, capacity)
+
+    def mark(self):
+        """Return what `rewind` needs to forget all tokens that will come after those held now."""
+        return list(self.lengths), [t.clone() for t in self.qk + self.v_last]
+
+    def rewind(self, mark):
+        self.lengths = list(mark[0])
+        for t, was in zip(self.qk + self.v_last, mark[1]):
+            t.copy_(was)

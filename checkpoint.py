@@ -8,7 +8,6 @@ Two kinds of folder hold a model:
 Nothing in a file is ever executed. A file that cannot be used is a ValueError that names it.
 """
 import csv
-import importlib
 import json
 import os
 import pickle                                                   # for the name of an error only: see load_checkpoint
@@ -18,8 +17,9 @@ import zipfile
 
 import torch
 
-from data.reasoning import prompt_tokens
-from data.tokenizer import load_tokenizer
+from configurator import package
+from data.folder import read_json, weight_files
+from data.language import released_language, run_language
 from model import Zaya, ZayaConfig
 
 # This project's names -> the released names: each rule in turn replaces what it finds in a name.
@@ -103,34 +103,6 @@ def save_pretrained(model, folder):
         json.dump(getattr(model, 'released_config', {}) | config | dtype, file, indent=2, sort_keys=True)
 
 
-def weight_files(folder):
-    """The safetensors files of a folder: model.safetensors, or the shards that its index names."""
-    index, names = os.path.join(folder, 'model.safetensors.index.json'), ['model.safetensors']
-    if os.path.exists(index) and not os.path.exists(os.path.join(folder, names[0])):
-        shards = read_json(index).get('weight_map')
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ValueError(f'{index}: should hold an object weight_map, from tensors to files')
-        names = sorted(set(shards.values()))
-    for name in names:
-        if os.path.basename(name) != name or not os.path.isfile(os.path.join(folder, name)):
-            raise ValueError(f'{folder}: the weights file {name} is missing')
-    return [os.path.join(folder, name) for name in names]
-
-
-def read_json(path):
-    """The object in a JSON file. Raises ValueError that names the file."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            value = json.load(file)
-    except OSError as error:
-        raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
-    except ValueError as error:
-        raise ValueError(f'{path}: is not valid JSON ({error})') from None
-    if isinstance(value, dict):
-        return value
-    raise ValueError(f'{path}: should hold a JSON object')
-
-
 def config_from_json(folder):
     """config.json of a released folder -> ZayaConfig. Raises ValueError for a variant that is not implemented here."""
     path = os.path.join(folder, 'config.json')
@@ -168,15 +140,6 @@ def config_to_json(config):
     return CONFIG_FIXED | {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()} | {
         'architectures': ['ZayaForCausalLM'], 'rope_parameters': {'hybrid': rope},
         'layer_types': ['hybrid'] * config.n_layer}
-
-
-def package(name):
-    """Import an optional package, or say how to get it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        name = name.partition('.')[0]
-        raise ValueError(f'released folders need the package {name}: pip install {name}') from None
 
 
 # ---- runs: a folder with ckpt.pt and, as long as it lasts, the checkpoint before it ----
@@ -260,35 +223,14 @@ def write_log(folder, row, columns, keep_until=None):
 
 # ---- for everyone ----
 
-def load(folder, device='cpu', chat=False):
-    """Read a run or a released folder. Return the model in eval mode, encode(text) -> tokens, decode(tokens) -> text,
-    and the stop tokens. chat: encode puts the text into a user's turn. Raises ValueError if the folder is neither, or a
-    released one asked to chat."""
+def load(folder, device='cpu'):
+    """Read a run or a released folder -> the model, in eval mode, and its Language. Raises ValueError if the folder is
+    neither."""
     if not os.path.isdir(folder):
         raise ValueError(f'{folder}: no such folder; train a model first (make demo), or name another with --ckpt')
-    released = os.path.exists(os.path.join(folder, 'config.json'))
-    if released and chat:
-        raise ValueError(f'chat is for runs of train.py: ask {folder}, a released model, with '
-                         '`python rsa.py --question=...`')
-    return load_released(folder, device) if released else load_run(folder, device, chat)
-
-
-def load_released(folder, device):
-    """`load` for a released folder."""
-    path, Tokenizer = os.path.join(folder, 'tokenizer.json'), package('tokenizers').Tokenizer
-    model = from_pretrained(folder, device)
-    try:
-        tokenizer = Tokenizer.from_file(path)
-    except Exception as error:                                  # tokenizers raises plain Exception
-        raise ValueError(f'{path}: cannot be read ({error})') from None
-    eos = model.released_config.get('eos_token_id', 106)        # the default of transformers' ZayaConfig
-    return (model, lambda text: tokenizer.encode(text).ids,
-            lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False),
-            eos if isinstance(eos, list) else [] if eos is None else [eos])
-
-
-def load_run(folder, device, chat):
-    """`load` for a run of train.py."""
+    if os.path.exists(os.path.join(folder, 'config.json')):
+        language = released_language(folder)                    # before the weights, which take long
+        return from_pretrained(folder, device), language
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f'{folder}: holds neither a checkpoint of train.py (ckpt.pt) nor a released model '
@@ -296,8 +238,4 @@ def load_run(folder, device, chat):
     checkpoint['model_config'].pop('kernel', None)              # runs of earlier versions have it
     model = Zaya(ZayaConfig(**checkpoint['model_config'])).to(device).eval()
     model.load_state_dict(checkpoint['model'])
-    tokenizer = load_tokenizer(os.path.join(folder, 'bpe.json'))
-    turn = lambda text: prompt_tokens([{'role': 'user', 'content': text}], tokenizer)
-    ends = [name for name in ('<|endoftext|>', '<|end|>') if name in tokenizer.special_tokens_set]      # document, turn
-    return (model, turn if chat else tokenizer.encode_ordinary, tokenizer.decode,
-            [tokenizer.encode_single_token(name) for name in ends])
+    return model, run_language(folder)

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import operator
 import re
 import sys
@@ -107,6 +108,15 @@ def check_ranges(settings, **allowed):
             fits, wanted = low <= value <= high, f'lie between {low} and {high:g}'
         if not fits:
             raise ValueError(f'{key} is {value!r}, it must {wanted}')
+
+
+def package(name):
+    """Import an optional package. Raises ValueError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        name = name.partition('.')[0]
+        raise ValueError(f'this needs the package {name}: pip install {name}') from None
 
 
 def pick_device(name):

@@ -18,36 +18,49 @@ Use: `python rsa.py --ckpt=FOLDER --question=...`; without one, a loops model ge
 """
 import itertools
 import random
-import statistics
 import sys
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 
 import checkpoint
 import configurator
+import decode
 import sample
-from data.chatml import chat_format
+from data import problems
 from data.loops import task
 
 
-def markovian_rsa(questions, generate, build_prompt, *, population=16, candidates=4, rounds=2, budget, tail,
-                  final_budget=None, compact='tail', answer_of=None, seed=0):
-    """Let a population think about each question, a list of tokens. Return for each a dict of what happened.
+def markovian_rsa(questions, *args, **settings):
+    """Let a population think about each question, a list of tokens: all rounds of rounds_of, which has the arguments.
+    Return for each question a dict: 'rounds', those of rounds_of; 'outputs' and 'answers', those of the last round;
+    'tokens', of all rounds."""
+    histories = [[] for _ in questions]
+    for now in rounds_of(questions, *args, **settings):
+        for history, of_question in zip(histories, now):
+            history.append(of_question)
+    return [{'rounds': history, 'outputs': history[-1]['outputs'], 'answers': history[-1]['answers'],
+             'tokens': sum(now['tokens'] for now in history)} for history in histories]
+
+
+def rounds_of(questions, generate, build_prompt, *, population=16, candidates=4, rounds=2, budget, tail,
+              final_budget=None, compact='tail', answer_of=None, thought_of=list, seed=0, done=()):
+    """Think in rounds. After each, yield for each question a dict: 'draws', N lists of C numbers, empty in round 0;
+    'prompts', N lists, None where nothing was generated; 'outputs', N lists; 'answers', N lists or None; 'tails', N
+    lists; 'tokens', how many were generated.
 
     generate(prompts, max_new_tokens) -> the new tokens of each prompt. It is called once a round, with the prompts of
     all questions, and must draw new random numbers at every call.
     build_prompt(question, tails) -> a prompt. tails: [] in round 0, then C lists of tokens, of which some may be empty.
     answer_of(output) -> the answer in it, a list of tokens, or None if none is complete. Without answer_of nobody
     finishes. If C = 1, who has finished is not generated again; if C > 1, there are others to read, so everybody is.
+    thought_of(output) -> what of an output the tail is the end of; all of it by default.
     final_budget: the budget of the last round, if it is another. compact='answer': who has finished passes on the last
     tau tokens of the answer alone. seed: draws depend on it and the question, not on other questions or on `rounds`.
-    Each dict: {'rounds': [{'draws': N lists of C numbers, empty in round 0; 'prompts': N lists, None where nothing was
-    generated; 'outputs': N lists; 'answers': N lists or None; 'tails': N lists; 'tokens': how many were generated},
-    ...], 'outputs', 'answers': those of the last round, 'tokens': of all rounds}. Raise ValueError if a setting is bad.
+    done: the rounds that are over, each as it was yielded, to go on after them. Raise ValueError for a bad setting.
     """
     at_least = (('population', population, 1), ('candidates', candidates, 1), ('rounds', rounds, 0),
                 ('budget', budget, 1), ('tail', tail, 1), ('final_budget', final_budget, 1))
-    for wrong, message in (
+    for wrong, text in (
             *((x is not None and x < low, f'{name} is {x}, it must be at least {low}') for name, x, low in at_least),
             (candidates > population,
              f'candidates is {candidates}: that many cannot be drawn from a population of {population}'),
@@ -57,87 +70,64 @@ def markovian_rsa(questions, generate, build_prompt, *, population=16, candidate
             (not questions, 'questions is empty: give at least one'),
             *((not x, f'question {i} is empty: give at least one token') for i, x in enumerate(questions))):
         if wrong:
-            raise ValueError(message)
+            raise ValueError(text)
 
-    everybody, histories = range(population), [[] for _ in questions]           # a history: the rounds of one question
+    everybody, before = range(population), None                 # before: the last round, a dict for each question
     rngs = [random.Random(f'{seed} {list(question)}') for question in questions]
     for t in range(rounds + 1):
-        for question, history, rng in zip(questions, histories, rngs):          # what each reads; None: it has finished
-            draws = [[] if t == 0 else [i] if candidates == 1 else rng.sample(everybody, candidates) for i in everybody]
-            prompts = [None if len(drawn) == 1 and history[-1]['answers'][drawn[0]] is not None else
-                       build_prompt(question, [history[-1]['tails'][j] for j in drawn]) for drawn in draws]
-            history.append({'draws': draws, 'prompts': prompts})
+        drawn = [[[] if t == 0 else [i] if candidates == 1 else rng.sample(everybody, candidates) for i in everybody]
+                 for rng in rngs]                               # what each reads
+        if t < len(done):
+            before = done[t]
+            continue
+        now = [{'draws': draws, 'prompts': [                    # None: who reads nobody else, and has finished
+            None if len(draw) == 1 and before[q]['answers'][draw[0]] is not None else
+            build_prompt(question, [before[q]['tails'][j] for j in draw]) for draw in draws]}
+            for q, (question, draws) in enumerate(zip(questions, drawn))]
         limit = final_budget if t == rounds and final_budget is not None else budget
-        batch = [prompt for history in histories for prompt in history[-1]['prompts'] if prompt is not None]
+        batch = [prompt for of_question in now for prompt in of_question['prompts'] if prompt is not None]
         new = [*generate(batch, limit)] if batch else []        # what each says, for all questions together
         assert len(new) == len(batch), f'generate gave {len(new)} outputs for {len(batch)} prompts'
         assert all(len(output) <= limit for output in new), f'generate gave an output of more than {limit} tokens'
-        for history in histories:                               # what each passes on
-            now, fresh = history[-1], {i: new.pop(0) for i in everybody if history[-1]['prompts'][i] is not None}
-            now['outputs'] = [fresh[i] if i in fresh else history[-2]['outputs'][i] for i in everybody]
-            now['answers'] = [answer_of(output) if answer_of else None for output in now['outputs']]
-            now['tails'] = [(answer if compact == 'answer' and answer else output)[-tail:]
-                            for output, answer in zip(now['outputs'], now['answers'])]
-            now['tokens'] = sum(map(len, fresh.values()))       # what was said in an earlier round has been counted
-    return [{'rounds': history, 'outputs': history[-1]['outputs'], 'answers': history[-1]['answers'],
-             'tokens': sum(now['tokens'] for now in history)} for history in histories]
+        for q, of_question in enumerate(now):                   # what each passes on
+            of_question |= {'outputs': [], 'answers': [], 'tails': [], 'tokens': 0}
+            for i, prompt in enumerate(of_question['prompts']):
+                if prompt is None:                              # as it was, and counted then
+                    output, answer, end = (before[q][key][i] for key in ('outputs', 'answers', 'tails'))
+                else:
+                    output = new.pop(0)
+                    answer = answer_of(output) if answer_of else None
+                    end = (answer if compact == 'answer' and answer else thought_of(output))[-tail:]
+                    of_question['tokens'] += len(output)
+                for key, value in ('outputs', output), ('answers', answer), ('tails', end):
+                    of_question[key].append(value)
+        before = now
+        yield now
 
 
-def majority_vote(answers):
-    """Return the most frequent answer, of several the first to appear. None is no vote; return it if nobody votes."""
-    votes = [answer for answer in answers if answer is not None]
-    return max(votes, key=votes.count, default=None)            # max returns the first of the greatest
+# A model that speaks. step: of decode.py; stop: tokens that end an output; encode(question) -> tokens; the rest as in
+# rounds_of.
+Speaker = namedtuple('Speaker', 'model step decode stop encode build_prompt answer_of thought_of')
 
 
-def score(answers, verify):
-    """Return scores, 0 to 1, of the answers to one problem (None: there is none): `mean`, the share that verify(answer)
-    calls right; `majority`, 1 if the majority's is; `best_of_n`, 1 if any is: a bound, for it lets verify choose."""
-    *right, majority = [answer is not None and bool(verify(answer)) for answer in [*answers, majority_vote(answers)]]
-    return {'mean': sum(right) / len(right), 'majority': float(majority), 'best_of_n': float(any(right))}
+def load_speaker(folder, device, words=None, compact='tail'):
+    """Read a Speaker: of a model trained on the loops task, in that task's own tokens, else in words, by its chat
+    template. words, compact: see problems.message. Raise ValueError if the folder holds no model."""
+    model, language = checkpoint.load(folder, device)
+    common = model, decode.folded(model), language.decode, language.stop, language.encode
+    if not hasattr(model, 'released_config') and model.config.vocab_size == task.ENC.n_vocab:
+        return Speaker(*common, task.build_prompt, task.answer_of, list)
+    prompt = lambda question, tails: language.prompt(
+        [{'role': 'user', 'content': problems.message(question, tails, words, compact)}])
+    return Speaker(*common, prompt, language.answer, language.thought)
 
 
-def mean_ci95(values):
-    """Return the mean of values, one a problem, and half the width of its 95 % confidence interval, 1.96 std / sqrt(n);
-    nan if n = 1. One value an output would be too many: outputs to a problem share its difficulty and their tails."""
-    if not values:
-        raise ValueError('no values to average: give those of at least one problem')
-    std = statistics.stdev(values) if len(values) > 1 else float('nan')
-    return statistics.fmean(values), 1.96 * std / len(values) ** 0.5
-
-
-# A model and its language. stop: tokens that end an output; encode(question) -> tokens; the rest as in markovian_rsa.
-Speaker = namedtuple('Speaker', 'model decode stop encode build_prompt answer_of')
-
-
-def load_speaker(folder, device):
-    """Read a Speaker from a run or a released folder. Raise ValueError if it is neither, or not trained on loops."""
-    model, encode, decode, stop = checkpoint.load(folder, device)
-    if hasattr(model, 'released_config'):
-        return Speaker(model, decode, stop, *chat_format(encode, stop))
-    if model.config.vocab_size != task.ENC.n_vocab:
-        raise ValueError(f'{folder} was not trained on the loops task: prepare data.loops, train by config/loops.py')
-    return Speaker(model, decode, stop, encode, task.build_prompt, task.answer_of)
-
-
-def sampler(speaker, config):
-    """Return a `generate` for markovian_rsa: sample.generate, with another seed at every call."""
-    seeds = itertools.count(config.seed * 1_000_003)
-    return lambda prompts, max_new_tokens: sample.generate(speaker.model, prompts, max_new_tokens, config.temperature,
-                                                           top_p=config.top_p, stop=speaker.stop, seed=next(seeds))
-
-
-def print_population(result, question, decode, judge=lambda question, text: '', spaced=str):
-    """Print a result of markovian_rsa round by round: who read whom ('!': a tail that is wrong), and what each said.
-    judge(question, text) -> 'ok', 'wrong' or ''; spaced(text) -> the text, easier to read."""
-    marks = []
-    for t, now in enumerate(result['rounds']):
-        said, before = [decode(output) for output in now['outputs']], marks
-        marks = [judge(question, text) for text in said]
-        print(f'\nround {t}' + (f': {marks.count("ok")} of {len(marks)} are right so far' if any(marks) else ''))
-        for i, drawn in enumerate(now['draws']):
-            reads = ['reads', *(f'{j:2}{"!" if before[j] == "wrong" else " "}' for j in drawn), ''] if drawn else []
-            print(f'{i:2}  {" ".join(reads)}{marks[i]:6}{"" if now["prompts"][i] else "(finished) "}{spaced(said[i])}')
-    print()
+def sampler(speaker, config, stream=None, first=0):
+    """Return a `generate` for rounds_of: sample.generate, with another seed at every call."""
+    seeds = itertools.count(config.seed * 1_000_003 + first)
+    return lambda prompts, max_new_tokens: sample.generate(
+        speaker.model, prompts, max_new_tokens, config.temperature, 0, config.top_p, config.min_p, speaker.stop,
+        next(seeds), stream, step=speaker.step)
 
 
 @dataclass
@@ -145,46 +135,69 @@ class RSAConfig:
     ckpt: str = 'runs/loops'        # a run folder of train.py, trained on the loops task; or a released folder
     question: str = ''              # '': the first held-out 'hard' problem, for a model trained on the loops task
     show: bool = False              # print what every candidate says, round by round
+    problems: str = ''              # a file of problems (data/problems.py), in place of a question
+    out: str = ''                   # what becomes of them, and of a run that was killed; '': FILE.rsa.jsonl
+    dry_run: bool = False           # only say what these problems will take
+    aggregation_prompt: str = ''    # a file of other words for it, with {problem} and {candidates} in them
     population: int = 16            # N
     candidates: int = 4             # C
-    rounds: int = -1                # T; -1: as many as the loops problem needs; 2 for a released model
-    budget: int = 0                 # beta; 0: 41 for loops, a value and 8 steps; 16K for a released model
-    tail: int = 0                   # tau; 0: 10 for loops, the last 2 steps; 4K for a released model
-    final_budget: int = 0           # of the last round; 0: the budget
+    rounds: int = -1                # T; -1: as many as the loops problem needs; 2 for other models
+    budget: int = 0                 # beta; 0: 41 for loops, a value and 8 steps; 16K for other models
+    tail: int = 0                   # tau; 0: 10 for loops, the last 2 steps; 4K for other models
+    final_budget: int = 0           # of the last round; 0: the budget; 40K for other models whose budget is not given
     compact: str = 'tail'           # 'answer': who has finished passes on the answer alone
     temperature: float = 1.0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
     device: str = 'auto'
 
     def __post_init__(self):
         configurator.check_ranges(self, population=(1, None), candidates=(1, None), rounds=(-1, None), budget=(0, None),
                                   tail=(0, None), final_budget=(0, None), compact=('tail', 'answer'),
-                                  temperature=(0, None), top_p=(0, 1), seed=(0, None))
+                                  temperature=(0, None), top_p=(0, 1), min_p=(0, 1), seed=(0, None))
 
 
 def main(config):
-    speaker, question = load_speaker(config.ckpt, configurator.pick_device(config.device)), config.question
-    budget, tail, rounds, extras = 16_384, 4096, 2, ()          # the report's
-    if speaker.build_prompt is task.build_prompt:
+    words = problems.read_words(config.aggregation_prompt) if config.aggregation_prompt else None
+    listed = problems.read_problems(config.problems) if config.problems else None
+    speaker = load_speaker(config.ckpt, configurator.pick_device(config.device), words, config.compact)
+    question, extras, loops = config.question, (), speaker.build_prompt is task.build_prompt
+    budget, tail, rounds, last = 16_384, 4096, 2, config.budget or 40_960       # the report's
+    if loops and not listed:
         question = question or task.test_problems('hard', 1)[0].question
         steps = task.parse(question).steps
         budget, tail, rounds, extras = 41, 10, task.rounds_needed(steps, config.budget or 41), (task.judge, task.spaced)
+        last = config.budget or budget
         print(f'{question}   {steps} steps, the answer is {task.solve(question)}')
-    elif not question:
-        raise ValueError(f'{config.ckpt} is a released model: give it a --question')
-    result, = markovian_rsa(
-        [speaker.encode(question)], sampler(speaker, config), speaker.build_prompt, population=config.population,
-        candidates=config.candidates, rounds=rounds if config.rounds < 0 else config.rounds, compact=config.compact,
-        budget=config.budget or budget, tail=config.tail or tail, final_budget=config.final_budget or None,
-        answer_of=speaker.answer_of, seed=config.seed)
+    elif loops or not (question or listed):
+        raise ValueError(f'{config.ckpt} ' + ('was trained on the loops task: data.loops.evaluate has its problems' if
+                                              loops else 'needs a --question or a file of --problems'))
+    settings = dict(population=config.population, candidates=config.candidates, budget=config.budget or budget,
+                    rounds=rounds if config.rounds < 0 else config.rounds, tail=config.tail or tail,
+                    final_budget=config.final_budget or last, compact=config.compact, seed=config.seed)
+    functions = dict(answer_of=speaker.answer_of, thought_of=speaker.thought_of)
+    if listed:
+        if config.dry_run:
+            return print(problems.forecast(speaker, listed, **settings))
+        think = lambda k, question, done, stream: rounds_of(
+            [question], sampler(speaker, config, stream, 1000 * k + len(done)), speaker.build_prompt, done=done,
+            **settings, **functions)
+        path = config.out or config.problems.removesuffix('.jsonl') + '.rsa.jsonl'
+        others = ('ckpt', 'problems', 'temperature', 'top_p', 'min_p', 'aggregation_prompt')
+        written = problems.run(listed, speaker, think, path,
+                               settings | {key: getattr(config, key) for key in others})
+        return print(problems.table(listed, written))
+    result, = markovian_rsa([speaker.encode(question)], sampler(speaker, config), speaker.build_prompt, **settings,
+                            **functions)
     if config.show:
-        print_population(result, question, speaker.decode, *extras)
+        problems.print_population(result, question, speaker.decode, *extras)
     votes = Counter(speaker.decode(answer).strip() for answer in result['answers'] if answer is not None)
     said = ', '.join(f'{answer} ({n})' for answer, n in votes.most_common()) or 'none'
     print(f'answers: {said}; {result["tokens"]:,} tokens generated')
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('rsa.py', 'try a smaller --population or --budget'):
+    with configurator.one_line_errors('rsa.py', 'try a smaller --population or --budget',
+                                      'the same command goes on with the problems where it was'):
         main(*configurator.read(sys.argv[1:], RSAConfig))

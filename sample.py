@@ -10,6 +10,7 @@ likeliest first, and take the token that a uniform number u falls on. One number
 
 Legend:  B rows   V vocabulary
 """
+import functools
 import sys
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ import checkpoint
 import configurator
 import decode
 import kernels
+from data.chat.talk import Conversation, talk, write_on
 
 
 def sample_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -40,12 +42,14 @@ def sample_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return token.gather(1, chosen)[:, 0]
 
 
-def prefill(model, prompts, capacity):
-    """Read B prompts, lists of tokens -> a Cache of that capacity that holds them, and the logits (B, V) after each."""
-    unique = list(dict.fromkeys(map(tuple, prompts)))           # of equal prompts one is read
+def prefill(model, prompts, capacity, cache=None):
+    """Read B prompts, lists of tokens -> a Cache of that capacity that holds them, and the logits (B, V) after each.
+    cache: one that holds what comes before the prompts."""
+    unique = prompts if cache else list(dict.fromkeys(map(tuple, prompts)))     # of equal prompts one is read
     lengths = [len(prompt) for prompt in unique]
     padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in unique]
-    cache = model.make_cache(len(unique), capacity)
+    cache = cache or model.make_cache(len(unique), 0)
+    cache.grow(capacity)
     logits, _ = model(torch.tensor(padded, device=model.device), cache=cache, n_new=lengths, last_only=True)
     if len(unique) < len(prompts):
         place = {prompt: row for row, prompt in enumerate(unique)}
@@ -57,16 +61,18 @@ def prefill(model, prompts, capacity):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=(), seed=0,
-             stream=None, compiled=False):
+             stream=None, compiled=False, step=None, cache=None):
     """Continue each prompt, a list of tokens of any length. Return the new tokens of each, as lists.
 
     A row ends after max_new_tokens, or with the first token in `stop`, which is its last token then. Each row has a
     random generator of its own, made from (seed, row number): up to rounding, its tokens do not depend on its
     neighbours. stream(row, token), if given, is called for every new token. The options of sampling are those of
-    sample_tokens. compiled: decode.compiled makes the steps, and finished rows stay until the last one ends.
+    sample_tokens. compiled: decode.compiled makes the steps, and finished rows stay until the last one ends. step: the
+    function of decode.py that makes them, if it is at hand. cache: a Cache that holds what comes before the prompts.
     Raises ValueError for an empty prompt, a token outside the vocabulary, and what does not fit the context.
     """
-    check_prompts(model.config, prompts, max_new_tokens)
+    held = cache.lengths if cache else [0] * len(prompts)
+    check_prompts(model.config, prompts, max_new_tokens, held)
     outputs = [[] for _ in prompts]
     if not prompts or max_new_tokens < 1:
         return outputs
@@ -76,11 +82,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         # Every row draws all its random numbers now, from a generator of its own. (hash of ints is always the same.)
         u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))
                          for row in range(len(prompts))]).to(model.device)                      # (B, max_new_tokens)
-        capacity = max(map(len, prompts)) + max_new_tokens
+        longest = max(old + len(prompt) for old, prompt in zip(held, prompts))
+        largest = longest + max_new_tokens
         if compiled:                                            # the next power of two: compiled once for many lengths
-            capacity = min(model.config.context, 1 << (capacity - 1).bit_length())
-        cache, logits = prefill(model, prompts, capacity)                                       # logits (B, V)
-        step = decode.compiled(model) if compiled else decode.folded(model)
+            longest = largest = min(model.config.context, 1 << (largest - 1).bit_length())
+        cache, logits = prefill(model, prompts, min(largest, longest + 256), cache)             # logits (B, V)
+        step = step or (decode.compiled(model) if compiled else decode.folded(model))
         rows = list(range(len(prompts)))                        # row numbers of those still in the batch
         growing = rows                                          # places in the batch of those that have not ended
         for t in range(max_new_tokens):
@@ -97,91 +104,70 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
                 cache.keep(growing)
                 rows, next_tokens = [rows[i] for i in growing], next_tokens[growing]
                 growing = list(range(len(rows)))
+            if max(cache.lengths) == cache.capacity:
+                cache.grow(min(largest, 2 * cache.capacity))
             logits = step(cache, next_tokens)                                                   # (B, V)
     finally:                                                    # also if stream raises, or Ctrl-C comes
         model.train(was_training)
     return outputs
 
 
-def check_prompts(config, prompts, max_new_tokens):
-    """Raise ValueError for a prompt that `generate` cannot continue."""
-    for row, prompt in enumerate(prompts):
+def check_prompts(config, prompts, max_new_tokens, held):
+    """Raise ValueError for a prompt that `generate` cannot continue. held: how many tokens come before each."""
+    for row, (prompt, before) in enumerate(zip(prompts, held, strict=True)):
         if not prompt:
             raise ValueError(f'prompt {row} is empty: give at least one token')
         if not all(0 <= token < config.vocab_size for token in prompt):
             raise ValueError(f'prompt {row} holds a token outside the vocabulary of {config.vocab_size}')
-        if len(prompt) + max_new_tokens > config.context:
-            raise ValueError(f'prompt {row} has {len(prompt)} tokens; with {max_new_tokens} new ones that is more than '
-                             f'the context of {config.context}')
+        if before + len(prompt) + max_new_tokens > config.context:
+            raise ValueError(f'prompt {row} has {before + len(prompt)} tokens; with {max_new_tokens} new ones that is '
+                             f'more than the context of {config.context}')
+
+
+# The report's sampling (Table VII): mathematics, knowledge and instructions; code, agents and style.
+PRESETS = {'math': ['--temperature=1.0', '--top_p=0.95', '--top_k=0'],
+           'code': ['--temperature=0.6', '--top_p=0.95', '--top_k=20']}
 
 
 @dataclass
 class SampleConfig:
     ckpt: str = 'runs/small'        # a run folder of train.py, or a folder in the released layout
     prompt: str = ''                # without one, prompts are read from the terminal
-    max_new_tokens: int = 200
+    max_new_tokens: int = 0         # 0: 200; in a conversation, as many as the context has room for
     num_samples: int = 1            # samples of the same prompt, drawn together in one batch
     temperature: float = 1.0        # below 1: safer, above 1: wilder, 0: always the likeliest token
     top_k: int = 0                  # see sample_tokens
     top_p: float = 1.0
-    min_p: float = 0.0
+    min_p: float = 0.0              # with 1e-5, gibberish in ZAYA1's replies fell from 19.9 to 0.1 % (report, App. E)
+    preset: str = ''                # the report's sampling, 'math' or 'code'; what else is given overrides it
     compile: bool = False           # torch.compile: half a minute to start, for a token in half the time
-    chat: bool = False           # the prompt is a user's turn, for a run trained on conversations (data/chat)
+    chat: bool = False              # a conversation; with a prompt, one turn of it
+    think: bool = True              # in a conversation: with reasoning, where the model can do without
+    show_think: bool = True         # False: hide the reasoning
     kernel: str = 'torch'           # 'hip' or 'auto': CCA's own kernel reads the prompts, see kernels/README.md
     seed: int = 0
     device: str = 'auto'
 
     def __post_init__(self):
-        configurator.check_ranges(self, max_new_tokens=(1, 10**9), num_samples=(1, 10**6), temperature=(0, 1e9),
+        configurator.check_ranges(self, max_new_tokens=(0, 10**9), num_samples=(1, 10**6), temperature=(0, 1e9),
                                   top_k=(0, 10**9), top_p=(0, 1), min_p=(0, 1), seed=(0, 2**31),
-                                  kernel=('torch', 'hip', 'auto'))
-
-
-def complete(model, encode, decode, stop, prompt, config):
-    """Print config.num_samples continuations of `prompt`: a single one as it comes, several one after the other."""
-    tokens = encode(prompt)
-    room = model.config.context - len(tokens)
-    if tokens and room < 1:
-        raise ValueError(f'the prompt has {len(tokens)} tokens, and the context {model.config.context}: shorten it')
-    if room < config.max_new_tokens:
-        print(f'(the context has room for {room} new tokens only)', file=sys.stderr)
-    so_far, shown = [], 0
-
-    def stream(row, token):
-        """Print what is new of the text. A character may span several tokens: wait until it is whole."""
-        nonlocal shown
-        so_far.append(token)
-        text = decode(so_far)
-        if not text.endswith('\ufffd'):
-            print(text[shown:], end='', flush=True)
-            shown = len(text)
-
-    single = config.num_samples == 1
-    if single:
-        print(prompt, end='\n' if config.chat else '', flush=True)
-    samples = generate(model, [tokens] * config.num_samples, min(room, config.max_new_tokens), config.temperature,
-                       config.top_k, config.top_p, config.min_p, stop, config.seed, stream if single else None,
-                       compiled=config.compile)
-    if single:
-        print(decode(samples[0])[shown:])                       # the sample may end inside a character
-    else:
-        print(*(f'--- sample {i}\n{prompt}{decode(new)}' for i, new in enumerate(samples)), sep='\n')
+                                  preset=('', *PRESETS), kernel=('torch', 'hip', 'auto'))
 
 
 def main(arguments):
     config, = configurator.read(arguments, SampleConfig)
-    model, *language = checkpoint.load(config.ckpt, configurator.pick_device(config.device), config.chat)
+    if config.preset:
+        config, = configurator.read([*PRESETS[config.preset], *arguments], SampleConfig)
+    model, language = checkpoint.load(config.ckpt, configurator.pick_device(config.device))
     kernels.use(model, config.kernel, model.embedding.weight.dtype)
-    if config.prompt or '--prompt=' in arguments:               # an empty prompt on purpose gets its error
-        return complete(model, *language, config.prompt, config)
-    print('Type a prompt and Enter; end with Ctrl-D.', file=sys.stderr)
-    while True:
-        try:
-            complete(model, *language, input('> ' if sys.stdin.isatty() else ''), config)
-        except ValueError as error:                             # this prompt was no good, the next may be
-            print(f'sample.py: {error}', file=sys.stderr)
-        except EOFError:
-            return print()
+    options = {key: getattr(config, key) for key in ('temperature', 'top_k', 'top_p', 'min_p', 'seed')}
+    options['step'] = decode.compiled(model) if config.compile else decode.folded(model)
+    reply = functools.partial(generate, model, stop=language.stop, compiled=config.compile, **options)
+    prompt = config.prompt if config.prompt or '--prompt=' in arguments else None   # empty on purpose: gets its error
+    if config.chat:
+        talk(Conversation(model, language, config.think), reply, config.max_new_tokens, config.show_think, prompt)
+    else:
+        write_on(model, language, reply, config.max_new_tokens or 200, config.num_samples, prompt)
 
 
 if __name__ == '__main__':

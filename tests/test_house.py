@@ -8,10 +8,11 @@ from common import ROOT
 
 CORE = 'layers cache cca router model sample optim train rsa'.split()          # the reading order, as README lists it
 # What stands below the core and a file of it may use.
-HELPERS = {'model': {'configurator'}, 'sample': {'configurator', 'checkpoint', 'decode', 'kernels'},
-           'train': {'configurator', 'checkpoint', 'kernels', 'data'}, 'rsa': {'configurator', 'checkpoint', 'data'}}
-LINES = {'layers': 60, 'cca': 210, 'cache': 90, 'router': 115, 'model': 295, 'sample': 190, 'optim': 85, 'train': 310,
-         'rsa': 190, 'checkpoint': 300, 'configurator': 150, 'decode': 190, 'bench': 266, 'data/loops/evaluate': 241}
+HELPERS = {'model': {'configurator'}, 'train': {'configurator', 'checkpoint', 'kernels', 'data'},
+           'sample': {'configurator', 'checkpoint', 'decode', 'kernels', 'data'},
+           'rsa': {'configurator', 'checkpoint', 'decode', 'data'}}
+LINES = {'layers': 60, 'cca': 210, 'cache': 98, 'router': 115, 'model': 295, 'sample': 190, 'optim': 85, 'train': 310,
+         'rsa': 203, 'checkpoint': 250, 'configurator': 158, 'decode': 190, 'bench': 266, 'data/loops/evaluate': 242}
 
 
 def module_files():
@@ -84,5 +85,5 @@ def test_the_core_has_at_most_1500_lines_and_no_file_more_than_its_share():
 
 
 def test_the_project_has_no_file_at_its_top_that_the_house_does_not_know():
-    known = {*CORE, 'configurator', 'checkpoint', 'decode', 'bench'}
+    known = {*CORE, 'configurator', 'checkpoint', 'decode', 'quantize', 'bench'}
     assert {Path(name).stem for name in ROOT.glob('*.py')} == known

@@ -12,13 +12,14 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-import rsa
 from common import run_script, tiny_model
 from data.loops import task
 from data.loops.task import ENC, test_problems as problems_of
+from data.problems import majority_vote, mean_ci95, print_population, score
 from data.tokenizer import save_tokenizer
 from checkpoint import save_checkpoint, save_pretrained
-from rsa import RSAConfig, load_speaker, majority_vote, markovian_rsa, mean_ci95, sampler, score
+from rsa import RSAConfig, load_speaker, markovian_rsa, sampler
+from test_language import write_language
 
 OPEN, CLOSE, MARK = 100, 101, 9         # a tail's brackets in a prompt; the answer follows the first MARK in an output
 
@@ -436,21 +437,10 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def released_folder(tmp_path_factory):
-    """A tiny random model in the released layout, whose byte-level tokenizer puts <bos> first and knows ChatML."""
+    """A tiny random model in the released layout, with a chat template."""
     pytest.importorskip('safetensors')
-    tokenizers = pytest.importorskip('tokenizers')
-    folder = tmp_path_factory.mktemp('released')
-    special = ['<bos>', '<|im_start|>', '<|im_end|>', '<think>', '</think>']
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator([], tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    template = tokenizers.processors.TemplateProcessing
-    tokenizer.post_processor = template(single='<bos> $A', special_tokens=[('<bos>', 0)])
-    tokenizer.save(str(folder / 'tokenizer.json'))
-    model = tiny_model(vocab_size=tokenizer.get_vocab_size(), context=1024, skip_expert=True)
+    folder = write_language(tmp_path_factory.mktemp('released'))
+    model = tiny_model(vocab_size=300, context=1024, skip_expert=True)
     model.released_config = {'eos_token_id': 2}
     save_pretrained(model, folder)
     return folder
@@ -490,7 +480,7 @@ def test_show_marks_what_is_right_so_far(capsys):
     result, = markovian_rsa([ENC.encode_ordinary('1x:a-2=5')], lambda prompts, n: [next(said) for _ in prompts],
                             task.build_prompt, answer_of=task.answer_of, population=3, candidates=1, rounds=1,
                             budget=11, tail=5)
-    rsa.print_population(result, '1x:a-2=5', ENC.decode, task.judge, task.spaced)
+    print_population(result, '1x:a-2=5', ENC.decode, task.judge, task.spaced)
     assert capsys.readouterr().out.splitlines() == [
         '', 'round 0: 2 of 3 are right so far', ' 0  ok    5 1a-2=3', ' 1  wrong 5 1a-2=4',
         ' 2  ok    3</think>3<|end|>',
@@ -504,15 +494,16 @@ def test_a_released_model_is_asked_in_its_chat_format(released_folder, monkeypat
     text = lambda tokens: speaker.decode(tokens)
     assert text(speaker.build_prompt(question, [])) == \
         '<bos><|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n<think>\n'
-    tails = [speaker.encode('so it is 4'), [*speaker.encode('</think>5'), 2], []]
+    tails = [speaker.encode('so it is 4'), speaker.encode('</think>5<|im_end|>'), []]
     prompt = text(speaker.build_prompt(question, tails))
-    assert prompt.startswith('<bos><|im_start|>user\n2 + 2?\n\n') and prompt.count('<bos>') == 1
-    assert prompt.endswith('--- attempt 3 ---\n<|im_end|>\n<|im_start|>assistant\n<think>\n')
-    assert 'attempt 1 ---\nso it is 4\n' in prompt and 'attempt 2 ---\n</think>5\n' in prompt and '3 attempts' in prompt
+    assert prompt.startswith('<bos><|im_start|>user\nBelow') and '# Problem\n2 + 2?\n' in prompt
+    assert prompt.endswith('\\boxed{}.<|im_end|>\n<|im_start|>assistant\n<think>\n') and '3 attempts' in prompt
+    assert '--- 1 ---\nso it is 4\n--- 2 ---\n</think>5<|im_end|>\n--- 3 ---\n\n' in prompt
+    assert sum(token == 2 for token in speaker.build_prompt(question, tails)) == 1    # text makes none
     long = len(speaker.build_prompt(question, [[9] * 100] * 4))
     assert long - len(speaker.build_prompt(question, [[9]] * 4)) == 4 * 99
-    assert text(speaker.answer_of([*speaker.encode('a</think>b</think>c'), 2])) == 'c'
-    assert [speaker.answer_of(o) for o in ([], speaker.encode('a</think>c'), [*speaker.encode('ac'), 2])] == [None] * 3
+    ended = [97, 4, 98, 4, 99, 2]                                               # a </think> b </think> c <|im_end|>
+    assert speaker.answer_of(ended) == [99] and speaker.thought_of(ended) == [97, 4, 98]
 
     out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={released_folder}', '--question=2 + 2?',
                               '--budget=6', '--tail=3', '--show=True', *FLAGS)
@@ -542,6 +533,6 @@ def test_a_model_of_something_else_gets_one_line(released_folder, dataset, tmp_p
     model = tiny_model(vocab_size=300)
     save_checkpoint(tmp_path, {'model': model.state_dict(), 'model_config': asdict(model.config), 'step': 1})
     (tmp_path / 'bpe.json').write_bytes((dataset / 'bpe.json').read_bytes())
-    for folder, words in (tmp_path, 'was not trained on the loops task'), (released_folder, 'give it a --question'):
+    for folder in tmp_path, released_folder:
         _, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={folder}', *FLAGS)
-        assert words in message
+        assert 'needs a --question or a file of --problems' in message

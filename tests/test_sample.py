@@ -1,8 +1,8 @@
 """Sampling: the distribution drawn from, rows that do not know of each other, and the command line."""
 import io
-import json
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 import checkpoint
 import configurator
-import sample
 import train
 from checkpoint import from_pretrained, load_checkpoint
 from common import ENV, ROOT, TINY_RUN, run_script, tiny_model
+from data.chat.talk import complete
 from data.tokenizer import load_tokenizer
 from model import Zaya, ZayaConfig
-from sample import SampleConfig, complete, generate, sample_tokens
+from sample import generate, sample_tokens
 
 BELOW_1 = 1 - 2**-24                                    # the largest float32 that torch.rand can return
 logit_rows = st.lists(st.integers(-300, 300), min_size=1, max_size=12, unique=True).map(
@@ -245,17 +245,16 @@ def test_streamed_text_is_the_decoded_whole_and_shows_no_half_character(data):
     ids, decode, model = list(data), lambda ids: bytes(ids).decode(errors='replace'), SimpleNamespace()
     model.config = ZayaConfig(vocab_size=256, context=1000)
 
-    def fake_generate(model, prompts, n, *args, compiled):
-        assert compiled                                 # as SampleConfig said
+    def generate(prompts, n, stream):
         for token in ids:
-            args[-1](0, token)
+            stream(0, token)
         return [ids]
+    language = SimpleNamespace(begin=[], encode=lambda text: list(text.encode()), decode=decode, stop=[],
+                               open_think=[], close_think=[])
     terminal = Terminal()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, 'generate', fake_generate)
         patch.setattr(sys, 'stdout', terminal)
-        complete(model, lambda text: list(text.encode()), decode, [], 'prompt é: ',
-                 SampleConfig(max_new_tokens=500, compile=True))
+        complete(model, language, generate, 500, 1, 'prompt é: ')
     assert terminal.getvalue() == f'prompt é: {decode(ids)}\n'
     if '\ufffd' not in decode(ids):                     # whole characters only
         assert not any('\ufffd' in piece for piece in terminal.pieces)
@@ -300,7 +299,7 @@ def expected_text(run_folder, prompt, n, rows=1, **options):
     ids = tokenizer.encode_ordinary(prompt)
     stop = [tokenizer.eot_token, tokenizer.encode_single_token('<|end|>')]
     new = generate(model, [ids] * rows, n, stop=stop, **options)
-    return [prompt + tokenizer.decode(row) for row in new]
+    return [prompt + tokenizer.decode([token for token in row if token not in stop]) for row in new]
 
 
 def test_a_prompt_is_continued(run_folder):
@@ -340,7 +339,8 @@ def test_a_prompt_in_a_config_file_counts(run_folder, tmp_path, monkeypatch, cap
 
 
 def test_no_more_tokens_than_fit_are_drawn_and_that_is_told(run_folder, capsys):
-    complete(*checkpoint.load(run_folder, 'cpu'), 'self', SampleConfig(max_new_tokens=500, temperature=0))
+    model, language = checkpoint.load(run_folder, 'cpu')
+    complete(model, language, partial(generate, model, temperature=0), 500, 1, 'self')
     room = 16 - len(load_tokenizer(run_folder / 'bpe.json').encode_ordinary('self'))    # 16: the tiny run's context
     assert capsys.readouterr() == (expected_text(run_folder, 'self', room, temperature=0)[0] + '\n',
                                    f'(the context has room for {room} new tokens only)\n')
@@ -359,30 +359,24 @@ def test_a_released_folder_is_sampled(released_folder, monkeypatch, capsys):
     assert several.startswith(f'--- sample 0\nnaïve 漢字{text}\n--- sample 1\n')
 
 
-@pytest.mark.parametrize('eos', [[5, 7], 5, None])
-def test_generation_stops_at_the_released_end_token(released_folder, tmp_path, eos):
-    for path in released_folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = json.loads((tmp_path / 'config.json').read_text()) | {'eos_token_id': eos}
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    assert checkpoint.load(tmp_path, 'cpu')[3] == {'[5, 7]': [5, 7], '5': [5], 'None': []}[str(eos)]
-
-
 def test_a_chat_prompt_is_a_user_s_turn(run_folder, monkeypatch, capsys):
     tokenizer = load_tokenizer(run_folder / 'bpe.json')
     turn = [*tokenizer.encode('<|user|>', allowed_special='all'), *tokenizer.encode_ordinary('self'),
             *tokenizer.encode('<|end|><|assistant|>', allowed_special='all')]
-    assert checkpoint.load(run_folder, 'cpu', chat=True)[1]('self') == turn
+    model, language = checkpoint.load(run_folder, 'cpu')
+    assert language.prompt([{'role': 'user', 'content': 'self'}]) == turn
     out, message = run_script(monkeypatch, capsys, 'sample.py', f'--ckpt={run_folder}', '--prompt=self', '--chat=True',
                               '--max_new_tokens=5', '--temperature=0')
-    model, _, decode, stop = checkpoint.load(run_folder, 'cpu')
-    assert message is None and out == 'self\n' + decode(generate(model, [turn], 5, temperature=0, stop=stop)[0]) + '\n'
+    new, = generate(model, [turn], 5, temperature=0, stop=language.stop)
+    text = language.decode([token for token in new if token not in language.stop])
+    assert message is None and out == text + '\n'
 
 
 def test_generation_stops_at_the_end_of_a_document_and_of_a_turn(run_folder):
-    _, encode, decode, stop = checkpoint.load(run_folder, 'cpu')
-    assert [decode([token]) for token in stop] == ['<|endoftext|>', '<|end|>'] and decode(encode('naïve')) == 'naïve'
-    assert not set(stop) & set(encode('<|endoftext|><|end|>'))  # a prompt cannot forge them
+    _, language = checkpoint.load(run_folder, 'cpu')
+    assert [language.decode([token]) for token in language.stop] == ['<|endoftext|>', '<|end|>']
+    assert language.decode(language.encode('naïve')) == 'naïve'
+    assert not set(language.stop) & set(language.encode('<|endoftext|><|end|>'))        # a prompt cannot forge them
 
 
 BAD_ARGUMENTS = {
@@ -395,7 +389,7 @@ BAD_ARGUMENTS = {
     '--temperature=hot': "temperature must be float, got 'hot'",
     '--top_p=1.5': 'top_p is 1.5, it must lie between 0 and 1',
     '--num_samples=0': 'num_samples is 0',
-    '--max_new_tokens=0': 'max_new_tokens is 0',
+    '--max_new_tokens=-1': 'max_new_tokens is -1',
     '--device=nonsense': "device 'nonsense' cannot be used here",
     'prompt': 'prompt: cannot be read',
 }

@@ -25,7 +25,8 @@ from tqdm import tqdm
 import configurator
 from data.loops import task
 from data.loops.prepare import LoopsConfig, prepare_loops
-from rsa import RSAConfig, load_speaker, markovian_rsa, mean_ci95, sampler, score
+from data.problems import mean_ci95, score
+from rsa import RSAConfig, load_speaker, markovian_rsa, sampler
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,7 +114,7 @@ def print_table(config):
     """Print the table of the model in config.ckpt, row by row as they come."""
     speaker, N = load_speaker(config.ckpt, configurator.pick_device(config.device)), config.population
     if speaker.build_prompt is not task.build_prompt:
-        raise ValueError(f'{config.ckpt} is a released model: ask it with `python rsa.py --question=...`')
+        raise ValueError(f'{config.ckpt} was not trained on the loops task: ask it with `python rsa.py --question=...`')
     print(f'{config.problems} held-out problems of each length, N={N}, beta={config.budget}, tau={config.tail}, '
           f'temperature {config.temperature:g}; mean with its 95 % CI over problems; best: if the verifier chose\n')
     print(f'| steps | method | mean of {N}, % | majority of {N}, % | best of {N}, % | generated tokens '

@@ -287,15 +287,15 @@ def vote(ends):
     return None if others and others[0][1] == votes else (place, value)
 
 
-def aggregation_sample(rng, problem, candidates, budget, tail, noise=NOISE, short=SHORT):
-    """Return a training sample: question, tails of `candidates` experts, and the right continuation, cut at the budget.
+def draw_aggregation(rng, problem, candidates, per_round, noise=NOISE, short=SHORT):
+    """Draw what an aggregation sample is made of: the chains of `candidates` experts; how many steps each wrote in its
+    last round, and whether that had room for the answer; and the chain that continues what most of them agree on.
 
     The experts are drawn until their vote is right, so that the value stated first always is; of the values after it, a
-    share `noise` is wrong, as in any trace. A share `short` of the samples ends after one step. Without candidates the
-    continuation is the first round of a solution.
+    share `noise` is wrong, as in any trace. A share `short` of the samples ends after one step, the others after
+    per_round steps. Without candidates the continuation is the first round of a solution.
     """
     true = continue_chain(problem, [(0, problem.start)], problem.steps, rng, 0)
-    per_round = max(1, budget // STEP)             # steps
     end = rng.randrange(1, problem.steps + 1)      # how far the experts are
     round_end = -(-end // per_round) * per_round
     if round_end < problem.steps and rng.random() < END_OF_ROUND:
@@ -308,8 +308,14 @@ def aggregation_sample(rng, problem, candidates, budget, tail, noise=NOISE, shor
     while candidates and (not chains or begin not in true):
         chains = [expert(rng, problem, end, wrong) for _ in range(candidates)]
         begin = vote([chain[-1] for chain in chains])
-    tails = [tail_of(rng, problem, chain, tail, written, answers) for chain in chains]
     steps = 1 if candidates and rng.random() < short else per_round
-    (turn,) = sample(problem, tails, continue_chain(problem, [begin], steps, rng, noise))
+    return chains, written, answers, continue_chain(problem, [begin], steps, rng, noise)
+
+
+def aggregation_sample(rng, problem, candidates, budget, tail, noise=NOISE, short=SHORT):
+    """Return a training sample of draw_aggregation: question, tails, and the continuation, cut at the budget."""
+    chains, written, answers, chain = draw_aggregation(rng, problem, candidates, max(1, budget // STEP), noise, short)
+    tails = [tail_of(rng, problem, chain, tail, written, answers) for chain in chains]
+    (turn,) = sample(problem, tails, chain)
     room = budget + 1                              # for <think>, which is given at generation
     return [turn._replace(think=turn.think[:room], answer=turn.answer[:max(0, room - len(turn.think))])]

@@ -1,0 +1,21 @@
+# The loops task in words, in the chat format (data/words/). First `python -m data.words.prepare`.
+out_dir = 'runs/words'
+dataset = 'data/words'
+n_layer = 4
+n_embd = 128
+n_head = 4              # two KV heads: one sees this token's value, the other that of the token before
+n_kv_head = 2
+head_dim = 32
+n_expert = 4
+expert_dim = 128
+router_dim = 32
+batch_size = 8
+max_steps = 1500
+warmup_steps = 20
+lr = 1e-2
+min_lr = 5e-4
+balancer_lr = 3e-3
+eval_every = 500
+eval_batches = 10
+checkpoint_every = 500
+sample_tokens = 0
