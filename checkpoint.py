@@ -17,6 +17,7 @@ import zipfile
 
 import torch
 
+import quantize
 from configurator import package
 from data.folder import read_json, weight_files
 from data.language import released_language, run_language
@@ -63,8 +64,11 @@ def from_pretrained(folder, device='cpu', dtype=None):
     tensor. Raises ValueError, naming the culprit, if the folder does not hold exactly this model.
     """
     safetensors = package('safetensors')
+    released_config = read_json(os.path.join(folder, 'config.json'))
     with torch.device('meta'):
         model = Zaya(config_from_json(folder))
+        if quantized := released_config.get('nanozaya_quantization'):           # by quantize.py
+            quantize.replace(model, quantized['bits'])
     own, state = {released_name(name): (name, tensor) for name, tensor in model.state_dict().items()}, {}
     for path in weight_files(folder):
         try:
@@ -78,8 +82,8 @@ def from_pretrained(folder, device='cpu', dtype=None):
                     if tensor.shape != like.shape:
                         raise ValueError(f'{path}: {name} has shape {list(tensor.shape)}, '
                                          f'config.json asks for {list(like.shape)}')
-                    keep = torch.float32 if name.endswith('balancing_biases') else dtype or tensor.dtype
-                    state[our_name] = tensor.to(device, keep)
+                    fixed = name.endswith(('balancing_biases', '.codes', '.scale', '.offset'))      # whatever dtype is
+                    state[our_name] = tensor.to(device, like.dtype if fixed else dtype or tensor.dtype)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f'{path}: cannot be read as safetensors ({error}); is the file complete?') from None
     if own:
@@ -87,7 +91,9 @@ def from_pretrained(folder, device='cpu', dtype=None):
     model.load_state_dict(state, assign=True)                   # these tensors, not copies of them
     for router in model.routers:                                # not stored: the load counters
         router.load = torch.zeros_like(router.load, device=device)
-    model.released_config = read_json(os.path.join(folder, 'config.json'))      # end-of-text token and the like
+    model.released_config = released_config                     # end-of-text token and the like
+    if quantized:
+        quantize.pack(model)
     return model.eval()
 
 
@@ -98,7 +104,7 @@ def save_pretrained(model, folder):
     os.makedirs(folder, exist_ok=True)
     tensors = {released_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     safetensors.save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
-    dtype = {'dtype': str(model.embedding.weight.dtype).removeprefix('torch.')}
+    dtype = {'dtype': str(model.dtype).removeprefix('torch.')}
     with open(os.path.join(folder, 'config.json'), 'w') as file:
         json.dump(getattr(model, 'released_config', {}) | config | dtype, file, indent=2, sort_keys=True)
 

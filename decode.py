@@ -45,18 +45,27 @@ def fold(layer):
     taps = 2 * taps
     taps[..., 2 * d:] += torch.eye(d, device=taps.device)
     return SimpleNamespace(
-        down=matrix(attn.down_weight(), norm_weight(layer.attn_norm)[:, None]),             # (E, C + Hk d)
+        down=product(attn.q_proj, attn.k_proj, attn.v_proj, attn.v_proj_delayed),           # (B, E) -> (B, C + Hk d)
+        attn_norm=norm_weight(layer.attn_norm),                                             # (E) *
         taps=taps.mT.contiguous(), taps_bias=2 * bias[:, None],                             # (H, 3 d, d), (H, 1, d) *
         size=torch.cat([T.new_ones(attn.Hq), T * d ** 0.5])[:, None],                       # (H, 1) *: of each head
-        o=matrix(attn.o_proj.weight, wide(a.branch_scale)),                                 # (Hq d, E)
-        attn_scale=wide(a.residual_scale), attn_constant=constant(a),                       # (E) *, (E) *
+        o=product(attn.o_proj),                                                             # (B, Hq d) -> (B, E)
+        attn_scale=wide(a.residual_scale), attn_constant=constant(a), attn_branch=wide(a.branch_scale),    # (E) * each
         moe_norm=norm_weight(layer.moe_norm),                                               # (E) *
         router_down=router.down_proj.weight.T.contiguous(), router_bias=router.down_proj.bias,         # (E, R), (R)
         eda_scale=router.eda_scale,                                                         # (R), None in layer 0
         fc1=matrix(router.fc1.weight, norm_weight(router.norm)[:, None]), fc1_bias=router.fc1.bias,    # (R, R), (R)
         fc2=router.fc2.weight.T.contiguous(), fc2_bias=router.fc2.bias,                     # (R, R), (R)
         out=router.out_proj.weight.T.contiguous(),                                          # (R, M)
-        moe_scale=wide(m.residual_scale), moe_constant=constant(m), branch_scale=wide(m.branch_scale))     # (E) * each
+        moe_scale=wide(m.residual_scale), moe_constant=constant(m), moe_branch=wide(m.branch_scale))       # (E) * each
+
+
+def product(*linears):
+    """Return x -> [W_1; W_2; ...] x as one product."""
+    if hasattr(linears[0], 'codes'):                            # quantize.Matrix
+        return linears[0].joined(linears)
+    W = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
+    return lambda x: F.linear(x, W)
 
 
 def rotation(cos, sin, d):
@@ -81,6 +90,8 @@ def without_onednn(wanted):
 
 def one_expert(experts, x, expert, weight):
     """Experts.forward for a single token. Nothing to sort; and to look at a number costs nothing on a CPU."""
+    if not isinstance(experts, Experts):                        # quantize.Experts
+        return experts(x, expert, weight)
     e = int(expert)
     if e == len(experts.down):                                                  # 'skip'
         return torch.zeros_like(x)
@@ -92,12 +103,11 @@ def folded(model):
     """Fold a Zaya. Return step(cache, tokens): tokens (B) int64 -> logits (B, V) float32; ValueError if the cache is
     full. To be made again when the weights have changed."""
     config, layers = model.config, [fold(layer) for layer in model.layers]
-    Hq, Hk, d, dtype = config.n_head, config.n_kv_head, config.head_dim, model.embedding.weight.dtype
+    Hq, Hk, d, dtype = config.n_head, config.n_kv_head, config.head_dim, model.dtype
     H, half = Hq + Hk, Hk * d // 2
     # QK-mean's sums as a matrix (H, H): each k~ to its queries, the mean of their q~ to k.
     group = torch.eye(Hk).repeat_interleave(Hq // Hk, 0)                        # (Hq, Hk): 1 where a query head belongs
     mean = (F.pad(group, (Hq, 0, 0, Hk)) + F.pad(group.T * Hk / Hq, (0, Hk, Hq, 0))).to(model.device)
-    head = wide(model.embedding.weight)                                         # (V, E)
     # sqrt(|x|^2 + E eps), which is sqrt(E) times RMSNorm's denominator. hypot(a, b) = sqrt(a^2 + b^2)
     eps = {n: torch.tensor((n * config.norm_eps) ** 0.5, device=model.device)
            for n in (config.n_embd, config.router_dim)}
@@ -107,7 +117,7 @@ def folded(model):
     @without_onednn(dtype == torch.float32)
     def step(cache, tokens):
         B = len(tokens)
-        experts = one_expert if B == 1 and tokens.device.type == 'cpu' else Experts.__call__
+        experts = one_expert if B == 1 and tokens.device.type == 'cpu' else nn.Module.__call__
         # The same for all layers: positions, mask, rotation.
         positions, mask = cache.begin(1)                                        # (B, 1), (B, 1, 1, P)
         mask = torch.where(mask[:, 0], 0.0, -torch.inf).to(dtype).repeat_interleave(Hk, 0)             # (B Hk, 1, P)
@@ -115,7 +125,8 @@ def folded(model):
         x, r = wide((model.embedding(tokens) + model.embedding_bias) * model.embedding_scale), None    # (B, E)
         for i, (layer, w) in enumerate(zip(model.layers, layers)):
             # Attention.
-            qk, v, v_delayed = torch.mm((x / length(x)).to(dtype), w.down).split([H * d, half, half], -1)
+            h = (x / length(x) * w.attn_norm).to(dtype)                         # (B, E)
+            qk, v, v_delayed = w.down(h).split([H * d, half, half], -1)
             qk = qk.float().view(B, 1, H * d)                                   # [q~; k~]
             v = torch.cat([v, cache.v_last[i][:, 0].to(dtype)], -1).view(B, Hk, 1, d)
             columns = torch.cat([cache.qk[i], qk], 1)                           # (B, 3, C): the past two and this one
@@ -127,7 +138,7 @@ def folded(model):
             k, v = cache.update(i, columns, v_delayed[:, None], k[:, :, None], v)        # (B, Hk, P, d)
             logits = torch.baddbmm(mask, q.reshape(B * Hk, Hq // Hk, d), k.flatten(0, 1).mT)           # (B Hk, G, P)
             y = torch.bmm(logits.softmax(-1, torch.float32).to(dtype), v.flatten(0, 1)).view(B, Hq * d)
-            x = torch.addcmul(w.attn_constant, x, w.attn_scale) + torch.mm(y, w.o)                     # (B, E)
+            x = torch.addcmul(torch.addcmul(w.attn_constant, x, w.attn_scale), w.o(y), w.attn_branch)  # (B, E)
             # Router.
             h = (x / length(x) * w.moe_norm).to(dtype)                          # (B, E)
             bias = w.router_bias if r is None else torch.addcmul(w.router_bias, w.eda_scale, r)
@@ -139,9 +150,9 @@ def folded(model):
             expert = (probs + layer.moe.router.balancing_bias).argmax(-1, keepdim=True)                # (B, 1)
             # Experts.
             y = experts(layer.moe.experts, h, expert[:, 0], probs.gather(-1, expert)[:, 0])
-            x = torch.addcmul(torch.addcmul(w.moe_constant, x, w.moe_scale), y, w.branch_scale)
+            x = torch.addcmul(torch.addcmul(w.moe_constant, x, w.moe_scale), y, w.moe_branch)
         cache.end()
-        return F.linear(wide(model.norm(x)), head)
+        return model.head(x)
     return step
 
 

@@ -75,6 +75,15 @@ class ZayaConfig:
                    n_expert=16, expert_dim=1024, router_dim=128)
 
 
+def logits(x, W):
+    """x W^T in float32 (report, IV-D). x (..., E) float32, W (V, E) of any dtype: converted in pieces that stay in a
+    processor's cache, so that the memory reads W as it is, and holds no float32 copy of it."""
+    if W.dtype == x.dtype or torch.compiler.is_compiling():
+        return F.linear(x, W.to(x.dtype))
+    rows = 2 ** (20 if x.device.type == 'cpu' else 27) // W.shape[1]
+    return torch.cat([F.linear(x, piece.to(x.dtype)) for piece in W.split(max(1, rows))], -1)
+
+
 def swiglu(gate_up):
     """silu(gate) * up. (T, 2F), gate first -> (T, F)."""
     gate, up = gate_up.chunk(2, -1)
@@ -225,7 +234,7 @@ class Zaya(nn.Module):
     def head(self, x):
         """Logits in float32 (report, IV-D). x (B, S, E) -> (B, S, V)."""
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(wide(self.norm(x)), wide(self.embedding.weight))
+            return logits(wide(self.norm(x)), self.embedding.weight)
 
     @property
     def routers(self):
@@ -233,11 +242,15 @@ class Zaya(nn.Module):
 
     @property
     def device(self):
-        return self.embedding.weight.device
+        return self.embedding_scale.device
+
+    @property
+    def dtype(self):
+        return self.embedding_scale.dtype
 
     def make_cache(self, B, capacity):
         """An empty Cache for B rows on the model's device, in its weights' dtype. capacity: positions a row has."""
-        return Cache(self.config, B, capacity, self.device, self.embedding.weight.dtype)
+        return Cache(self.config, B, capacity, self.device, self.dtype)
 
 
 class CrossEntropy(torch.autograd.Function):

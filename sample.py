@@ -159,7 +159,7 @@ def main(arguments):
     if config.preset:
         config, = configurator.read([*PRESETS[config.preset], *arguments], SampleConfig)
     model, language = checkpoint.load(config.ckpt, configurator.pick_device(config.device))
-    kernels.use(model, config.kernel, model.embedding.weight.dtype)
+    kernels.use(model, config.kernel, model.dtype)
     options = {key: getattr(config, key) for key in ('temperature', 'top_k', 'top_p', 'min_p', 'seed')}
     options['step'] = decode.compiled(model) if config.compile else decode.folded(model)
     reply = functools.partial(generate, model, stop=language.stop, compiled=config.compile, **options)

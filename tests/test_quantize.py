@@ -1,0 +1,157 @@
+"""Weights in 8 and 4 bits: what they mean, how far they are off, and that every way to multiply by them is the same."""
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+pytest.importorskip('safetensors')
+
+import decode
+import quantize
+from checkpoint import from_pretrained, save_pretrained
+from common import run_script, tiny_model, tokens
+from quantize import GROUP, Matrix, dequantize, quantize_folder, unpack
+from test_language import write_language
+
+seeds, bits_ = st.integers(0, 10**6), st.sampled_from([4, 8])
+
+
+def random_matrix(seed, out=64, width=96, outlier=False):
+    W = torch.randn(out, width, generator=torch.Generator().manual_seed(seed))
+    if outlier:
+        W[seed % out, seed % width] = 30.0
+    return W
+
+
+def matrix_of(W, bits, dtype=torch.float32, keep=True):
+    m = Matrix(bits, *W.shape)
+    for name, value in quantize.quantize(W, bits).items():
+        setattr(m, name, value)
+    m.pack(dtype, keep)
+    return m
+
+
+@given(seeds, bits_)
+def test_no_weight_is_off_by_more_than_half_a_step(seed, bits):
+    W = random_matrix(seed)
+    q = quantize.quantize(W, bits, spans=[1.0])
+    step = q['scale'].float().repeat_interleave(GROUP if bits == 4 else W.shape[1], 1)
+    slack = 2 ** -7 * W.abs().amax() * (bits == 4)              # s and z are bf16
+    assert ((dequantize(**q) - W).abs() <= step / 2 + slack + 1e-6).all()
+
+
+@given(seeds, st.booleans())
+def test_the_best_span_is_nowhere_worse_than_rounding_to_nearest(seed, outlier):
+    W = random_matrix(seed, outlier=outlier)
+    error = lambda **options: (dequantize(**quantize.quantize(W, 4, **options)) - W).unflatten(-1, (-1, GROUP)).square()
+    best, nearest = error().sum(-1), error(spans=[1.0]).sum(-1)
+    assert (best <= nearest * 1.0001).all() and best.sum() < nearest.sum()
+
+
+@given(seeds)
+def test_codes_that_are_whole_come_back_as_they_are(seed):
+    c = torch.randint(0, 16, (4, 64), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    c[:, ::GROUP], c[:, 1::GROUP] = 0, 15
+    assert torch.equal(unpack(c[:, ::2] | c[:, 1::2] << 4), c)
+    W = 0.5 * (c.float() - 8) + 0.25
+    torch.testing.assert_close(dequantize(**quantize.quantize(W, 4, spans=[1.0])), W)
+
+
+@torch.no_grad()
+@given(seeds, bits_, st.sampled_from([1, 2, 3, 16, 33]), st.sampled_from([torch.float32, torch.bfloat16]),
+       st.booleans())
+@settings(max_examples=40)
+def test_the_fast_products_are_those_of_the_dequantized_matrix(seed, bits, rows, dtype, whole_tiles):
+    m = matrix_of(random_matrix(seed, 64 if whole_tiles else 50), bits, dtype)
+    x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    expected = F.linear(x.float(), dequantize(m.codes, m.scale, m.offset))
+    error = (m(x).float() - expected).abs().max() / expected.abs().max()
+    assert m(x).dtype == dtype and error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@torch.no_grad()
+@given(seeds, bits_)
+def test_joined_matrices_are_one_under_the_other(seed, bits):
+    parts = [matrix_of(random_matrix(seed + i, out), bits) for i, out in enumerate((32, 64, 10))]
+    x = random_matrix(seed, 3)
+    torch.testing.assert_close(Matrix.joined(parts)(x), torch.cat([m(x) for m in parts], -1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    model = tiny_model(vocab_size=320, n_embd=64, head_dim=16, n_head=4, n_kv_head=2, expert_dim=32, skip_expert=True)
+    model.released_config = {'eos_token_id': 2}
+    folder = write_language(tmp_path_factory.mktemp('folder') / 'model')
+    save_pretrained(model, folder)
+    return folder
+
+
+def dequantized(folder, out, bits):
+    """The plain model with the values that the quantized weights mean."""
+    plain, quantized = from_pretrained(folder), from_pretrained(out)
+    with torch.no_grad():
+        for layer, q in zip(plain.layers, quantized.layers):
+            for name in 'q_proj', 'k_proj', 'v_proj', 'v_proj_delayed', 'o_proj':
+                getattr(layer.attn, name).weight.copy_(getattr(q.attn, name).weight)
+        for name, p in plain.named_parameters():
+            if 'experts' in name:
+                for e in range(len(p)):
+                    p[e] = dequantize(**quantize.quantize(p[e], bits))
+        plain.embedding.weight.copy_(quantized.embedding.weight)
+    return plain, quantized
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('bits', [4, 8])
+def test_a_quantized_folder_is_the_model_that_its_codes_mean(folder, tmp_path, bits):
+    quantize_folder(folder, tmp_path / 'out', bits)
+    plain, quantized = dequantized(folder, tmp_path / 'out', bits)
+    idx = tokens(3, 20, vocab_size=320)
+    torch.testing.assert_close(quantized(idx)[0], plain(idx)[0], atol=2e-3, rtol=1e-3)
+    caches = [model.make_cache(3, 30) for model in (plain, quantized)]
+    steps = [decode.folded(model) for model in (plain, quantized)]
+    for model, cache in zip((plain, quantized), caches):
+        model(idx, cache=cache)
+    for t in range(4):
+        new = tokens(3, seed=t, vocab_size=320)
+        a, b = (step(cache, new) for step, cache in zip(steps, caches))
+        torch.testing.assert_close(b, a, atol=2e-3, rtol=1e-3)
+    own = {name: t for name, t in from_pretrained(folder).state_dict().items() if 'router' in name or 'conv' in name}
+    kept = quantized.state_dict()
+    assert own and all(torch.equal(t, kept[name]) for name, t in own.items())
+
+
+def test_quantized_folders_are_used_like_any(folder, tmp_path, monkeypatch, capsys):
+    for bits in 8, 4:
+        _, message = run_script(monkeypatch, capsys, 'quantize.py', folder, tmp_path / f'{bits}', f'--bits={bits}')
+        assert message is None and not (tmp_path / f'{bits}.unfinished').exists()
+        out, message = run_script(monkeypatch, capsys, 'sample.py', f'--ckpt={tmp_path}/{bits}', '--prompt=What',
+                                  '--max_new_tokens=5', '--device=cpu')
+        assert message is None and out.startswith('What')
+    sizes = [sum(path.stat().st_size for path in place.glob('*.safetensors')) for place in (tmp_path / '4', folder)]
+    assert sizes[0] < 0.5 * sizes[1]                            # in so small a model much is not quantized
+
+
+def test_what_cannot_be_quantized_is_one_line_and_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
+    def message(*arguments):
+        _, text = run_script(monkeypatch, capsys, 'quantize.py', *arguments)
+        assert text and '\n' not in text and not list(tmp_path.glob('*.unfinished'))
+        return text
+    assert 'bits is 5' in message(folder, tmp_path / 'a', '--bits=5')
+    assert 'name a released folder and' in message(folder)
+    assert 'already there' in message(folder, tmp_path)
+    half = shutil.copytree(folder, tmp_path / 'half')
+    (half / 'model.safetensors').unlink()
+    assert 'model.safetensors is missing' in message(half, tmp_path / 'a')
+    (half / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:5000])
+    assert 'could not be written' in message(half, tmp_path / 'a')
+    odd = tiny_model(vocab_size=300, n_embd=40, skip_expert=True)
+    save_pretrained(odd, write_language(tmp_path / 'odd'))
+    assert 'multiple of 32' in message(tmp_path / 'odd', tmp_path / 'a')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
+    assert 'the disk has 0.0 GiB left' in message(folder, tmp_path / 'a') and not (tmp_path / 'a').exists()
+    assert json.loads((folder / 'config.json').read_text())['eos_token_id'] == 2
