@@ -21,20 +21,16 @@ and the stream itself amplify small errors (report, IV-D).
 `python quantize.py FOLDER OUT --bits=4` reads a released folder tensor by tensor and writes another, which sample.py
 and rsa.py take like any. Legend: out, in: of a matrix; G groups of a row; N experts; T tokens; E, F: see model.py.
 """
-import json
-import os
 import re
-import shutil
 import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import configurator
-from data.folder import read_json, weight_files
+from data.folder import copy_folder
 from model import swiglu
 
 GROUP = 32                      # inputs that share s and z, in 4 bits
@@ -195,50 +191,8 @@ def quantized_tensors(name, tensor, bits):
 
 def quantize_folder(folder, out, bits):
     """Write OUT, whole or not at all. Raise ValueError if FOLDER is incomplete, OUT is there, or the disk too small."""
-    safetensors, save_file = configurator.package('safetensors'), configurator.package('safetensors.torch').save_file
-    config, paths = read_json(os.path.join(folder, 'config.json')), weight_files(folder)
-    if os.path.exists(out):
-        raise ValueError(f'{out} is already there: name another folder, or remove it')
-    needed = sum(os.path.getsize(path) for path in paths) * (bits + 1) // 16
-    free = shutil.disk_usage(os.path.dirname(os.path.abspath(out))).free
-    if free < needed:
-        raise ValueError(f'{out} needs {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB left')
-    unfinished = f'{out}.unfinished'
-    shutil.rmtree(unfinished, ignore_errors=True)
-    os.makedirs(unfinished)
-    try:
-        weight_map, batch, size, number = {}, {}, 0, 0
-
-        def flush():
-            nonlocal batch, size, number
-            number += 1
-            file = f'model-{number:05}.safetensors'
-            save_file(batch, os.path.join(unfinished, file), metadata={'format': 'pt'})
-            weight_map.update(dict.fromkeys(batch, file))
-            batch, size = {}, 0
-        for path in paths:
-            with safetensors.safe_open(path, 'pt') as file:
-                for name in tqdm(file.keys(), desc=os.path.basename(path), unit='tensor', dynamic_ncols=True):
-                    if name == 'lm_head.weight':                # tied: the embedding once more
-                        continue
-                    for key, value in quantized_tensors(name, file.get_tensor(name), bits):
-                        batch[key] = value.contiguous()
-                        size += value.nbytes
-                    if size > 2 ** 29:                          # so much is held, and not more
-                        flush()
-        flush()
-        for name, content in (('model.safetensors.index.json', {'weight_map': weight_map}),
-                              ('config.json', config | {'nanozaya_quantization': {'bits': bits}})):
-            with open(os.path.join(unfinished, name), 'w') as file:
-                json.dump(content, file, indent=2, sort_keys=True)
-        for name in os.listdir(folder):                         # tokenizer, chat template and the like
-            if name.endswith(('.json', '.jinja', '.model', '.txt')) and name not in os.listdir(unfinished):
-                shutil.copy(os.path.join(folder, name), unfinished)
-        os.rename(unfinished, out)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f'{out} could not be written: {error}') from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    copy_folder(folder, out, lambda name, tensor: quantized_tensors(name, tensor, bits),
+                {'nanozaya_quantization': {'bits': bits}}, share={8: 0.51, 4: 0.33}[bits])
 
 
 @dataclass

@@ -184,10 +184,8 @@ def main(config):
             [question], sampler(speaker, config, stream, 1000 * k + len(done)), speaker.build_prompt, done=done,
             **settings, **functions)
         path = config.out or config.problems.removesuffix('.jsonl') + '.rsa.jsonl'
-        others = ('ckpt', 'problems', 'temperature', 'top_p', 'min_p', 'aggregation_prompt')
-        written = problems.run(listed, speaker, think, path,
-                               settings | {key: getattr(config, key) for key in others})
-        return print(problems.table(listed, written))
+        also = {key: getattr(config, key) for key in 'ckpt problems temperature top_p min_p aggregation_prompt'.split()}
+        return print(problems.table(listed, problems.run(listed, speaker, think, path, settings | also)))
     result, = markovian_rsa([speaker.encode(question)], sampler(speaker, config), speaker.build_prompt, **settings,
                             **functions)
     if config.show:

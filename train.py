@@ -236,12 +236,8 @@ def train(config, model_config):
         f'{config.max_steps * tokens_per_step / loader.n_tokens:.2f} epochs')
     columns = ['step', 'tokens', 'loss', 'val_loss', 'grad_norm', 'lr', 'tokens_per_s', 'mfu', 'entropy',
                *(f'{kind}_{layer}' for kind in ('entropy', 'residual') for layer in range(model_config.n_layer))]
-    wandb = None
-    if config.wandb and rank == 0:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError('wandb is not installed: pip install wandb, or leave --wandb out') from None
+    wandb = configurator.package('wandb') if config.wandb and rank == 0 else None
+    if wandb:
         wandb.init(project='nanozaya', name=config.out_dir, config=asdict(config) | asdict(model_config))
 
     def log(row, keep_until=None):

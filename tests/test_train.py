@@ -621,7 +621,7 @@ BAD_SETTINGS = {
     '--vocab_size=77': 'vocab_size is 77, but',
     '--dataset=nowhere': 'nowhere/meta.json is missing',
     '--batch_size=1_000_000_000_000': 'out of memory',
-    '--wandb=True': 'wandb is not installed',
+    '--wandb=True': 'needs the package wandb: pip install wandb',
     'nowhere.py': 'nowhere.py: cannot be read',
 }
 
