@@ -65,7 +65,7 @@ def copy_folder(folder, out, change, settings, share):
                         shard = f'model-{len(set(weight_map.values())):05}.safetensors'
                         save_file(batch, os.path.join(unfinished, shard), metadata={'format': 'pt'})
                         weight_map, batch = weight_map | dict.fromkeys(batch, shard), {}
-        for name, content in (('model.safetensors.index.json', {'weight_map': weight_map}),
+        for name, content in (('model.safetensors.index.json', {'metadata': {}, 'weight_map': weight_map}),
                               ('config.json', config | settings)):
             with open(os.path.join(unfinished, name), 'w') as file:
                 json.dump(content, file, indent=2, sort_keys=True)

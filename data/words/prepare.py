@@ -3,7 +3,7 @@ answers in \\boxed{}. From the project's root:
 
     python -m data.words.prepare && python train.py config/words.py
     python rsa.py --ckpt=runs/words --problems=data/words/problems.jsonl --aggregation_prompt=data/words/prompt.txt \\
-        --budget=60 --final_budget=60 --tail=14 --rounds=4
+        --budget=59 --final_budget=59 --tail=14 --rounds=4
 
 It writes a packed set like data/loops/prepare.py, whose prompts are those that rsa.py makes (data/problems.py), and
 problems.jsonl, held-out problems of 25 to 32 steps with their answers. A problem and the beginning of a solution:
@@ -30,7 +30,7 @@ from data.reasoning import Turn, trim, write_packed
 from data.tokenizer import save_tokenizer, train_bpe
 
 HERE = Path(__file__).parent
-PER_ROUND = 8                                       # steps of a continuation: 60 tokens
+PER_ROUND = 8                                       # steps of a continuation: 59 tokens, with <think> and the value
 LINES = 2                                           # of a tail: 14 tokens
 
 

@@ -1,0 +1,87 @@
+"""What do 8 and 4 bits cost? The loss of the demo model on held-out text, and Markovian RSA of the loops model.
+
+    make demo && python -m evidence.quantization
+
+Each weight is replaced by what its code means (quantize.py), and the model runs as before: how the product is computed
+does not matter here. 4 bits twice: rounded to nearest, and with the span of least squared error for each group. bf16
+is the precision in which the released model is stored. CSV on the standard output.
+"""
+import copy
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import checkpoint
+import configurator
+import decode
+from data.loader import open_dataset
+from data.loops import task
+from data.loops.evaluate import TableConfig, measure
+from quantize import dequantize, quantize
+from rsa import load_speaker
+
+
+@dataclass
+class QuantizationConfig:
+    demo: str = 'runs/demo'
+    loops: str = 'runs/loops'
+    batches: int = 20               # of held-out text
+    problems: int = 100             # of 25 to 32 steps
+
+    def __post_init__(self):
+        configurator.check_ranges(self, batches=(1, None), problems=(1, None))
+
+
+@torch.no_grad()
+def in_few_bits(model, change):
+    """A copy of a Zaya whose large matrices have gone through change(W), matrix by matrix."""
+    model = copy.deepcopy(model)
+    for layer in model.layers:
+        linears = [module for module in layer.attn.children() if isinstance(module, nn.Linear)]
+        for W in [linear.weight for linear in linears] + [*layer.moe.experts.gate_up, *layer.moe.experts.down]:
+            W.copy_(change(W))
+    model.embedding.weight.copy_(change(model.embedding.weight))
+    return model
+
+
+CHANGES = {
+    'float32': lambda W: W,
+    'bf16': lambda W: W.bfloat16(),
+    'int8': lambda W: dequantize(**quantize(W, 8)),
+    'int4, nearest': lambda W: dequantize(**quantize(W, 4, spans=[1.0])),
+    'int4': lambda W: dequantize(**quantize(W, 4)),
+}
+
+
+@torch.no_grad()
+def val_loss(model, loader, batches):
+    total = 0.0
+    for index in range(batches):
+        x, y, start = loader.batch(index)
+        total += model(x, y, start)[1].item()
+    return total / batches
+
+
+def main(config):
+    demo, _ = checkpoint.load(config.demo)
+    settings = checkpoint.load_checkpoint(config.demo)['config']
+    loader = open_dataset(settings['dataset'], 'val', settings['batch_size'], demo.config.context, settings['seed'])
+    speaker = load_speaker(config.loops, torch.device('cpu'))
+    problems, table = task.test_problems('hard', config.problems), TableConfig(problems=config.problems)
+    rounds = task.rounds_needed(task.LENGTHS['hard'][1], table.budget)
+    print('weights,val_loss,more_than_float32,rsa_mean,ci95')
+    first = None
+    for name, change in CHANGES.items():
+        loss = val_loss(in_few_bits(demo, change), loader, config.batches)
+        first = first or loss
+        model = in_few_bits(speaker.model, change)
+        row = measure(speaker._replace(model=model, step=decode.folded(model)), problems, table, name, candidates=4,
+                      rounds=rounds, budget=table.budget, tail=table.tail)
+        print(f'{name!r},{loss:.4f},{loss - first:+.4f},{100 * row.mean:.1f},{100 * row.half:.1f}', flush=True)
+
+
+if __name__ == '__main__':
+    with configurator.one_line_errors('evidence.quantization'):
+        main(*configurator.read(sys.argv[1:], QuantizationConfig))
