@@ -5,8 +5,8 @@ pass of model.py, made for thousands of tokens at once, spends its time in calls
 function step(cache, tokens), and equals model(tokens[:, None], cache=cache) up to rounding:
 
 `folded(model)`, ready at once: the same function written for S = 1, in a third of the calls.
-  - Weights that meet in a row are multiplied beforehand: W_Q, W_K and both W_V are one matrix, the weight of a norm is
-    in the matrix after it where there is a single one, the convolutions are one of kernel 3, and a_f is in W_O.
+  - What belongs together is put together beforehand: W_Q, W_K and both W_V are one matrix, which quantize.py may have
+    made; the weight of the router's norm is in the matrix after it; the convolutions are one of kernel 3.
   - QK-mean needs no halves. Only the directions of q and k count, since both are normed next, so they may be twice as
     long: (2 q + q~) + k~, and (2 k + k~) + the mean of q~. What is in brackets is a convolution, like q itself.
   - RoPE turns all heads of a token by the same angles: one matrix for all layers. It keeps lengths, so that the norm
@@ -38,7 +38,6 @@ def fold(layer):
     d, T = attn.head_dim, wide(attn.temperature)
     # RMSNorm divides by |x| / sqrt(E). `step` divides by |x|, and the sqrt(E) is here, beside the norm's weight.
     norm_weight = lambda norm: wide(norm.weight) * len(norm.weight) ** 0.5
-    matrix = lambda W, scale: (wide(W).T * scale).to(W.dtype).contiguous()
     constant = lambda s: wide(s.residual_bias * s.residual_scale + s.branch_bias * s.branch_scale)
     taps, bias = merge_convolutions(attn.conv_depthwise_weight, attn.conv_depthwise_bias,
                                     attn.conv_grouped_weight, attn.conv_grouped_bias)      # (H, d, 3 d), (H, d)
@@ -52,11 +51,11 @@ def fold(layer):
         o=product(attn.o_proj),                                                             # (B, Hq d) -> (B, E)
         attn_scale=wide(a.residual_scale), attn_constant=constant(a), attn_branch=wide(a.branch_scale),    # (E) * each
         moe_norm=norm_weight(layer.moe_norm),                                               # (E) *
-        router_down=router.down_proj.weight.T.contiguous(), router_bias=router.down_proj.bias,         # (E, R), (R)
+        router_down=router.down_proj.weight, router_bias=router.down_proj.bias,             # (R, E), (R)
         eda_scale=router.eda_scale,                                                         # (R), None in layer 0
-        fc1=matrix(router.fc1.weight, norm_weight(router.norm)[:, None]), fc1_bias=router.fc1.bias,    # (R, R), (R)
-        fc2=router.fc2.weight.T.contiguous(), fc2_bias=router.fc2.bias,                     # (R, R), (R)
-        out=router.out_proj.weight.T.contiguous(),                                          # (R, M)
+        fc1=(wide(router.fc1.weight) * norm_weight(router.norm)).to(router.fc1.weight.dtype),          # (R, R)
+        fc1_bias=router.fc1.bias, fc2=router.fc2.weight, fc2_bias=router.fc2.bias,          # (R), (R, R), (R)
+        out=router.out_proj.weight,                                                         # (M, R)
         moe_scale=wide(m.residual_scale), moe_constant=constant(m), moe_branch=wide(m.branch_scale))       # (E) * each
 
 
@@ -145,11 +144,11 @@ def folded(model):
             # Router.
             h = (x / length(x) * w.moe_norm).to(dtype)                          # (B, E)
             bias = w.router_bias if r is None else torch.addcmul(w.router_bias, w.eda_scale, r)
-            r = torch.addmm(bias, h, w.router_down)                             # (B, R)
+            r = F.linear(h, w.router_down) + bias                               # (B, R)
             z = (r / length(r.float())).to(dtype)
-            z = F.gelu(torch.addmm(w.fc1_bias, z, w.fc1))
-            z = F.gelu(torch.addmm(w.fc2_bias, z, w.fc2))
-            probs = torch.mm(z, w.out).softmax(-1, torch.float32)               # (B, M)
+            z = F.gelu(F.linear(z, w.fc1, w.fc1_bias))
+            z = F.gelu(F.linear(z, w.fc2, w.fc2_bias))
+            probs = F.linear(z, w.out).softmax(-1, torch.float32)               # (B, M)
             expert = (probs + layer.moe.router.balancing_bias).argmax(-1, keepdim=True)                # (B, 1)
             # Experts.
             y = experts(layer.moe.experts, h, expert[:, 0], probs.gather(-1, expert)[:, 0])
