@@ -111,6 +111,7 @@ def measure(folder, config, bits, peer, steps):
     loaded = time.perf_counter() - began
     for t in [*model.parameters(), *model.buffers()]:           # from the disk into memory, once: each page of 4 KiB
         t.flatten().view(torch.uint8)[::4096].sum()
+    memory = resident()
     theirs = None
     if peer:
         import transformers
@@ -136,7 +137,7 @@ def measure(folder, config, bits, peer, steps):
             floor = speed / bytes_a_step(config, bits, B, context)
             print(f'| {name} | decode {B} after {context:,} | ' + ' | '.join(f'{B / t:.1f}' for t in times)
                   + ' |' * (2 - len(times)) + f' | {B * floor:.1f} | {1 / times[0] / floor:.0%} |', flush=True)
-    print(f'{name}: loaded in {loaded:.1f} s; {resident():.1f} GiB resident at the end; memory reads '
+    print(f'{name}: loaded in {loaded:.1f} s; {memory:.1f} GiB resident, without a cache; memory reads '
           f'{speed / 2**30:.1f} GiB/s', file=sys.stderr)
 
 
