@@ -212,3 +212,10 @@ def test_export_without_the_skip_class_is_refused(tmp_path):
     pytest.importorskip('safetensors')
     with pytest.raises(ValueError, match='skip'):
         save_pretrained(tiny_model(), tmp_path)
+
+
+def test_a_window_without_targets_has_loss_zero_and_no_gradient():
+    model, idx = tiny_model().train(), tokens(2, 8)
+    loss = model(idx, torch.full_like(idx, -1))[1]
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or p.grad.eq(0).all() for p in model.parameters())
