@@ -125,7 +125,8 @@ class Matrix(nn.Module):
     def joined(matrices):
         """One Matrix of several with the same input, one under the other."""
         parts = [[getattr(m, name) for m in matrices] for name in ('codes', 'scale', 'offset')]
-        joined = Matrix(matrices[0].bits, sum(len(m.codes) for m in matrices), 2 * GROUP)
+        bits, width = matrices[0].bits, matrices[0].codes.shape[1] * 8 // matrices[0].bits
+        joined = Matrix(bits, sum(len(m.codes) for m in matrices), width)
         joined.codes, joined.scale, joined.offset = (None if part[0] is None else torch.cat(part) for part in parts)
         joined.pack(matrices[0].dtype, keep=True)
         return joined

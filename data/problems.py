@@ -245,16 +245,19 @@ def write(file, row):
 def take_up(path, settings):
     """Return {k: rounds} of the run that wrote this file; begin it if there is none. A line that was cut short goes.
     Raise ValueError if that run had other settings, or the file is something else."""
-    with open(path, 'ab+') as file:
-        file.seek(0)
-        content = file.read()
-        file.truncate(whole := content.rfind(b'\n') + 1)        # where the last line ends
-    if not whole:
-        with open(path, 'w', encoding='utf-8') as file:
-            write(file, {'settings': settings})
-        return {}
+    content, header = b'', b'{"settings": '
+    if os.path.exists(path):
+        with open(path, 'rb') as file:
+            content = file.read()
+    whole = content.rfind(b'\n') + 1                            # where the last line ends
     written = {}
     try:
+        if content[:len(header)] != header[:len(content)]:      # nothing of a strange file is touched
+            raise ValueError
+        if not whole:
+            with open(path, 'w', encoding='utf-8') as file:
+                write(file, {'settings': settings})
+            return {}
         first, *rows = map(json.loads, content[:whole].decode().split('\n')[:-1])
         before = first['settings']
         for row in rows:
@@ -265,6 +268,7 @@ def take_up(path, settings):
     if changed:
         raise ValueError(f'{path} was begun with another {changed[0]}, {before.get(changed[0])!r}: name another file '
                          'with --out')
+    os.truncate(path, whole)
     return written
 
 

@@ -13,7 +13,6 @@ Legend:  B rows   S tokens
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 import checkpoint
 import configurator
 import decode
+from bench import alternate
 from model import Zaya, ZayaConfig
 from quantize import quantize_folder
 
@@ -121,7 +121,7 @@ def measure(folder, config, bits, peer, steps):
     works = [lambda: model(prompt, cache=model.make_cache(1, 512), last_only=True)]
     if theirs:
         works.append(lambda: theirs(prompt, use_cache=True, logits_to_keep=1))
-    times = in_turns(works, 2)
+    times = alternate(works, torch.device('cpu'), 2, warm_up=1)
     print(f'| {name} | prefill 512 | ' + ' | '.join(f'{512 / t:.1f}' for t in times) + ' |' * (2 - len(times))
           + ' | | |', flush=True)
     for context in 0, 8192:
@@ -133,25 +133,12 @@ def measure(folder, config, bits, peer, steps):
                 state = [theirs(torch.randint(2, config.vocab_size, (B, 1)), use_cache=True).past_key_values]
                 works.append(lambda: theirs(torch.randint(2, config.vocab_size, (B, 1)), past_key_values=state[0],
                                             use_cache=True))
-            times = in_turns(works, steps)
+            times = alternate(works, torch.device('cpu'), steps, warm_up=1)
             floor = speed / bytes_a_step(config, bits, B, context)
             print(f'| {name} | decode {B} after {context:,} | ' + ' | '.join(f'{B / t:.1f}' for t in times)
                   + ' |' * (2 - len(times)) + f' | {B * floor:.1f} | {1 / times[0] / floor:.0%} |', flush=True)
     print(f'{name}: loaded in {loaded:.1f} s; {memory:.1f} GiB resident, without a cache; memory reads '
           f'{speed / 2**30:.1f} GiB/s', file=sys.stderr)
-
-
-def in_turns(works, repeats):
-    """Median seconds of each work, after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        row = []
-        for work in works:
-            began = time.perf_counter()
-            work()
-            row.append(time.perf_counter() - began)
-        times.append(row)
-    return [statistics.median(column) for column in zip(*times[1:])]
 
 
 def main(config):

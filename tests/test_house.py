@@ -12,7 +12,7 @@ HELPERS = {'model': {'configurator'}, 'train': {'configurator', 'checkpoint', 'k
            'sample': {'configurator', 'checkpoint', 'decode', 'kernels', 'data'},
            'rsa': {'configurator', 'checkpoint', 'decode', 'data'}}
 LINES = {'layers': 60, 'cca': 210, 'cache': 98, 'router': 115, 'model': 308, 'sample': 190, 'optim': 85, 'train': 305,
-         'rsa': 201, 'checkpoint': 248, 'configurator': 158, 'decode': 202, 'quantize': 218, 'bench': 266,
+         'rsa': 201, 'checkpoint': 248, 'configurator': 158, 'decode': 202, 'quantize': 219, 'bench': 266,
          'data/loops/evaluate': 242}
 
 

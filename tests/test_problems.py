@@ -146,6 +146,11 @@ def test_a_run_goes_on_with_the_same_settings_only(tmp_path):
     with pytest.raises(ValueError, match='was not written by such a run'):
         problems.run(LISTED, speaker(), think(), tmp_path / 'run', SETTINGS)
     assert (tmp_path / 'run').read_text() == 'my notes\n'
+    for text in 'my notes', 'my notes\nmore':                   # whose last line does not end
+        (tmp_path / 'run').write_text(text)
+        with pytest.raises(ValueError, match='was not written by such a run'):
+            problems.run(LISTED, speaker(), think(), tmp_path / 'run', SETTINGS)
+        assert (tmp_path / 'run').read_text() == text
 
 
 @pytest.fixture(scope='module')

@@ -135,13 +135,18 @@ def continue_chain(problem, chain, n, rng, noise):
     return chain
 
 
-def write(problem, chain):
-    """Return the tokens of a chain: its first value, then the steps."""
-    text, K = str(chain[0][1]), len(problem.operations)
+def texts_of(problem, chain):
+    """Return the texts of a chain, one for each of its pairs (steps done, value): the first value, then the steps."""
+    texts, K = [str(chain[0][1])], len(problem.operations)
     for done, value in chain[1:]:
         loop, i = divmod(done - 1, K)
-        text += f'{problem.loops - loop}{"abcdefgh"[i]}{problem.operations[i]}={value}'
-    return ENC.encode_ordinary(text)
+        texts.append(f'{problem.loops - loop}{"abcdefgh"[i]}{problem.operations[i]}={value}')
+    return texts
+
+
+def write(problem, chain):
+    """Return the tokens of a chain: its first value, then the steps."""
+    return ENC.encode_ordinary(''.join(texts_of(problem, chain)))
 
 
 def build_prompt(question, tails):

@@ -55,12 +55,7 @@ def in_words(problem):
 
 def lines_of(problem, chain):
     """Return the lines of a chain, one for each of its pairs (steps done, value): the first states the value alone."""
-    K = len(problem.operations)
-    lines = [f'{chain[0][1]}\n']
-    for done, value in chain[1:]:
-        loop, i = divmod(done - 1, K)
-        lines.append(f'{problem.loops - loop}{"abcdefgh"[i]}{problem.operations[i]}={value}\n')
-    return lines
+    return [f'{text}\n' for text in task.texts_of(problem, chain)]
 
 
 def sample(language, words, problem, tails, chain):
