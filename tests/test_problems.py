@@ -135,6 +135,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path_factory, rounds, cut):
     written = problems.run(LISTED, speaker(), think(calls=again), folder / 'killed', SETTINGS)
     assert kept(written) == kept(whole) and again == calls[min(rounds, 9):]
     assert (folder / 'killed').read_text().count('\n') == 1 + 9
+    assert kept(problems.take_up(folder / 'killed', SETTINGS)) == kept(whole)          # and what it wrote can be read
     assert problems.table(LISTED, written).splitlines()[-1].startswith('| 3 | ')
 
 

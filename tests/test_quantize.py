@@ -75,6 +75,16 @@ def test_the_fast_products_are_those_of_the_dequantized_matrix(seed, bits, rows,
 
 @torch.no_grad()
 @given(seeds, bits_)
+def test_the_head_s_rows_keep_the_bits_that_bf16_has_no_room_for(seed, bits):
+    m = matrix_of(random_matrix(seed), bits, torch.bfloat16)
+    x = random_matrix(seed + 1, 16)                                             # float32, as the last norm gives it
+    exact = x @ dequantize(m.codes, m.scale, m.offset).T
+    error = lambda y: (y.float() - exact).square().mean()
+    assert error(m.product(x)) < 0.9 * error(m.product(x.bfloat16()))
+
+
+@torch.no_grad()
+@given(seeds, bits_)
 def test_joined_matrices_are_one_under_the_other(seed, bits):
     parts = [matrix_of(random_matrix(seed + i, out), bits) for i, out in enumerate((32, 64, 10))]
     x = random_matrix(seed, 3)
