@@ -39,7 +39,7 @@ from train import PEAK_FLOPS
 @dataclass
 class BenchConfig:
     device: str = 'auto'
-    dtype: str = 'auto'             # of 'best' training; 'auto' is bfloat16 on cuda, float32 elsewhere
+    dtype: str = 'auto'             # of 'best' training; 'auto' is bfloat16 where it is faster, else float32
     repeats: int = 5
     quick: bool = False             # a tiny model, two repeats, no torch.compile: only to see that it works
     seed: int = 0

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import wide
+from layers import bf16_inside, wide
 
 # ---- step 2: the two convolutions, as one ----
 
@@ -163,5 +163,8 @@ class CCA(nn.Module):
         # 7. Attend in the latent, scale 1 / sqrt(d), each KV head for its G query heads.
         if cache is not None:
             k, v = cache.update(self.layer, torch.cat([past, qk], 1), v_delayed, k, v)  # (B, Hk, P, d)
+        dtype = v.dtype
+        if v.device.type == 'cpu' and bf16_inside():
+            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()                  # twice as fast as bf16 in float32's coat
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(-2))                       # (B, S, Hq d) -> (B, S, E)
+        return self.o_proj(y.transpose(1, 2).flatten(-2).to(dtype))           # (B, S, Hq d) -> (B, S, E)

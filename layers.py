@@ -10,12 +10,28 @@ before it, or turn itself down: over 40 layers this keeps the size of the stream
 Legend:  E residual width   ... any dims before it
 """
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
 def wide(x):
     """Return x in float32, the least precision of the delicate steps (report, IV-D); float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.compiler.assume_constant_result
+def bf16_inside():
+    """Whether products of float32 tensors may round their factors to bf16 (configurator.products_in)."""
+    return torch.get_float32_matmul_precision() != 'highest'
+
+
+def float32_product(x, W):
+    """x W^T in float32, even where products are bf16_inside. x (..., in), W (out, in). There each factor is split into
+    a high and a low part that bf16 holds, up to 2^-17 of it; the product of the low parts is left out."""
+    if not bf16_inside():
+        return F.linear(x, W)
+    (x, x_low), (W, W_low) = ((high := t.bfloat16().to(t.dtype), t - high) for t in (x, W))
+    return F.linear(x, W).add_(F.linear(x_low, W)).add_(F.linear(x, W_low))
 
 
 class RMSNorm(nn.Module):

@@ -24,7 +24,7 @@ from torch import nn
 from cache import Cache
 from cca import CCA, rope_table
 from configurator import check_ranges
-from layers import ResidualScaling, RMSNorm, wide
+from layers import ResidualScaling, RMSNorm, bf16_inside, float32_product, wide
 from router import Router
 
 
@@ -79,9 +79,9 @@ def logits(x, W):
     """x W^T in float32 (report, IV-D). x (..., E) float32, W (V, E) of any dtype: converted in pieces that stay in a
     processor's cache, so that the memory reads W as it is, and holds no float32 copy of it."""
     if W.dtype == x.dtype or torch.compiler.is_compiling():
-        return F.linear(x, W.to(x.dtype))
+        return float32_product(x, W.to(x.dtype))
     rows = 2 ** (20 if x.device.type == 'cpu' else 27) // W.shape[1]
-    return torch.cat([F.linear(x, piece.to(x.dtype)) for piece in W.split(max(1, rows))], -1)
+    return torch.cat([float32_product(x, piece.to(x.dtype)) for piece in W.split(max(1, rows))], -1)
 
 
 def swiglu(gate_up):
@@ -101,22 +101,35 @@ class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
         N, E, F_ = config.n_expert, config.n_embd, config.expert_dim
+        self.skip = config.skip_expert
         self.gate_up = nn.Parameter(torch.empty(N, 2 * F_, E))  # gate rows first
         self.down = nn.Parameter(torch.empty(N, E, F_))
 
     def forward(self, x, expert, weight):
         """Each token visits one expert only. So sort the tokens by expert: every expert then works on one contiguous
-        slice, with plain matrix products and no wasted work. At the end the order is put back."""
-        device = x.device.type
+        slice, with plain matrix products and hardly any wasted work. At the end the order is put back."""
+        T, N, device = len(x), len(self.down), x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
+        # Each slice gets a multiple of R rows, the rest zeros: a CPU writes a program for each shape of a bf16 product.
+        R = 1
+        if device == 'cpu' and (dtype == torch.bfloat16 or bf16_inside()):
+            R = min(64, 1 << max(1, T // (4 * N)).bit_length() - 1)             # zeros: an eighth of the rows, or less
         expert, order = expert.sort(stable=True)                # expert 0's tokens first, skipped ones last
-        ends = torch.searchsorted(expert, torch.arange(len(down), device=x.device), right=True, out_int32=True)
-        skipped = (expert == len(down))[:, None]                # (T, 1): rows that belong to no slice
-        x = x.to(dtype).index_select(0, order).masked_fill(skipped, 0)          # backward: nor is their gradient
-        h = swiglu(grouped_mm(x, gate_up.mT, offs=ends))        # (T, F)
-        y = grouped_mm(h, down.mT, offs=ends).masked_fill(skipped, 0)           # forward: their rows are not defined
-        return torch.zeros_like(y).index_copy(0, order, y) * weight[:, None].to(dtype)
+        count = F.one_hot(expert, N + 1).sum(0)                 # (N + 1)
+        room = (count + (R - 1)) // R * R
+        ends = room.cumsum(0)
+        shift = ends - room - (count.cumsum(0) - count)         # of each slice, from its place without zeros
+        place = torch.empty_like(order)                         # (T): which row a token gets
+        place[order] = torch.arange(T, device=x.device) + shift[expert]
+        skipped, ends = (place >= ends[N - 1])[:, None], ends[:N].int()         # (T, 1): their rows are in no slice
+        x = x.to(dtype)
+        x = x.masked_fill(skipped, 0) if self.skip else x       # backward: the gradient of such rows is not defined
+        x = x.new_zeros(T + N * (R - 1), x.shape[1]).index_copy(0, place, x)
+        h = swiglu(grouped_mm(x, gate_up.mT, offs=ends))        # (rows, F)
+        y = grouped_mm(h, down.mT, offs=ends).index_select(0, place)            # (T, E)
+        y = y.masked_fill(skipped, 0) if self.skip else y       # forward: nor are they themselves
+        return y * weight[:, None].to(dtype)
 
 
 class MoE(nn.Module):
@@ -267,7 +280,7 @@ class CrossEntropy(torch.autograd.Function):
         loss, dx, dW = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(W)
         for x_piece, target, dx_piece in zip(x.split(rows), targets.split(rows), dx.split(rows)):
             scored, target = (target >= 0)[:, None], target.clamp_min(0)[:, None]               # (rows, 1) each
-            logp = (x_piece @ W.T).log_softmax(-1)                              # (rows, V)
+            logp = float32_product(x_piece, W).log_softmax(-1)                  # (rows, V)
             loss -= logp.gather(1, target).mul_(scored).sum()
             if ctx.needs_input_grad[0]:                                         # not in evaluation
                 dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(x_piece[:, :1])).mul_(scored / n)

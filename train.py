@@ -62,7 +62,7 @@ class TrainConfig:
     log_every: int = 10             # steps between lines of log.csv
     seed: int = 0
     device: str = 'auto'            # 'auto': cuda (also AMD's ROCm), else mps, else cpu
-    dtype: str = 'auto'             # of the matrix products: 'auto' is bfloat16 on cuda, float32 elsewhere
+    dtype: str = 'auto'             # of the matrix products: 'auto' is bfloat16 where it is faster, else float32
     compile: bool = False           # torch.compile: half a minute to start, faster after
     kernel: str = 'torch'           # 'hip' or 'auto': CCA's own kernel, see kernels/README.md
     wandb: bool = False             # also log to Weights & Biases (pip install wandb)
@@ -143,6 +143,8 @@ def take_up(config, model, optimizers, balancer, tokenizer_path, say):
     torch.set_rng_state(saved['rng'])
     if model.device.type == 'cuda' and saved['rng_cuda'] is not None:
         torch.cuda.set_rng_state(saved['rng_cuda'], model.device)
+    if config.dtype == 'auto':                                  # measured once, for all of the run
+        config.dtype = saved['config']['dtype']
     changed = [f'{key} {saved["config"].get(key)} -> {value}' for key, value in asdict(config).items()
                if saved['config'].get(key) != value]
     say(f'continuing {folder} at step {saved["step"]} of {config.max_steps}'
@@ -213,25 +215,25 @@ def train(config, model_config):
     logged as {step: loss}. Raises ValueError for settings, data or checkpoints that do not fit."""
     rank, world, device = start_processes(config)
     say = tqdm.write if rank == 0 else lambda text: None        # tqdm's print keeps the progress bar in one piece
-    dtype = configurator.pick_dtype(config.dtype, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     loader, val_loader, tokenizer_path, model_config = open_data(config, model_config)
     tokenizer = load_tokenizer(tokenizer_path)
     torch.manual_seed(config.seed)                              # the same weights in every process
     model = Zaya(model_config).to(device)
-    kernels.use(model, config.kernel, dtype)
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     balancer = Balancer(model.routers, config.balancer, config.balancer_lr)
     os.makedirs(config.out_dir, exist_ok=True)
     step = take_up(config, model, optimizers, balancer, tokenizer_path, say)
+    dtype = configurator.pick_dtype(config.dtype, device, model_config.n_embd)
+    config.dtype, autocast = str(dtype)[6:], configurator.products_in(dtype, device)       # what a checkpoint remembers
+    kernels.use(model, config.kernel, torch.float32 if device.type == 'cpu' else dtype)
     if rank == 0 and step == 0:
         shutil.copy(tokenizer_path, config.out_dir)             # sample.py finds it with the weights
 
     # The log.
-    name, precision = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, str(dtype)[6:]
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name and dtype == torch.bfloat16), None)
     n, tokens_per_step = sizes(model_config), config.batch_size * model_config.context * config.grad_accum
-    say(f'{n["total"]:,} parameters, {n["active"]:,} active a token (without the embedding), on {name} in {precision}'
+    say(f'{n["total"]:,} parameters, {n["active"]:,} active a token (without the embedding), on {name} in {config.dtype}'
         f'{" x " + str(world) if world > 1 else ""}; data: {loader.n_tokens:,} tokens, {tokens_per_step:,} a step, '
         f'{config.max_steps * tokens_per_step / loader.n_tokens:.2f} epochs')
     columns = ['step', 'tokens', 'loss', 'val_loss', 'grad_norm', 'lr', 'tokens_per_s', 'mfu', 'entropy',

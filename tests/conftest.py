@@ -14,6 +14,7 @@ hypothesis.settings.load_profile('nanozaya')
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision('highest')               # which a run in bf16 leaves behind
 
 
 @pytest.fixture(scope='session')
