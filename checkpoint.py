@@ -69,7 +69,7 @@ def from_pretrained(folder, device='cpu', dtype=None):
         model = Zaya(config_from_json(folder))
         if quantized := released_config.get('nanozaya_quantization'):           # by quantize.py
             quantize.replace(model, quantized['bits'])
-    repacked = bool(quantized) and quantized['bits'] == 4       # soon, so that no file need stay in memory
+    repacked = bool(quantized) and quantized['bits'] == 4       # so that no file need stay in memory
     own, state = {released_name(name): (name, tensor) for name, tensor in model.state_dict().items()}, {}
     for path in weight_files(folder):
         try:
@@ -84,12 +84,14 @@ def from_pretrained(folder, device='cpu', dtype=None):
                         raise ValueError(f'{path}: {name} has shape {list(tensor.shape)}, '
                                          f'config.json asks for {list(like.shape)}')
                     fixed = name.endswith(('balancing_biases', '.codes', '.scale', '.offset'))      # whatever dtype is
-                    state[our_name] = tensor.to(device, like.dtype if fixed else dtype or tensor.dtype, copy=repacked)
+                    copy = repacked and '.experts.' not in our_name             # those are laid out anew below
+                    state[our_name] = tensor.to(device, like.dtype if fixed else dtype or tensor.dtype, copy=copy)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f'{path}: cannot be read as safetensors ({error}); is the file complete?') from None
     if own:
         raise ValueError(f'{folder}: {len(own)} tensors are missing, the first is {min(own)}')
     model.load_state_dict(state, assign=True)                   # these tensors, not copies of them
+    del state, tensor
     for router in model.routers:                                # not stored: the load counters
         router.load = torch.zeros_like(router.load, device=device)
     model.released_config = released_config                     # end-of-text token and the like

@@ -26,12 +26,14 @@ def bf16_inside():
 
 
 def float32_product(x, W):
-    """x W^T in float32, even where products are bf16_inside. x (..., in), W (out, in). There each factor is split into
-    a high and a low part that bf16 holds, up to 2^-17 of it; the product of the low parts is left out."""
+    """x W^T in float32 throughout, even where products are bf16_inside. x (..., in), W (out, in)."""
     if not bf16_inside():
         return F.linear(x, W)
-    (x, x_low), (W, W_low) = ((high := t.bfloat16().to(t.dtype), t - high) for t in (x, W))
-    return F.linear(x, W).add_(F.linear(x_low, W)).add_(F.linear(x, W_low))
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    y = F.linear(x, W)
+    torch.set_float32_matmul_precision(precision)
+    return y
 
 
 class RMSNorm(nn.Module):

@@ -283,9 +283,9 @@ class CrossEntropy(torch.autograd.Function):
             logp = float32_product(x_piece, W).log_softmax(-1)                  # (rows, V)
             loss -= logp.gather(1, target).mul_(scored).sum()
             if ctx.needs_input_grad[0]:                                         # not in evaluation
-                dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(x_piece[:, :1])).mul_(scored / n)
-                torch.mm(dlogits, W, out=dx_piece)
-                dW.addmm_(dlogits.T, x_piece)
+                dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(x_piece[:, :1]))        # times n
+                torch.mm(dlogits, W, out=dx_piece).mul_(scored / n)
+                dW.addmm_(dlogits.T, x_piece * (scored / n))
         ctx.save_for_backward(dx, dW)
         return loss / n
 

@@ -19,6 +19,12 @@ import torch
 A, B, C = 3.4445, -4.7750, 2.0315      # Jordan's coefficients: steep at 0, ending between 0.7 and 1.2, not exactly at 1
 
 
+def plus(M, number):
+    """M + number I, in place. M (..., m, m)."""
+    M.diagonal(dim1=-2, dim2=-1).add_(number)
+    return M
+
+
 def orthogonalize(G, rounds=5):
     """G (..., m, n) -> (..., m, n) with the same singular vectors and singular values near 1. bf16 on GPUs, where it
     is fast and exact enough; float32 on CPUs."""
@@ -30,8 +36,8 @@ def orthogonalize(G, rounds=5):
     shape, X = X.shape, X.reshape(-1, *X.shape[-2:])        # a single matrix is a stack of one
     for _ in range(rounds):
         S = X @ X.mT
-        P = torch.baddbmm(S, S, S, beta=B, alpha=C)         # B S + C S S
-        X = torch.baddbmm(X, P, X, beta=A)                  # A X + P X
+        P = plus(C * S, B) @ S                              # B S + C S S
+        X = plus(P, A) @ X                                  # A X + P X
     X = X.view(shape)
     return (X.mT if tall else X).to(G.dtype)
 
@@ -58,8 +64,9 @@ class Muon(torch.optim.Optimizer):
                     if not state:
                         state['momentum'] = torch.zeros_like(p)
                     average = state['momentum'].lerp_(p.grad, 1 - momentum)
-                    updates.append(p.grad.lerp(average, momentum))              # Nesterov: look one step ahead
-                for p, update in zip(params, orthogonalize(torch.stack(updates))):
+                    updates.append(p.grad.lerp_(average, momentum))             # Nesterov: look one step ahead
+                updates = torch.stack(updates) if len(updates) > 1 else updates[0][None]
+                for p, update in zip(params, orthogonalize(updates)):
                     p.mul_(1 - lr * group['weight_decay'])
                     p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
 

@@ -122,6 +122,13 @@ class Matrix(nn.Module):
                     self.codes = self.scale = self.offset = None
 
     @staticmethod
+    def lie_together(matrices):
+        """Put what they have packed into two tensors, of which each has its part."""
+        for name in 'packed', 'scales':
+            for matrix, part in zip(matrices, torch.stack([getattr(matrix, name) for matrix in matrices])):
+                setattr(matrix, name, part)
+
+    @staticmethod
     def joined(matrices):
         """One Matrix of several with the same input, one under the other."""
         parts = [[getattr(m, name) for m in matrices] for name in ('codes', 'scale', 'offset')]
@@ -174,8 +181,11 @@ def pack(model):
     """Make a model ready whose quantized matrices have been filled."""
     for module in model.modules():
         if isinstance(module, Experts):
-            for matrix in [*module.gate_up, *module.down]:
-                matrix.pack(model.dtype, keep=False)
+            for matrices in module.gate_up, module.down:
+                for matrix in matrices:
+                    matrix.pack(model.dtype, keep=False)
+                if matrices[0].codes is None:                   # many small tensors would leave as large holes in memory
+                    matrices[0].lie_together(matrices)
         elif isinstance(module, Matrix) and module.packed is None:
             module.pack(model.dtype, keep=True)
 
