@@ -165,6 +165,6 @@ class CCA(nn.Module):
             k, v = cache.update(self.layer, torch.cat([past, qk], 1), v_delayed, k, v)  # (B, Hk, P, d)
         dtype = v.dtype
         if v.device.type == 'cpu' and bf16_inside():
-            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()                  # twice as fast as bf16 in float32's coat
+            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()                  # faster than bf16 inside of float32
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(-2).to(dtype))           # (B, S, Hq d) -> (B, S, E)

@@ -29,10 +29,9 @@ def float32_product(x, W):
     """x W^T in float32 throughout, even where products are bf16_inside. x (..., in), W (out, in)."""
     if not bf16_inside():
         return F.linear(x, W)
-    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
     y = F.linear(x, W)
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision('medium')
     return y
 
 

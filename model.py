@@ -111,18 +111,17 @@ class Experts(nn.Module):
         T, N, device = len(x), len(self.down), x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
-        # Each slice gets a multiple of R rows, the rest zeros: a CPU writes a program for each shape of a bf16 product.
-        R = 1
-        if device == 'cpu' and (dtype == torch.bfloat16 or bf16_inside()):
-            R = min(64, 1 << max(1, T // (4 * N)).bit_length() - 1)             # zeros: an eighth of the rows, or less
-        expert, order = expert.sort(stable=True)                # expert 0's tokens first, skipped ones last
-        count = F.one_hot(expert, N + 1).sum(0)                 # (N + 1)
+        # A slice has a multiple of R rows, the last are zeros: a CPU writes a program for every shape of bf16 products.
+        bf16_on_cpu = device == 'cpu' and (dtype == torch.bfloat16 or bf16_inside())
+        R = min(64, 1 << max(1, T // (4 * N)).bit_length() - 1) if bf16_on_cpu else 1
+        count = F.one_hot(expert, N + 1).sum(0)                 # (N + 1): tokens of each expert, and skipped ones
         room = (count + (R - 1)) // R * R
-        ends = room.cumsum(0)
-        shift = ends - room - (count.cumsum(0) - count)         # of each slice, from its place without zeros
-        place = torch.empty_like(order)                         # (T): which row a token gets
-        place[order] = torch.arange(T, device=x.device) + shift[expert]
-        skipped, ends = (place >= ends[N - 1])[:, None], ends[:N].int()         # (T, 1): their rows are in no slice
+        ends = room.cumsum(0)                                   # where the slices end
+        order = expert.sort(stable=True).indices                # expert 0's tokens first, skipped ones last
+        first = ends - room - (count.cumsum(0) - count)         # how far the zeros before it move a slice
+        place = torch.empty_like(order)                         # (T): the row of each token
+        place[order] = torch.arange(T, device=x.device) + first[expert[order]]
+        skipped, ends = (expert == N)[:, None], ends[:N].int()                  # (T, 1): their rows are in no slice
         x = x.to(dtype)
         x = x.masked_fill(skipped, 0) if self.skip else x       # backward: the gradient of such rows is not defined
         x = x.new_zeros(T + N * (R - 1), x.shape[1]).index_copy(0, place, x)

@@ -19,12 +19,6 @@ import torch
 A, B, C = 3.4445, -4.7750, 2.0315      # Jordan's coefficients: steep at 0, ending between 0.7 and 1.2, not exactly at 1
 
 
-def plus(M, number):
-    """M + number I, in place. M (..., m, m)."""
-    M.diagonal(dim1=-2, dim2=-1).add_(number)
-    return M
-
-
 def orthogonalize(G, rounds=5):
     """G (..., m, n) -> (..., m, n) with the same singular vectors and singular values near 1. bf16 on GPUs, where it
     is fast and exact enough; float32 on CPUs."""
@@ -34,10 +28,14 @@ def orthogonalize(G, rounds=5):
         X = X.mT
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)      # Frobenius >= spectral norm: all s in [0, 1]
     shape, X = X.shape, X.reshape(-1, *X.shape[-2:])        # a single matrix is a stack of one
+    diagonal = lambda M: M.diagonal(dim1=-2, dim2=-1)
     for _ in range(rounds):
         S = X @ X.mT
-        P = plus(C * S, B) @ S                              # B S + C S S
-        X = plus(P, A) @ X                                  # A X + P X
+        P = C * S
+        diagonal(P).add_(B)
+        P = P @ S                                           # B S + C S S
+        diagonal(P).add_(A)
+        X = P @ X                                           # A X + B S X + C S S X
     X = X.view(shape)
     return (X.mT if tall else X).to(G.dtype)
 

@@ -184,7 +184,7 @@ def pack(model):
             for matrices in module.gate_up, module.down:
                 for matrix in matrices:
                     matrix.pack(model.dtype, keep=False)
-                if matrices[0].codes is None:                   # many small tensors would leave as large holes in memory
+                if matrices[0].codes is None:                   # small tensors would leave large holes in memory
                     matrices[0].lie_together(matrices)
         elif isinstance(module, Matrix) and module.packed is None:
             module.pack(model.dtype, keep=True)

@@ -233,9 +233,9 @@ def train(config, model_config):
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name and dtype == torch.bfloat16), None)
     n, tokens_per_step = sizes(model_config), config.batch_size * model_config.context * config.grad_accum
-    say(f'{n["total"]:,} parameters, {n["active"]:,} active a token (without the embedding), on {name} in {config.dtype}'
-        f'{" x " + str(world) if world > 1 else ""}; data: {loader.n_tokens:,} tokens, {tokens_per_step:,} a step, '
-        f'{config.max_steps * tokens_per_step / loader.n_tokens:.2f} epochs')
+    say(f'{n["total"]:,} parameters, {n["active"]:,} active a token (without the embedding), on {name}'
+        f'{" x " + str(world) if world > 1 else ""} in {config.dtype}; data: {loader.n_tokens:,} tokens, '
+        f'{tokens_per_step:,} a step, {config.max_steps * tokens_per_step / loader.n_tokens:.2f} epochs')
     columns = ['step', 'tokens', 'loss', 'val_loss', 'grad_norm', 'lr', 'tokens_per_s', 'mfu', 'entropy',
                *(f'{kind}_{layer}' for kind in ('entropy', 'residual') for layer in range(model_config.n_layer))]
     wandb = configurator.package('wandb') if config.wandb and rank == 0 else None

@@ -118,7 +118,7 @@ def main():
         row(f'forward and backward, S {S}', lambda call: milliseconds(call, flush), calls, 5 * C * 2 * S + 3 * weights)
     for B in 1, 64:
         inputs, _ = problem(B, 1, past=True)
-        check(inputs)                                           # of one token the temperature's gradient is all rounding
+        check(inputs)                                           # one token: its temperature gradient is all rounding
         with torch.no_grad():
             calls = [lambda f=f: f(*inputs) for f in (mix, compiled, cca_mix)]
             row(f'decoding, B {B}', milliseconds_in_a_row, calls, 4 * C * 2 * B + weights)
