@@ -119,9 +119,7 @@ def folded(model):
         experts = one_expert if B == 1 and tokens.device.type == 'cpu' else nn.Module.__call__
         # The same for all layers: positions, mask, rotation.
         positions, mask = cache.begin(1)                                        # (B, 1), (B, 1, 1, P)
-        # bf16's small products have no fast way on many CPUs: after 8K, 18 ms a layer instead of 2.
-        small = torch.float32 if tokens.device.type == 'cpu' else dtype
-        mask = torch.where(mask[:, 0], 0.0, -torch.inf).to(small).repeat_interleave(Hk, 0)             # (B Hk, 1, P)
+        mask = torch.where(mask, 0.0, -torch.inf).to(dtype)                     # (B, 1, 1, P)
         rotate = rotation(*rope_table(positions[:, 0], config.rope_dim, config.rope_base), d)          # (B, d, d)
         x, r = wide((model.embedding(tokens) + model.embedding_bias) * model.embedding_scale), None    # (B, E)
         for i, (layer, w) in enumerate(zip(model.layers, layers)):
@@ -137,9 +135,9 @@ def folded(model):
             y = y * (w.size / torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(1e-7))
             q, k = y.to(dtype).split([Hq, Hk], 1)                               # (B, Hq or Hk, d)
             k, v = cache.update(i, columns, v_delayed[:, None], k[:, :, None], v)        # (B, Hk, P, d)
-            k, v = k.flatten(0, 1).to(small), v.flatten(0, 1).to(small)                                # (B Hk, P, d)
-            logits = torch.baddbmm(mask, q.reshape(B * Hk, Hq // Hk, d).to(small), k.mT)               # (B Hk, G, P)
-            y = torch.bmm(logits.softmax(-1, torch.float32).to(small), v).view(B, Hq * d).to(dtype)
+            # The queries of a KV head lie side by side as if they were tokens: after 8K, 8 times as fast in bf16.
+            q = q.view(B, Hk, Hq // Hk, d)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).view(B, Hq * d)
             x = torch.addcmul(torch.addcmul(w.attn_constant, x, w.attn_scale), w.o(y), w.attn_branch)  # (B, E)
             # Router.
             h = (x / length(x) * w.moe_norm).to(dtype)                          # (B, E)

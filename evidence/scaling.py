@@ -6,8 +6,8 @@ times smaller (CCA paper, arXiv 2510.04476: a fused layer is 1.3 to 1.4 times as
 
 Test. (1) A training step and a decoding step of the small model, with one size changed at a time. (2) One attention
 layer of the 8B shape beside a multi-head one: a prompt of 16K tokens, and one token at 32K context. Both are called
-plainly: for its single token CCA puts its projections and convolutions together at every call, which generation
-(decode.py) does once. A time that grows with the experts, or a ratio below 1, would refute the claims.
+plainly for the prompt; the one token goes through the step that generation uses (decode.folded), of a model with one
+layer and next to no experts. A time that grows with the experts, or a ratio below 1, would refute the claims.
 
 A plot is drawn if matplotlib is there.
 
@@ -26,9 +26,8 @@ from tqdm import tqdm
 import configurator
 import decode
 from bench import SMALL, TINY, BenchConfig, alternate, begin, memory, random_tokens, training, zaya
-from cache import Cache
 from cca import CCA, rope, rope_table
-from model import ZayaConfig
+from model import Zaya, ZayaConfig
 
 
 def sizes_to_try(quick):
@@ -122,13 +121,15 @@ def attention_layer(device, dtype, settings):
     cca, mha, x = (t.to(device, dtype) for t in (cca, mha, torch.randn(1, S, E)))
     positions = torch.arange(P, device=device)[None]
     table = lambda part: rope_table(positions[:, part], config.rope_dim, config.rope_base)
-    whole, last, cache = table(slice(S)), table(slice(P - 1, P)), Cache(config, 1, P, device, dtype)
+    whole, last = table(slice(S)), table(slice(P - 1, P))
     mha_cache = [torch.randn(1, E // config.head_dim, P, config.head_dim, device=device).to(dtype) for _ in range(2)]
+
+    model = Zaya(replace(config, vocab_size=2, n_expert=2, expert_dim=8, router_dim=8)).to(device, dtype).eval()
+    step, cache, token = decode.folded(model), model.make_cache(1, P), torch.tensor([0], device=device)
 
     def decode_cca():
         cache.lengths = [P - 1]
-        _, mask = cache.begin(1)
-        cca(x[:, :1], *last, mask, None, cache)
+        step(cache, token)
     print(f'\n| one attention layer, 8B shape, {str(dtype)[6:]} | CCA | multi-head | ratio | KV cache | multi-head |')
     print('| --- | --- | --- | --- | --- | --- |')
     for name, tokens, ours, theirs in (('prefill', S, lambda: cca(x, *whole), lambda: mha(x, *whole)),
