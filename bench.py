@@ -122,14 +122,20 @@ def training(model, B, S, optimizer='AdamW', dtype=torch.float32, compiled=False
         forward = torch.compile(model) if compiled else model
         loss_of = lambda: forward(tokens, labels=tokens, use_cache=False).loss
 
+    def products():
+        if isinstance(model, Zaya):
+            return configurator.products_in(dtype, tokens.device)
+        return torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32)
+
     @torch.enable_grad()
     def step():
-        with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+        with products():
             loss = loss_of()
         loss.backward()
         for o in optimizers:
             o.step()
             o.zero_grad()
+        torch.set_float32_matmul_precision('highest')           # for whoever comes next
     return step
 
 
@@ -243,21 +249,24 @@ def side_by_side(device, dtype, settings):
     gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu and dtype == torch.bfloat16), math.inf)
     best = [(SMALL, decoding, 1, prompt, new), (SMALL, decoding, B, prompt, new),
-            (SMALL, training, B, S, 'AdamW', dtype), (MEDIUM, training, 32, 1024, 'AdamW', dtype)]
+            (SMALL, training, B, S, 'AdamW'), (MEDIUM, training, 32, 1024, 'AdamW')]
     for config, make_work, B, S, *rest in [] if settings.quick else best if gpu else best[:-1]:
         if config is not pair[0].config:
             pair = make_pair(config, device, settings.seed, experts)
-        times = [alternate([make_work(model, B, S, *rest, fast) for model in pair], device, settings.repeats)
-                 for fast in (False, True)]                     # in this order: compiled layers stay compiled
+        types = [[]] if make_work is decoding else [[d] for d in dict.fromkeys([torch.float32, dtype])]
+        ways = [[*which, fast] for fast in (False, True) for which in types]    # compiled layers stay compiled
+        times = [alternate([make_work(model, B, S, *rest, *way) for model in pair], device, settings.repeats)
+                 for way in ways]
         ours, theirs = map(min, zip(*times))
         if make_work is decoding:
             print_row('decode, best of plain and static (ours compiled)', f'{B} x {S} + {new}', B * new, ours, theirs)
         else:
             mfu = B * S / ours * sizes(replace(config, context=S))['train_flops'] / peak
-            print_row(f'training step, AdamW, best of plain and compiled in {str(dtype)[6:]}, width {config.n_embd}'
+            names = ' and '.join(str(d)[6:] for d, in types)
+            print_row(f'training step, AdamW, best of plain and compiled, {names}, width {config.n_embd}'
                       + f', MFU {mfu:.0%}' * (mfu > 0), f'{B} x {S}', B * S, ours, theirs)
-        print('  plain: ours {:.3f} s, theirs {:.3f} s; the other way: ours {:.3f} s, theirs {:.3f} s'.format(
-            *times[0], *times[1]), file=sys.stderr)
+        for way, (a, b) in zip(ways, times):
+            print(f'  {way}: ours {a:.3f} s, theirs {b:.3f} s', file=sys.stderr)
 
 
 if __name__ == '__main__':
