@@ -10,7 +10,6 @@ before it, or turn itself down: over 40 layers this keeps the size of the stream
 Legend:  E residual width   ... any dims before it
 """
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -23,16 +22,6 @@ def wide(x):
 def bf16_inside():
     """Whether products of float32 tensors may round their factors to bf16 (configurator.products_in)."""
     return torch.get_float32_matmul_precision() != 'highest'
-
-
-def float32_product(x, W):
-    """x W^T in float32 throughout, even where products are bf16_inside. x (..., in), W (out, in)."""
-    if not bf16_inside():
-        return F.linear(x, W)
-    torch.set_float32_matmul_precision('highest')
-    y = F.linear(x, W)
-    torch.set_float32_matmul_precision('medium')
-    return y
 
 
 class RMSNorm(nn.Module):

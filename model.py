@@ -24,7 +24,7 @@ from torch import nn
 from cache import Cache
 from cca import CCA, rope_table
 from configurator import check_ranges
-from layers import ResidualScaling, RMSNorm, bf16_inside, float32_product, wide
+from layers import ResidualScaling, RMSNorm, bf16_inside, wide
 from router import Router
 
 
@@ -76,12 +76,18 @@ class ZayaConfig:
 
 
 def logits(x, W):
-    """x W^T in float32 (report, IV-D). x (..., E) float32, W (V, E) of any dtype: converted in pieces that stay in a
-    processor's cache, so that the memory reads W as it is, and holds no float32 copy of it."""
+    """x W^T in float32 throughout (report, IV-D). x (..., E) float32, W (V, E) of any dtype: converted in pieces that
+    stay in a processor's cache, so that the memory reads W as it is, and holds no float32 copy of it."""
+    if bf16_inside():                                           # but not here
+        torch.set_float32_matmul_precision('highest')
+        try:
+            return logits(x, W)
+        finally:
+            torch.set_float32_matmul_precision('medium')
     if W.dtype == x.dtype or torch.compiler.is_compiling():
-        return float32_product(x, W.to(x.dtype))
+        return F.linear(x, W.to(x.dtype))
     rows = 2 ** (20 if x.device.type == 'cpu' else 27) // W.shape[1]
-    return torch.cat([float32_product(x, piece.to(x.dtype)) for piece in W.split(max(1, rows))], -1)
+    return torch.cat([F.linear(x, piece.to(x.dtype)) for piece in W.split(max(1, rows))], -1)
 
 
 def swiglu(gate_up):
@@ -279,7 +285,7 @@ class CrossEntropy(torch.autograd.Function):
         loss, dx, dW = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(W)
         for x_piece, target, dx_piece in zip(x.split(rows), targets.split(rows), dx.split(rows)):
             scored, target = (target >= 0)[:, None], target.clamp_min(0)[:, None]               # (rows, 1) each
-            logp = float32_product(x_piece, W).log_softmax(-1)                  # (rows, V)
+            logp = logits(x_piece, W).log_softmax(-1)                           # (rows, V)
             loss -= logp.gather(1, target).mul_(scored).sum()
             if ctx.needs_input_grad[0]:                                         # not in evaluation
                 dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(x_piece[:, :1]))        # times n

@@ -104,6 +104,15 @@ def test_onednn_is_put_back_whatever_happens():
 
 # ---- compiled ----
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='CUDA graphs need a GPU')
+def test_a_recorded_step_gives_plain_generation_s_tokens_from_any_cache():
+    model = tiny_model(0, skip_expert=True).cuda()
+    for seed in range(3):                                       # each call makes a cache of its own
+        prompts = tokens(3, 5, seed=seed).tolist()
+        plain, recorded = (generate(model, prompts, 12, temperature=0, compiled=compiled) for compiled in (False, True))
+        assert plain == recorded
+
+
 @torch.no_grad()
 @given(seeds, st.lists(st.integers(0, 4), min_size=1, max_size=5))
 def test_gathered_experts_equal_sorted_experts(seed, expert):
