@@ -1,4 +1,4 @@
-"""Settings: defaults from dataclasses, then config files and --key=value in the order given; the later wins.
+"""Settings: defaults from dataclasses, then config files in the order given, then --key=value; the later wins.
 
 A config file holds plain assignments, `lr = 3e-4` or `max_steps = 600_000 * 2`, and comments. It looks like Python but
 is only read, with `ast`: numbers, strings, True, False, and arithmetic. Nothing in it is executed, and a key that no
@@ -60,15 +60,16 @@ def assignments(path):
     return found
 
 
-def read(arguments, *classes):
+def read(arguments, *classes, **defaults):
     """Command-line arguments [config/NAME.py] [--key=value ...] -> one instance of each dataclass in `classes`.
 
-    A key belongs to whichever class has the field. Types int, float, str, bool are checked; an int passes for a float.
+    Flags win over files wherever they stand. defaults: in place of the classes' own. A key belongs to whichever class
+    has the field. Types int, float, str, bool are checked; an int passes for a float.
     Raises ValueError, one line that names the key and where it was set; so do the classes, by check_ranges.
     """
     kinds = {field.name: type(field.default) for cls in classes for field in dataclasses.fields(cls)}
-    found, values, made = [], {}, []
-    for argument in arguments:
+    found, values, made = [], defaults, []
+    for argument in sorted(arguments, key=lambda argument: argument.startswith('--')):         # sorted keeps the order
         key, equals, value = argument[2:].partition('=')        # at the first '=': the value may hold more of them
         if not argument.startswith('--'):
             found += assignments(argument)

@@ -125,8 +125,7 @@ def check_prompts(config, prompts, max_new_tokens, held):
 
 
 # The report's sampling (Table VII): mathematics, knowledge and instructions; code, agents and style.
-PRESETS = {'math': ['--temperature=1.0', '--top_p=0.95', '--top_k=0'],
-           'code': ['--temperature=0.6', '--top_p=0.95', '--top_k=20']}
+PRESETS = {'math': dict(temperature=1.0, top_p=0.95, top_k=0), 'code': dict(temperature=0.6, top_p=0.95, top_k=20)}
 
 
 @dataclass
@@ -157,7 +156,7 @@ class SampleConfig:
 def main(arguments):
     config, = configurator.read(arguments, SampleConfig)
     if config.preset:
-        config, = configurator.read([*PRESETS[config.preset], *arguments], SampleConfig)
+        config, = configurator.read(arguments, SampleConfig, **PRESETS[config.preset])
     model, language = checkpoint.load(config.ckpt, configurator.pick_device(config.device))
     kernels.use(model, config.kernel, model.dtype)
     options = {key: getattr(config, key) for key in ('temperature', 'top_k', 'top_p', 'min_p', 'seed')}

@@ -1,5 +1,6 @@
 """The settings reader: literals in, errors of one line out, and nothing is ever executed."""
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -73,6 +74,16 @@ def test_later_wins_default_then_file_then_flag(read):
     assert read('steps = 2\nsteps = 3').steps == 3
     assert read('steps = 2', '--steps=3').steps == 3
     assert read('steps = 2', '--steps=3', '--steps=4').steps == 4
+
+
+def test_flags_win_over_files_wherever_they_stand(tmp_path):
+    (tmp_path / 'a.py').write_text('steps = 2\nrate = 5.0')
+    (tmp_path / 'b.py').write_text('rate = 3.0')
+    a, b = str(tmp_path / 'a.py'), str(tmp_path / 'b.py')
+    for arguments in itertools.permutations(['--steps=7', a, '--fast=True']):
+        assert configurator.read(arguments, Settings) == [Settings(7, 5.0, 'a', True)]
+    assert configurator.read([b, '--steps=7', a, '--steps=8'], Settings) == [Settings(8, 5.0)]
+    assert configurator.read([a, b], Settings, steps=4, name='default') == [Settings(2, 3.0, 'default')]
 
 
 def test_flags_are_cut_at_the_first_equals_sign(read):
