@@ -98,7 +98,7 @@ class Balancer:
         for router in self.routers:
             router.load.zero_()
         fractions = loads / loads.sum(-1, keepdim=True).clamp_min(1)
-        error = fractions - 1 / loads.shape[-1]                                 # (layers, N)
+        error = fractions - loads.any(-1, keepdim=True) / loads.shape[-1]       # (layers, N); no tokens, no error
         if update and self.rule == 'pid':
             for bias, e in zip(self.biases, error):
                 bias.grad = e
