@@ -49,8 +49,8 @@ class ZayaConfig:
 
     def __post_init__(self):
         sizes = [field.name for field in fields(self) if field.type is int]
-        check_ranges(self, **dict.fromkeys(sizes, (1, None)), rope_base=(1, None), norm_eps=(1e-20, 1),
-                     init_std=(1e-9, 1))
+        check_ranges(self, **dict.fromkeys(sizes, (1, 10**9)) | dict(
+            n_layer=(1, 1000), rope_base=(1, None), norm_eps=(1e-20, 1), init_std=(1e-9, 1)))
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})')
         if self.n_kv_head * self.head_dim % 2:

@@ -107,9 +107,3 @@ class Balancer:
             for bias, e in zip(self.biases, error):
                 bias -= self.lr * e.sign()
         return fractions
-
-    def state_dict(self):
-        return self.adamw.state_dict()
-
-    def load_state_dict(self, state):
-        self.adamw.load_state_dict(state)

@@ -62,7 +62,8 @@ def kill_training(seed, *arguments):
 
 def kill_saving(folder):
     def state(version):
-        return {'model_config': {}, 'version': version, 'weights': [torch.full((5000,), version) for _ in range(3)]}
+        return {'model_config': {'vocab_size': 9}, 'step': version,
+                'model': {str(i): torch.full((5000,), version) for i in range(3)}}
 
     kills = 0
     for before in [], [1, 2], [1, 'damaged']:                   # the checkpoints that are there
@@ -78,10 +79,10 @@ def kill_saving(folder):
             found = load_checkpoint(folder)
             newest = max((version for version in before if version != 'damaged'), default=None)
             expected = [newest, 3] if died else [3]
-            assert (found and found['version']) in expected, f'{before}, line {line}: {found}'
-            assert found is None or all((w == found['version']).all() for w in found['weights'])
+            assert (found and found['step']) in expected, f'{before}, line {line}: {found}'
+            assert found is None or all((w == found['step']).all() for w in found['model'].values())
             save_checkpoint(folder, state(4))                   # whatever was left behind is no hindrance
-            assert load_checkpoint(folder)['version'] == 4
+            assert load_checkpoint(folder)['step'] == 4
             kills += died
             if not died:
                 break
