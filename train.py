@@ -265,7 +265,6 @@ def run(config, rank, world, device, loader, val_loader, tokenizer, model_config
     # With DDP, buffers are the balancer's business: it sums the loads over ranks and moves all biases alike.
     forward = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
-    # The loop.
     history, bad_in_a_row, steps, seconds = {}, 0, 0, 0.0       # steps and seconds since the last line of the log
     with tqdm(total=config.max_steps, initial=step, disable=rank != 0, dynamic_ncols=True, mininterval=1,
               unit='step') as bar:                          # 'with': an error must not leave half a bar before its line

@@ -88,7 +88,8 @@ def copy_folder(folder, out, change, settings, share):
             with safetensors.safe_open(path, 'pt') as file:
                 names = [name for name in file.keys() if name != HEAD]                     # tied: the embedding again
                 for name in tqdm(names, desc=os.path.basename(path), unit='tensor', dynamic_ncols=True):
-                    batch |= {key: value.contiguous() for key, value in change(name, file.get_tensor(name))}
+                    with reading(path):                         # a tensor of another shape, say
+                        batch |= {key: value.contiguous() for key, value in change(name, file.get_tensor(name))}
                     full = sum(value.nbytes for value in batch.values()) > 2 ** 29
                     if full or (path, name) == (paths[-1], names[-1]):
                         shard = f'model-{len(set(weight_map.values())):05}.safetensors'

@@ -255,11 +255,15 @@ def take_up(path, settings):
             return {}
         first, *rows = (parse_json(line, path, ROW if i else {'settings': dict})
                         for i, line in enumerate(content[:whole].split(b'\n')[:-1]))
+        for row in rows:
+            rounds = written.setdefault(row['problem'], [])
+            lengths = {len(row[key]) for key in ('answers', 'right', 'tail_tokens', 'answer_tokens')}
+            if row['round'] != len(rounds) or lengths != {settings.get('population', len(row['right']))}:
+                raise ValueError
+            rounds.append(row)
     except ValueError:
         raise ValueError(f'{path} was not written by such a run: name another file with --out') from None
     before = first['settings']
-    for row in rows:
-        written.setdefault(row['problem'], []).append(row)
     changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
         raise ValueError(f'{path} was begun with another {changed[0]}, {before.get(changed[0])!r}: name another file '
