@@ -7,10 +7,10 @@ memory and of time, and ends in one of these ways, of which the first two are go
     one line    exit code 1, and a last line on stderr that begins with the program's name
     traceback, crash (a signal), hang (the time is over), silent (exit code 0, but something else came out)
 
-What must come out: a run that goes on from whatever is left of its checkpoints ends with the weights of one that nothing
-happened to; a sample is that of the checkpoint used; settings are those that were asked for; a temperature near 0 takes
-the likeliest tokens; a prompt is answered though others around it were bad; conversations are read or refused as their
-maker knows. The same seed gives the same cases.
+What must come out: a run that goes on from whatever is left of its checkpoints ends with the weights of one that
+nothing happened to; a sample is that of the checkpoint used; settings are those that were asked for; a temperature near
+0 takes the likeliest tokens; a prompt is answered though others around it were bad; conversations are read or refused
+as their maker knows. The same seed gives the same cases.
 """
 import contextlib
 import copy
@@ -107,8 +107,8 @@ def outcome(script, code, err, expected):
 # ---- damage ----
 
 BIG = [10 ** 9, 10 ** 12, 2 ** 31, 2 ** 63 - 1, 2 ** 63, 10 ** 19, 10 ** 400]
-VALUES = [None, True, False, -1, 0, 1, 2, 7, 0.5, -0.0, 1e-300, 1e300, float('inf'), float('nan'), '', 'a', 'é' * 50, '\ud800',
-          'x' * 10 ** 5, [], [[]], {}, {'': {}}, [None], *BIG]
+VALUES = [None, True, False, -1, 0, 1, 2, 7, 0.5, -0.0, 1e-300, 1e300, float('inf'), float('nan'), '', 'a', 'é' * 50,
+          '\ud800', 'x' * 10 ** 5, [], [[]], {}, {'': {}}, [None], *BIG]
 
 
 def nodes(value, path=()):
@@ -147,7 +147,8 @@ def damaged(rng, content):
         case 1:
             del content[at:at + rng.randrange(1, 9)]
         case 2:
-            content[at:at] = rng.choice([b'\0', b'\xff', b'[' * 200_000, b'{"a":' * 200_000, b'9' * 5000, b'\n', b'"', b','])
+            content[at:at] = rng.choice([b'\0', b'\xff', b'[' * 200_000, b'{"a":' * 200_000, b'9' * 5000, b'\n', b'"',
+                                         b','])
         case 3:
             content[at:at] = content[at // 2:at]
         case _:
@@ -170,7 +171,8 @@ class World:
         self.folder, self.case = folder, folder / 'case'
         words = 'def return self import for in range print value index ( ) [ ] = + naïve 漢字'.split()
         text = lambda: '\n'.join(' '.join(rng.choices(words, k=8)) for _ in range(20)).encode()
-        self.data, self.run, self.loops, self.released = (folder / name for name in ('data', 'run', 'loops', 'released'))
+        self.data, self.run, self.loops, self.released = (
+            folder / name for name in ('data', 'run', 'loops', 'released'))
         prepare([(f'{i}.py', text()) for i in range(12)], self.data, 300)
         self.flags = [*TINY_RUN, f'--dataset={self.data}', '--sample_tokens=0', '--decay_fraction=0']
         train.train(*configurator.read([*self.flags, f'--out_dir={self.run}'], train.TrainConfig, ZayaConfig))
@@ -230,18 +232,23 @@ class World:
     def same_end(self, folder):
         """Is the run in a folder where a run that nothing happened to has ended? To the bit, in weights and momenta."""
         state = checkpoint.load_checkpoint(folder)
-        same = lambda a, b: a.equal(b) if isinstance(a, torch.Tensor) else a == b if not isinstance(a, (dict, list)) else (
-            all(same(x, b[k]) for k, x in (a.items() if isinstance(a, dict) else enumerate(a))))
-        rows = [[row.split(',')[:3] for row in (at / 'log.csv').read_text().splitlines()[-2:]]         # step, tokens, loss
+        rows = [[row.split(',')[:3] for row in (at / 'log.csv').read_text().splitlines()[-2:]]     # step, tokens, loss
                 for at in (folder, self.resumed)]
         return rows[0] == rows[1] and all(
             same(state[key], self.resumed_state[key]) for key in ('model', 'optimizers', 'balancer', 'step'))
 
 
+def same(a, b):
+    """Are two nested values equal, tensors to the bit?"""
+    if isinstance(a, (dict, list)):
+        return all(same(value, b[key]) for key, value in (a.items() if isinstance(a, dict) else enumerate(a)))
+    return a.equal(b) if isinstance(a, torch.Tensor) else a == b
+
+
 # ---- the kinds of cases: each makes one, and returns script, arguments, stdin, expected(stdout, stderr) ----
 
-WORK = {'max_steps', 'grad_accum', 'population', 'rounds', 'num_samples', 'rows', 'problems', 'seeds', 'samples', 'steps',
-        'compile', 'kernel', 'out', 'ckpt', 'problem', 'dataset', 'out_dir', 'device', 'init_from', 'wandb', 'recipe'}
+WORK = {'max_steps', 'grad_accum', 'population', 'rounds', 'num_samples', 'rows', 'problems', 'seeds', 'samples',
+        'steps', 'compile', 'kernel', 'out', 'ckpt', 'dataset', 'out_dir', 'device', 'init_from', 'wandb'}
 
 
 def setting(rng, cls):
@@ -252,8 +259,8 @@ def setting(rng, cls):
         value = {int: small, float: rng.choice([0.5, 1.0, 1e-3, 0.0]), bool: rng.random() < 0.5, str: ''}[kind]
         return field.name, rng.choice([repr(value), f'+{value!r}' if kind in (int, float) else repr(value)]) \
             if kind is not str else value, value
-    bad = ['', 'a', 'None', '[1]', '-1', '1e999', '1e300', '-1e300', '1e-300', 'nan', '1_000_000_000_000', '9' * 20, '9' * 5000,
-           '(' * 5000, '0x10', '2**9', 'é', '\udcff', '1/0', '"a"', '=']
+    bad = ['', 'a', 'None', '[1]', '-1', '1e999', '1e300', '-1e300', '1e-300', 'nan', '1_000_000_000_000', '9' * 20,
+           '9' * 5000, '(' * 5000, '0x10', '2**9', 'é', '\udcff', '1/0', '"a"', '=']
     return field.name, rng.choice(bad), None
 
 
@@ -268,7 +275,9 @@ def command_line(rng, world):
     flags, last = [], {}
     for _ in range(rng.randrange(1, 4)):
         key, text, value = setting(rng, rng.choice(cls))
-        flags.append(f'--{key}={text}' if rng.random() < 0.97 else rng.choice([f'-{key}', f'--{key}', f'--{key}x=1', '--']))
+        flags.append(f'--{key}={text}')
+        if rng.random() < 0.03:
+            flags.append(rng.choice([f'-{key}', f'--{key}', f'--{key}x=1', '--']))
         last[key] = value
     flags = [*base, *flags]
     if rng.random() < 0.1:
@@ -378,19 +387,19 @@ def tokenizer_json(rng, world):
 
 
 def released_json(rng, world):
-    """The JSON of a released folder. Some keys of config.json may have another value that nobody can know to be wrong."""
+    """The JSON of a released folder. Some keys of config.json may have another value, which nobody can know."""
     folder, name = world.copy('released'), rng.choice(
         ['config.json'] * 3 + ['tokenizer_config.json', 'generation_config.json', 'tokenizer.json'])
     top = json_of(rng, folder / name)
-    free = name != 'config.json' or top in (None, 'rms_norm_eps', 'initializer_range', 'rope_parameters', 'num_attention_heads',
-                                            'max_position_embeddings', 'eos_token_id')
+    free = name != 'config.json' or top in (None, 'rms_norm_eps', 'initializer_range', 'rope_parameters',
+                                            'num_attention_heads', 'max_position_embeddings', 'eos_token_id')
     chat = ['--chat=True'] * (rng.random() < 0.3)
     return 'sample.py', [f'--ckpt={folder}', *SAMPLE, *chat], b'', lambda out, err: (
         free or bool(chat) or out == world.released_sample)
 
 
 def weights_file(rng, world):
-    """model.safetensors: its head damaged or cut; tensors of other shapes and types, twice, missing, a head of its own."""
+    """model.safetensors: its head damaged or cut; tensors of other shapes and types, twice, missing."""
     import safetensors.torch
     folder = world.copy('released')
     path = folder / 'model.safetensors'
@@ -418,8 +427,8 @@ def weights_file(rng, world):
                 safetensors.torch.save_file(other, folder / 'b.safetensors')
                 safetensors.torch.save_file(tensors, folder / 'a.safetensors')
                 path.unlink()
-                write_json(folder / 'model.safetensors.index.json', {'weight_map': dict.fromkeys(tensors, 'a.safetensors')
-                                                                     | {name: 'b.safetensors'}})
+                shards = dict.fromkeys(tensors, 'a.safetensors') | {name: 'b.safetensors'}
+                write_json(folder / 'model.safetensors.index.json', {'weight_map': shards})
         if path.exists():
             safetensors.torch.save_file(tensors, path)
     if rng.random() < 0.2:
@@ -438,7 +447,8 @@ def conversations(rng, world):
     good = rng.random() < 0.4
     if not good:
         messages = rng.choice(lines)['messages']
-        rng.choice([lambda: messages.pop(), lambda: messages[0].pop('content'), lambda: messages[0].update(role='system'),
+        rng.choice([lambda: messages.pop(), lambda: messages[0].pop('content'),
+                    lambda: messages[0].update(role='system'),
                     lambda: messages[-1].update(content='<think>never closed'), lambda: messages.clear(),
                     lambda: messages[0].update(content=rng.choice([None, 3, '', ' ', ['a'], '\ud800'])),
                     lambda: messages.append([]), lambda: messages.insert(0, 'hello')])()
@@ -451,23 +461,26 @@ def conversations(rng, world):
         meta = json.loads((out_dir / 'meta.json').read_text())
         kept = sum(meta[split]['documents'] for split in ('train', 'val'))
         return good and (context < 64 or kept == len(lines))
-    return 'data.chat.prepare', [str(path), f'--out={out_dir}', f'--context={context}', '--vocab_size=300'], b'', expected
+    flags = [str(path), f'--out={out_dir}', f'--context={context}', '--vocab_size=300']
+    return 'data.chat.prepare', flags, b'', expected
 
 
 def problems_file(rng, world):
     """A file of problems, or the file of a run over them, damaged."""
     path = world.case / 'p.jsonl'
     path.write_text('{"problem": "2 + 2?", "answer": 4}\n')
-    flags = [f'--ckpt={world.released}', f'--problems={path}', '--population=2', '--candidates=1', '--rounds=1', '--budget=2',
-             '--tail=1', '--final_budget=2', '--device=cpu']
+    flags = [f'--ckpt={world.released}', f'--problems={path}', '--population=2', '--candidates=1', '--rounds=1',
+             '--budget=2', '--tail=1', '--final_budget=2', '--device=cpu']
     if rng.random() < 0.5:
         top = {'problem': rng.choice(VALUES), 'answer': rng.choice(VALUES)}
         path.write_bytes(damaged(rng, path.read_bytes()) if rng.random() < 0.5 else json.dumps(top).encode())
         return 'rsa.py', flags, b'', lambda out, err: out.startswith('| problems | mean')
     row = {'problem': 0, 'round': 0, 'answers': [None, None], 'right': [False, False], 'tokens': 4, 'longest_prompt': 9,
-           'seconds': 0.1, 'draws': [[], []], 'tails': ['a', 'b'], 'tail_tokens': [[5], [6]], 'answer_tokens': [None, None]}
+           'seconds': 0.1, 'draws': [[], []], 'tails': ['a', 'b'], 'tail_tokens': [[5], [6]],
+           'answer_tokens': [None, None]}
     settings = dict(population=2, candidates=1, budget=2, rounds=1, tail=1, final_budget=2, compact='tail', seed=0,
-                    ckpt=str(world.released), problems=str(path), temperature=1.0, top_p=1.0, min_p=0.0, aggregation_prompt='')
+                    ckpt=str(world.released), problems=str(path), temperature=1.0, top_p=1.0, min_p=0.0,
+                    aggregation_prompt='')
     row, top = mutated(rng, row)
     content = f'{json.dumps({"settings": settings})}\n{json.dumps(row)}\n'.encode()
     (path.parent / 'p.rsa.jsonl').write_bytes(content if rng.random() < 0.7 else damaged(rng, content))
