@@ -49,7 +49,7 @@ def refused(read, text, *flags):
 # ---- what is read ----
 
 @pytest.mark.parametrize('source, value', [('3', 3), ('-3', -3), ('600_000 * 2', 1_200_000), ('2 - 3 * (4 + 1)', -13),
-                                           ('7 // 2', 3), ('0x10', 16), ('- -2', 2)])
+                                           ('7 // 2', 3), ('0x10', 16), ('- -2', 2), ('+1', 1)])
 def test_integers_and_arithmetic_are_read(source, value):
     assert configurator.read([f'--width={source}'], Other) == [Other(value)]
 
@@ -188,6 +188,12 @@ def test_missing_file_is_named(tmp_path):
             configurator.read([str(path)], Settings)
 
 
+@pytest.mark.parametrize('argument', ['--name=\udcff', '\udcff.py'])
+def test_bytes_that_are_no_text_are_refused(argument):
+    with pytest.raises(ValueError, match='is not valid UTF-8'):
+        configurator.read([argument], Settings)
+
+
 def test_flag_without_value_is_refused(read):
     assert 'write --key=value' in refused(read, '', '--fast')
 
@@ -224,6 +230,10 @@ NEEDS_COMPILER = ("p.py: --compile=True needs a C++ compiler and Python's header
     (ValueError('lr is -1'), 'p.py: lr is -1'), (OSError(2, 'gone', 'x'), "p.py: [Errno 2] gone: 'x'"),
     (torch.OutOfMemoryError('2 GiB\nmore'), 'p.py: out of memory; try less (2 GiB)'),
     (MemoryError(), 'p.py: out of memory; try less (MemoryError)'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"),
+     "p.py: out of memory; try less (DefaultCPUAllocator: can't allocate memory: 9)"),
+    (RuntimeError('Storage size calculation overflowed\nmore'),
+     'p.py: out of memory; try less (Storage size calculation overflowed)'),
     (RuntimeError('InvalidCxxCompiler: none'), NEEDS_COMPILER),
     (RuntimeError('fatal error: Python.h: No such file'), NEEDS_COMPILER),
     (KeyboardInterrupt(), 'p.py: stopped; go on')])

@@ -13,7 +13,7 @@ HELPERS = {'model': {'configurator'}, 'train': {'configurator', 'checkpoint', 'k
            'rsa': {'configurator', 'checkpoint', 'decode', 'data'}}
 LINES = {'layers': 60, 'cca': 210, 'cache': 98, 'router': 109, 'model': 309, 'sample': 190, 'optim': 85, 'train': 306,
          'rsa': 201, 'checkpoint': 304, 'configurator': 163, 'decode': 202, 'quantize': 219, 'bench': 266,
-         'data/loops/evaluate': 252}
+         'data/loops/evaluate': 254}
 
 
 def module_files():

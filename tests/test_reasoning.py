@@ -589,6 +589,7 @@ def test_think_tags_teach_the_vocabulary_nothing_but_those_in_text_do():
     (['bad.jsonl'], 'bad.jsonl, line 2: '),
     (['one.jsonl'], 'too few'),
     (['sums.jsonl', '--context=0'], 'context is 0'),
+    (['sums.jsonl', '--context=1_000_000_000'], 'context is 1000000000'),
     (['sums.jsonl', '--context=3'], 'larger context'),
     (['sums.jsonl', '--rule=cut'], 'one of ap, truncate, drop'),
     (['sums.jsonl', '--vocab_size=12'], 'vocab_size'),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import checkpoint
 import configurator
+import sample
 import train
 from checkpoint import from_pretrained, load_checkpoint
 from common import ENV, ROOT, TINY_RUN, run_script, tiny_model
@@ -348,6 +349,19 @@ def test_prompts_are_read_from_stdin_and_a_bad_one_is_not_the_end(run_folder):
     assert hint.startswith('Type a prompt')
     for line, message in (empty, 'is empty'), (long, 'shorten it'):
         assert line.startswith('sample.py: ') and message in line
+
+
+@pytest.mark.parametrize('chat', [False, True])
+def test_a_line_that_is_no_text_takes_no_other_along(run_folder, monkeypatch, capsys, chat):
+    """As a pipe gives it: bytes."""
+    said = []
+    for lines in b'self\n\xff\nself\xc3\nself\n', b'self\nself\n':
+        monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(lines)))
+        monkeypatch.setattr(sys, 'argv', ['sample.py', f'--ckpt={run_folder}', '--max_new_tokens=2', f'--chat={chat}',
+                                          '--temperature=0', '--device=cpu'])
+        sample.main(sys.argv[1:])
+        said.append(capsys.readouterr())
+    assert said[0].out == said[1].out and said[0].err.count('is not valid UTF-8') == 2
 
 
 def test_a_prompt_in_a_config_file_counts(run_folder, tmp_path, monkeypatch, capsys):

@@ -51,6 +51,8 @@ class TableConfig(RSAConfig):       # all settings of rsa.py but `question` and 
         if self.question != '-' or self.show:
             raise ValueError('question and show are settings of rsa.py: it asks one problem, a table many')
         self.budget, self.tail = self.budget or 41, self.tail or 10             # as in rsa.py
+        if self.tail > self.budget:
+            raise ValueError(f'tail is {self.tail}, more than the budget of {self.budget} that it is the end of')
 
 
 class Row(NamedTuple):
