@@ -8,18 +8,21 @@ Two kinds of folder hold a model:
 Nothing in a file is ever executed. A file that cannot be used is a ValueError that names it.
 """
 import csv
+import functools
 import json
 import os
 import pickle                                                   # for the name of an error only: see load_checkpoint
 import re
 import sys
 import zipfile
+from dataclasses import fields
 
 import torch
 
 import quantize
 from configurator import package
-from data.folder import read_json, weight_files
+from data.folder import weight_files
+from data.gate import check, read_bytes, read_json, reading
 from data.language import released_language, run_language
 from model import Zaya, ZayaConfig
 
@@ -48,6 +51,20 @@ CONFIG_FIXED = {
     'model_type': 'zaya', 'hidden_act': 'silu', 'num_experts_per_tok': 1, 'tie_word_embeddings': True,
     'attention_bias': False, 'lm_head_bias': False, 'cca_time0': 2, 'cca_time1': 2, 'sliding_window': None,
 }
+# What config.json must be, and a checkpoint: at least to take its weights, and to go on from it (see data/gate.py).
+kinds = {field.name: field.type for field in fields(ZayaConfig)}
+CONFIG = {f'{key}?': value for key, value in CONFIG_FIXED.items()} | {
+    f'{theirs}?': kinds[ours] for ours, theirs in CONFIG_NAMES.items()} | {
+    'layer_types?': (None, ['hybrid']), 'rope_parameters?': (None, {'hybrid': {'rope_type?': 'default'} | {
+        f'{theirs}?': kinds[ours] for ours, theirs in ROPE_NAMES.items()}}),
+    'nanozaya_quantization?': {'bits': (4, 8)}, 'dtype?': (None, str)}
+WEIGHTS = {'model': {str: torch.Tensor}, 'step': range(2 ** 63), 'tokenizer?': str,
+           'model_config': {'vocab_size': int} | {f'{key}?': kind for key, kind in kinds.items()}}
+ADAMW = {'step': torch.Tensor, 'exp_avg': torch.Tensor, 'exp_avg_sq': torch.Tensor}
+RESUMABLE = WEIGHTS | {'config': {str: object}, 'optimizers': [{'state': {int: {'momentum': torch.Tensor}}},
+                                                                {'state': {int: ADAMW}}],
+                       'balancer': {'state': {int: ADAMW}}}
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 def released_name(name):
@@ -63,33 +80,37 @@ def from_pretrained(folder, device='cpu', dtype=None):
     The model is built without memory (on 'meta') and filled tensor by tensor, so the peak is the model itself plus one
     tensor. Raises ValueError, naming the culprit, if the folder does not hold exactly this model.
     """
-    safetensors = package('safetensors')
-    released_config = read_json(os.path.join(folder, 'config.json'))
+    safetensors, config_path = package('safetensors'), os.path.join(folder, 'config.json')
+    released_config = read_json(config_path, CONFIG)
     with torch.device('meta'):
         model = Zaya(config_from_json(folder))
         if quantized := released_config.get('nanozaya_quantization'):           # by quantize.py
-            quantize.replace(model, quantized['bits'])
+            with reading(config_path):
+                quantize.replace(model, quantized['bits'])
     repacked = bool(quantized) and quantized['bits'] == 4       # so that no file need stay in memory
     own, state = {released_name(name): (name, tensor) for name, tensor in model.state_dict().items()}, {}
     for path in weight_files(folder):
-        try:
-            with safetensors.safe_open(path, 'pt') as file:
-                for name in file.keys():
-                    if name == 'lm_head.weight':                # tied: the embedding once more
-                        continue
-                    if name not in own:
-                        raise ValueError(f'{path}: unknown tensor {name}')
-                    (our_name, like), tensor = own.pop(name), file.get_tensor(name)
-                    if tensor.shape != like.shape:
-                        raise ValueError(f'{path}: {name} has shape {list(tensor.shape)}, '
-                                         f'config.json asks for {list(like.shape)}')
-                    fixed = name.endswith(('balancing_biases', '.codes', '.scale', '.offset'))      # whatever dtype is
-                    copy = repacked and '.experts.' not in our_name             # those are laid out anew below
-                    state[our_name] = tensor.to(device, like.dtype if fixed else dtype or tensor.dtype, copy=copy)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f'{path}: cannot be read as safetensors ({error}); is the file complete?') from None
+        with reading(path), safetensors.safe_open(path, 'pt') as file:
+            for name in file.keys():
+                if name == 'lm_head.weight':                    # tied: the embedding once more
+                    continue
+                if name not in own:
+                    raise ValueError(f'unknown tensor {name}')
+                (our_name, like), tensor = own.pop(name), file.get_tensor(name)
+                if tensor.shape != like.shape:
+                    raise ValueError(f'{name} has shape {list(tensor.shape)}, config.json asks for {list(like.shape)}')
+                fixed = name.endswith(('.codes', '.scale', '.offset'))          # whatever dtype is
+                if tensor.dtype not in ([like.dtype] if fixed else FLOATS):
+                    raise ValueError(f'{name} is {tensor.dtype}, which is none of nanoZAYA\'s')
+                fixed = fixed or name.endswith('balancing_biases')
+                copy = repacked and '.experts.' not in our_name                 # those are laid out anew below
+                state[our_name] = tensor.to(device, like.dtype if fixed else dtype or tensor.dtype, copy=copy)
     if own:
         raise ValueError(f'{folder}: {len(own)} tensors are missing, the first is {min(own)}')
+    weights = [name for name, _ in model.named_parameters()]
+    stored = {state[name].dtype for name in weights}
+    for name in weights if len(stored) > 1 else ():             # mixed: the widest holds all exactly
+        state[name] = state[name].to(functools.reduce(torch.promote_types, stored))
     model.load_state_dict(state, assign=True)                   # these tensors, not copies of them
     del state, tensor
     for router in model.routers:                                # not stored: the load counters
@@ -115,29 +136,20 @@ def save_pretrained(model, folder):
 def config_from_json(folder):
     """config.json of a released folder -> ZayaConfig. Raises ValueError for a variant that is not implemented here."""
     path = os.path.join(folder, 'config.json')
-    given = read_json(path)
-    for key, value in CONFIG_FIXED.items():
-        if given.get(key, value) != value:
-            raise ValueError(f'{path}: {key} is {given[key]!r}, nanoZAYA implements {value!r} only')
-    if set(given.get('layer_types') or ['hybrid']) != {'hybrid'}:
-        raise ValueError(f"{path}: layer_types holds {sorted(set(given['layer_types']))}, "
-                         "nanoZAYA implements 'hybrid' only: no sliding-window layers")
-    rope = given.get('rope_parameters') or {'hybrid': {}}
-    if not isinstance(rope, dict) or not isinstance(rope.get('hybrid'), dict):
-        raise ValueError(f"{path}: rope_parameters must hold an object 'hybrid'")
-    rope = rope['hybrid']
-    if rope.get('rope_type', 'default') != 'default':
-        raise ValueError(f"{path}: rope_type is {rope['rope_type']!r}, nanoZAYA implements 'default' only")
+    given = read_json(path, CONFIG)
+    rope = (given.get('rope_parameters') or {'hybrid': {}})['hybrid']
     sizes, released = {}, ZayaConfig.zaya1_8b()                 # a key that is left out has the released model's value
     for names, values in (CONFIG_NAMES, given), (ROPE_NAMES, rope):
         for ours, theirs in names.items():
             sizes[ours] = values.get(theirs, getattr(released, ours))
-            if type(sizes[ours]) not in (kind := type(getattr(released, ours)), int):
-                raise ValueError(f'{path}: {theirs} must be {kind.__name__}, got {sizes[ours]!r}')
+    return config_of(sizes | {'skip_expert': True}, path)
+
+
+def config_of(sizes, where):
     try:
-        return ZayaConfig(**sizes, skip_expert=True)
+        return ZayaConfig(**sizes)
     except ValueError as error:
-        raise ValueError(f'{path}: {error}') from None
+        raise ValueError(f'{where}: {error}') from None
 
 
 def config_to_json(config):
@@ -156,7 +168,10 @@ def config_to_json(config):
 def save_checkpoint(folder, state):
     """Write `state` (tensors, numbers, strings, lists and dicts of them) so that a crash at any moment leaves a whole
     checkpoint behind: into a temporary file, onto the disk (fsync), and only then under its name. Raises OSError if
-    the disk is full, say; the checkpoints already there are then untouched."""
+    the disk is full, say, ValueError if a weight is not finite; the checkpoints already there are then untouched."""
+    for name, tensor in state.get('model', {}).items():
+        if not tensor.isfinite().all():
+            raise ValueError(f'{name} is not finite after step {state["step"]}, and not saved; try a smaller lr')
     new, current, previous = (os.path.join(folder, name) for name in ('ckpt.tmp', 'ckpt.pt', 'ckpt_previous.pt'))
     try:
         with open(new, 'wb') as file:
@@ -186,9 +201,9 @@ def damage(path):
         return str(error)
 
 
-def load_checkpoint(folder):
-    """The newest undamaged checkpoint of a run, on the CPU, or None if it has none at all. A damaged file, or one of
-    another program, is reported and its predecessor used. Raises ValueError if every one there is damaged."""
+def load_checkpoint(folder, kind=WEIGHTS):
+    """The newest undamaged checkpoint of a run, on the CPU, or None if it has none at all. A damaged file, or one that
+    is not of that kind, is reported and its predecessor used. Raises ValueError if every one there is damaged."""
     paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt_previous.pt')]
     paths = [path for path in paths if os.path.exists(path)]
     for path in paths:
@@ -196,30 +211,59 @@ def load_checkpoint(folder):
         try:
             if what is None:
                 state = torch.load(path, map_location='cpu', weights_only=True)
-                if isinstance(state, dict) and 'model_config' in state:
-                    return state
-                what = 'it is no checkpoint of train.py'
+                check(state, kind, 'it is no checkpoint of train.py')
+                return state
         except MemoryError:
             raise
         except pickle.UnpicklingError:                          # weights_only: nothing in the file is ever executed
             what = 'it holds more than tensors and plain values'
         except Exception as error:                              # whatever else a damaged file makes torch say
-            what = error
+            what = (str(error).splitlines() or [type(error).__name__])[0]
         print(f'{path} is damaged ({what}): not used', file=sys.stderr)
     if paths:
         raise ValueError(f'{folder}: every checkpoint is damaged ({", ".join(paths)}); remove them to start anew')
 
 
+def compare(model, tensors, folder):
+    """Raise ValueError if a checkpoint's weights are not exactly those of this model, which may be on 'meta'."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        a, b = own.get(name), tensors.get(name)
+        if a is None or b is None or (a.shape, a.dtype, a.layout) != (b.shape, b.dtype, b.layout):
+            say = lambda t: 'nothing' if t is None else f'{list(t.shape)} {str(t.dtype)[6:]}'
+            raise ValueError(f'{folder}: the checkpoint has {say(b)} as {name}, its model {say(a)}')
+
+
+def fill(model, tensors, folder):
+    """Copy a checkpoint's weights into the model. Raises ValueError as compare does."""
+    compare(model, tensors, folder)
+    model.load_state_dict(tensors)
+
+
+def restore(optimizers, states, folder):
+    """Take up what optimizers had learned (momenta), not their old settings: those may have been changed. Raises
+    ValueError if it was of other parameters."""
+    for optimizer, state in zip(optimizers, (state['state'] for state in states)):
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        for i, momenta in state.items():
+            if len(state) != len(parameters) or i not in range(len(parameters)) or any(
+                    t.shape != (() if name == 'step' else parameters[i].shape) for name, t in momenta.items()):
+                raise ValueError(f"{folder}: the checkpoint's optimizers are not those of its model")
+        optimizer.load_state_dict(optimizer.state_dict() | {'state': state})
+
+
 def write_log(folder, row, columns, keep_until=None):
     """Append a row (a dict, or None) to a run's log.csv. keep_until: first drop what is there of later steps. They were
-    taken after the last checkpoint of a run that was then stopped, and will be taken again."""
+    taken after the last checkpoint of a run that was then stopped, and will be taken again. Raises ValueError for a
+    log.csv of something else."""
     path = os.path.join(folder, 'log.csv')
     if keep_until is not None:
-        kept = []
-        if os.path.exists(path):
-            with open(path, newline='') as file:                # a kill or a full disk may have cut the last line short
-                kept = [row for row in csv.DictReader(file)
-                        if None not in row.values() and int(row['step']) <= keep_until]
+        head, *lines = read_bytes(path).decode('ascii', 'replace').split('\n') if os.path.exists(path) else ['']
+        head, rows = head.strip().split(','), [line.strip().split(',') for line in lines]
+        if head[0] not in ('', 'step'):
+            raise ValueError(f'{path} was not written by train.py: move it, or name another out_dir')
+        kept = [dict(zip(head, fields)) for fields in rows      # a kill or a full disk may have cut the last line short
+                if len(fields) == len(head) and re.fullmatch(r'\d{1,18}', fields[0]) and int(fields[0]) <= keep_until]
         with open(path + '.tmp', 'w', newline='') as file:
             writer = csv.DictWriter(file, columns, extrasaction='ignore')
             writer.writeheader()
@@ -239,12 +283,24 @@ def load(folder, device='cpu'):
         raise ValueError(f'{folder}: no such folder; train a model first (make demo), or name another with --ckpt')
     if os.path.exists(os.path.join(folder, 'config.json')):
         language = released_language(folder)                    # before the weights, which take long
-        return from_pretrained(folder, device), language
+        model = from_pretrained(folder, device)
+        if language.vocab_size > model.config.vocab_size:
+            raise ValueError(f'{folder}: tokenizer.json has {language.vocab_size:,} tokens, the model knows '
+                             f'{model.config.vocab_size:,}')
+        return model, language
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f'{folder}: holds neither a checkpoint of train.py (ckpt.pt) nor a released model '
                          '(config.json)')
-    checkpoint['model_config'].pop('kernel', None)              # runs of earlier versions have it
-    model = Zaya(ZayaConfig(**checkpoint['model_config'])).to(device).eval()
+    language, config = run_language(folder), checkpoint['model_config']
+    config.pop('kernel', None)                                  # runs of earlier versions have it
+    if language.vocab_size != config['vocab_size'] or checkpoint.get('tokenizer', language.digest) != language.digest:
+        raise ValueError(f'{folder}: bpe.json is not the tokenizer that this run was trained with')
+    if unknown := config.keys() - kinds.keys():
+        raise ValueError(f'{folder}: the checkpoint has a setting {min(unknown)!r}, which this version does not know')
+    config = config_of(config, folder)
+    with torch.device('meta'):                                  # a damaged size must not take memory
+        compare(Zaya(config), checkpoint['model'], folder)
+    model = Zaya(config).to(device).eval()
     model.load_state_dict(checkpoint['model'])
-    return model, run_language(folder)
+    return model, language

@@ -1,4 +1,4 @@
-"""Settings: defaults from dataclasses, then config files and --key=value in the order given; the later wins.
+"""Settings: defaults from dataclasses, then config files in the order given, then --key=value; the later wins.
 
 A config file holds plain assignments, `lr = 3e-4` or `max_steps = 600_000 * 2`, and comments. It looks like Python but
 is only read, with `ast`: numbers, strings, True, False, and arithmetic. Nothing in it is executed, and a key that no
@@ -15,7 +15,8 @@ import sys
 import time
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.USub: operator.neg}
+             ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
+FULL = "can't allocate memory|not enough memory|[Oo]ut of memory|overflow|bad_alloc|Invalid buffer size"
 NO_VALUE = ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError   # the last two: thousands of brackets
 
 
@@ -61,15 +62,18 @@ def assignments(path):
     return found
 
 
-def read(arguments, *classes):
+def read(arguments, *classes, **defaults):
     """Command-line arguments [config/NAME.py] [--key=value ...] -> one instance of each dataclass in `classes`.
 
-    A key belongs to whichever class has the field. Types int, float, str, bool are checked; an int passes for a float.
+    Flags win over files wherever they stand. defaults: in place of the classes' own. A key belongs to whichever class
+    has the field. Types int, float, str, bool are checked; an int passes for a float.
     Raises ValueError, one line that names the key and where it was set; so do the classes, by check_ranges.
     """
     kinds = {field.name: type(field.default) for cls in classes for field in dataclasses.fields(cls)}
-    found, values, made = [], {}, []
-    for argument in arguments:
+    found, values, made = [], defaults, []
+    for argument in sorted(arguments, key=lambda argument: argument.startswith('--')):         # sorted keeps the order
+        if re.search('[\ud800-\udfff]', argument):  # so Python spells bytes that are none
+            raise ValueError(f'{argument!r}: is not valid UTF-8')
         key, equals, value = argument[2:].partition('=')        # at the first '=': the value may hold more of them
         if not argument.startswith('--'):
             found += assignments(argument)
@@ -98,15 +102,15 @@ def read(arguments, *classes):
 
 def check_ranges(settings, **allowed):
     """Raise ValueError for a setting out of its range. key=(low, high): from low to high, both included; high None: to
-    any finite number. key=('this', 'that'): a choice of strings."""
+    any whole number, or a billion for a float. key=('this', 'that'): a choice of strings."""
     for key, choices in allowed.items():
         value, low, high = getattr(settings, key), choices[0], choices[-1]
         if isinstance(low, str):
             fits, wanted = value in choices, f'be one of {", ".join(choices)}'
-        elif high is None:
-            fits, wanted = low <= value < float('inf'), f'be at least {low}, and finite'
+        elif high is None and isinstance(value, int):
+            fits, wanted = low <= value, f'be at least {low}'
         else:
-            fits, wanted = low <= value <= high, f'lie between {low} and {high:g}'
+            fits, wanted = low <= value <= (high or 1e9), f'lie between {low} and {high or 1e9:g}'
         if not fits:
             raise ValueError(f'{key} is {value!r}, it must {wanted}')
 
@@ -173,6 +177,7 @@ def one_line_errors(program, when_full='', when_stopped=''):
         if 'InvalidCxxCompiler' in text or 'Python.h' in text:  # what torch.compile found missing
             sys.exit(f"{program}: --compile=True needs a C++ compiler and Python's headers: install g++ and "
                      'python3-dev, or name a compiler in CXX')
-        if kind not in ('OutOfMemoryError', 'MemoryError'):     # the first is torch's
+        # torch's own kind, on GPUs; on CPUs its allocator says so in words, and sizes may overflow before it is asked.
+        if kind not in ('OutOfMemoryError', 'MemoryError') and not re.search(FULL, text):
             raise
         sys.exit(f'{program}: out of memory; {when_full}'.removesuffix('; ') + f' ({text.splitlines()[0]})')

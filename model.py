@@ -48,15 +48,16 @@ class ZayaConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
-        sizes = [field.name for field in fields(self) if field.type is int]
-        check_ranges(self, **dict.fromkeys(sizes, (1, None)), rope_base=(1, None), norm_eps=(1e-20, 1),
-                     init_std=(1e-9, 1))
+        check_ranges(self, **{field.name: (1, 10**9) for field in fields(self) if field.type is int} | dict(
+            n_layer=(1, 1000), rope_base=(1, None), norm_eps=(1e-20, 1), init_std=(1e-9, 1)))
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})')
         if self.n_kv_head * self.head_dim % 2:
             raise ValueError('n_kv_head * head_dim must be even: half of the values come from the token before')
         if not 0 < self.rope_fraction <= 1 or self.rope_fraction * self.head_dim % 2:
             raise ValueError('rope_fraction must be 0 to 1, and times head_dim even: dims are rotated in pairs')
+        if self.n_embd % 8 or self.expert_dim % 8:
+            raise ValueError('n_embd and expert_dim must be multiples of 8: grouped products want rows of 16 bytes')
 
     @property
     def rope_dim(self):

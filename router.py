@@ -98,7 +98,7 @@ class Balancer:
         for router in self.routers:
             router.load.zero_()
         fractions = loads / loads.sum(-1, keepdim=True).clamp_min(1)
-        error = fractions - 1 / loads.shape[-1]                                 # (layers, N)
+        error = fractions - loads.any(-1, keepdim=True) / loads.shape[-1]       # (layers, N); no tokens, no error
         if update and self.rule == 'pid':
             for bias, e in zip(self.biases, error):
                 bias.grad = e
@@ -107,9 +107,3 @@ class Balancer:
             for bias, e in zip(self.biases, error):
                 bias -= self.lr * e.sign()
         return fractions
-
-    def state_dict(self):
-        return self.adamw.state_dict()
-
-    def load_state_dict(self, state):
-        self.adamw.load_state_dict(state)

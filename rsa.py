@@ -105,8 +105,7 @@ def rounds_of(questions, generate, build_prompt, *, population=16, candidates=4,
         yield now
 
 
-# A model that speaks. step: of decode.py; stop: tokens that end an output; encode(question) -> tokens; the rest as in
-# rounds_of.
+# A model that speaks. step: of decode.py; stop: tokens that end an output; encode(question); the rest as in rounds_of.
 Speaker = namedtuple('Speaker', 'model step decode stop encode build_prompt answer_of thought_of')
 
 
@@ -115,7 +114,7 @@ def load_speaker(folder, device, words=None, compact='tail'):
     template. words, compact: see problems.message. Raise ValueError if the folder holds no model."""
     model, language = checkpoint.load(folder, device)
     common = model, decode.folded(model), language.decode, language.stop, language.encode
-    if not hasattr(model, 'released_config') and model.config.vocab_size == task.ENC.n_vocab:
+    if language.digest == task.DIGEST:
         return Speaker(*common, task.build_prompt, task.answer_of, list)
     prompt = lambda question, tails: language.prompt(
         [{'role': 'user', 'content': problems.message(question, tails, words, compact)}])
@@ -133,7 +132,7 @@ def sampler(speaker, config, stream=None, first=0):
 @dataclass
 class RSAConfig:
     ckpt: str = 'runs/loops'        # a run folder of train.py, trained on the loops task; or a released folder
-    question: str = ''              # '': the first held-out 'hard' problem, for a model trained on the loops task
+    question: str = '-'             # '-': the first held-out 'hard' problem, for a model trained on the loops task
     show: bool = False              # print what every candidate says, round by round
     problems: str = ''              # a file of problems (data/problems.py), in place of a question
     out: str = ''                   # what becomes of them, and of a run that was killed; '': FILE.rsa.jsonl
@@ -165,17 +164,18 @@ def main(config):
     question, extras, loops = config.question, (), speaker.build_prompt is task.build_prompt
     budget, tail, rounds, last = 16_384, 4096, 2, config.budget or 40_960       # the report's
     if loops and not listed:
-        question = question or task.test_problems('hard', 1)[0].question
+        question = question if question != '-' else task.test_problems('hard', 1)[0].question
         steps = task.parse(question).steps
         budget, tail, rounds, extras = 41, 10, task.rounds_needed(steps, config.budget or 41), (task.judge, task.spaced)
         last = config.budget or budget
         print(f'{question}   {steps} steps, the answer is {task.solve(question)}')
-    elif loops or not (question or listed):
+    elif loops or question == '-' and not listed:
         raise ValueError(f'{config.ckpt} ' + ('was trained on the loops task: data.loops.evaluate has its problems' if
                                               loops else 'needs a --question or a file of --problems'))
     settings = dict(population=config.population, candidates=config.candidates, budget=config.budget or budget,
                     rounds=rounds if config.rounds < 0 else config.rounds, tail=config.tail or tail,
                     final_budget=config.final_budget or last, compact=config.compact, seed=config.seed)
+    problems.check_room(speaker, [text + problems.INSTRUCTION for text, _ in listed or ()] or [question], **settings)
     functions = dict(answer_of=speaker.answer_of, thought_of=speaker.thought_of)
     if listed:
         if config.dry_run:

@@ -24,14 +24,17 @@ from data.chat.talk import Conversation, talk, write_on
 
 
 def sample_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Draw one token a row. logits (B, V), u (B) uniform in [0, 1) -> (B) int64.
+    """Draw one token a row. logits (B, V), u (B) uniform in [0, 1) -> (B) int64; -1 if the logits are not finite.
 
     Unlikely tokens can be dropped before: all but the top_k likeliest (0: keep all); those beyond a total probability
     of top_p; those below min_p times the likeliest. temperature 0 takes the likeliest token.
     """
+    largest, token = logits.float().max(-1, keepdim=True)                       # (B, 1) each
+    broken = ~largest[:, 0].isfinite()                          # the largest of numbers is NaN if one of them is
     if temperature == 0:
-        return logits.argmax(-1)
-    probs, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)         # (B, V) each
+        return token[:, 0].masked_fill(broken, -1)
+    x = (logits.float() - largest) / max(temperature, 1e-30)    # below, differences would become 0 / 0
+    probs, token = x.softmax(-1).sort(-1, descending=True)                      # (B, V) each
     keep = (probs.cumsum(-1) - probs < top_p) & (probs >= min_p * probs[:, :1])    # before a token lies less than top_p
     if top_k:
         keep[:, top_k:] = False
@@ -39,7 +42,7 @@ def sample_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     cdf = (probs * keep).cumsum(-1)
     chosen = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)                     # first with cdf > u
     chosen = chosen.minimum(keep.sum(-1, keepdim=True) - 1)     # rounding must not carry u past the last kept token
-    return token.gather(1, chosen)[:, 0]
+    return token.gather(1, chosen)[:, 0].masked_fill(broken, -1)
 
 
 def prefill(model, prompts, capacity, cache=None):
@@ -69,7 +72,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     neighbours. stream(row, token), if given, is called for every new token. The options of sampling are those of
     sample_tokens. compiled: decode.compiled makes the steps, and finished rows stay until the last one ends. step: the
     function of decode.py that makes them, if it is at hand. cache: a Cache that holds what comes before the prompts.
-    Raises ValueError for an empty prompt, a token outside the vocabulary, and what does not fit the context.
+    Raises ValueError for an empty prompt, a token outside the vocabulary, what does not fit the context, and NaN.
     """
     held = cache.lengths if cache else [0] * len(prompts)
     check_prompts(model.config, prompts, max_new_tokens, held)
@@ -93,6 +96,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         for t in range(max_new_tokens):
             next_tokens = sample_tokens(logits, u[rows, t], temperature, top_k, top_p, min_p)   # (B)
             drawn = next_tokens.tolist()
+            if min(drawn) < 0:
+                raise ValueError('the logits are not finite: the weights are damaged, or too large for their dtype')
             for i in growing:
                 outputs[rows[i]].append(drawn[i])
                 if stream:
@@ -125,8 +130,7 @@ def check_prompts(config, prompts, max_new_tokens, held):
 
 
 # The report's sampling (Table VII): mathematics, knowledge and instructions; code, agents and style.
-PRESETS = {'math': ['--temperature=1.0', '--top_p=0.95', '--top_k=0'],
-           'code': ['--temperature=0.6', '--top_p=0.95', '--top_k=20']}
+PRESETS = {'math': dict(temperature=1.0, top_p=0.95, top_k=0), 'code': dict(temperature=0.6, top_p=0.95, top_k=20)}
 
 
 @dataclass
@@ -157,7 +161,7 @@ class SampleConfig:
 def main(arguments):
     config, = configurator.read(arguments, SampleConfig)
     if config.preset:
-        config, = configurator.read([*PRESETS[config.preset], *arguments], SampleConfig)
+        config, = configurator.read(arguments, SampleConfig, **PRESETS[config.preset])
     model, language = checkpoint.load(config.ckpt, configurator.pick_device(config.device))
     kernels.use(model, config.kernel, model.dtype)
     options = {key: getattr(config, key) for key in ('temperature', 'top_k', 'top_p', 'min_p', 'seed')}

@@ -12,10 +12,8 @@ Several GPUs: `torchrun --nproc_per_node=8 train.py config/NAME.py`. Every proce
 of the micro-batches; the one of rank 0 alone speaks and writes.
 """
 import contextlib
-import filecmp
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -27,9 +25,10 @@ from tqdm import tqdm
 
 import configurator
 import kernels
-from checkpoint import load_checkpoint, save_checkpoint, write_log
-from data.loader import dataset_folders, open_dataset
-from data.tokenizer import load_tokenizer
+from checkpoint import RESUMABLE, fill, load_checkpoint, restore, save_checkpoint, write_log
+from data.folder import alone
+from data.loader import open_dataset
+from data.tokenizer import digest, load_tokenizer, save_tokenizer
 from model import Zaya, ZayaConfig, sizes
 from optim import make_optimizers
 from router import Balancer, load_entropy
@@ -44,7 +43,7 @@ class TrainConfig:
     init_from: str = ''             # a run folder whose weights to begin with, say to go on at a longer context
     # one optimizer step sees batch_size * context * grad_accum tokens
     batch_size: int = 16            # sequences in a micro-batch
-    grad_accum: int = 1             # micro-batches a step, over all processes together, each with the same weight
+    grad_accum: int = 1             # micro-batches a step, over all processes; the loss is the mean over all targets
     max_steps: int = 1000
     # learning rate: up in warmup_steps, flat, then linearly down to min_lr over the last decay_fraction of the steps
     lr: float = 6e-3             # for Muon and AdamW alike, vectors a tenth (optim.py says why)
@@ -68,6 +67,8 @@ class TrainConfig:
     wandb: bool = False             # also log to Weights & Biases (pip install wandb)
 
     def __post_init__(self):
+        if not self.out_dir:
+            raise ValueError('out_dir is empty: name a folder')
         low = lambda least, names: dict.fromkeys(names.split(), (least, None))
         configurator.check_ranges(
             self, **low(1, 'batch_size grad_accum max_steps eval_every eval_batches checkpoint_every log_every'),
@@ -78,7 +79,6 @@ class TrainConfig:
 
 # Dense bf16 peak of a few GPUs in FLOP/s, from their data sheets, for the model FLOPs utilisation (MFU).
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'MI300X': 1307e12, 'MI325X': 1307e12, '4090': 165e12}
-
 
 def lr_at(step, config):
     """Learning rate of optimizer step `step` (from 0): linear warm-up, a plateau, linear decay to min_lr."""
@@ -104,21 +104,21 @@ def start_processes(config):
 
 
 def open_data(config, model_config):
-    """Open the dataset. Return its loader, that of held-out data, its tokenizer's path, and the model's config with its
+    """Open the dataset. Return its loader, that of held-out data, its tokenizer, and the model's config with its
     vocabulary. Raises ValueError if that config names another vocab_size."""
-    loader, val_loader = (open_dataset(config.dataset, split, config.batch_size, model_config.context, config.seed)
-                          for split in ('train', 'val'))
+    (loader, tokenizer), (val_loader, _) = (
+        open_dataset(config.dataset, split, config.batch_size, model_config.context, config.seed)
+        for split in ('train', 'val'))
     V = loader.vocab_size
     if model_config.vocab_size not in (ZayaConfig.vocab_size, V):
         raise ValueError(f'vocab_size is {model_config.vocab_size}, but {config.dataset} has {V}: leave it out')
-    tokenizer_path = os.path.join(dataset_folders(config.dataset)[0][0], 'bpe.json')       # all the sets have the same
-    return loader, val_loader, tokenizer_path, replace(model_config, vocab_size=V)
+    return loader, val_loader, tokenizer, replace(model_config, vocab_size=V)
 
 
-def take_up(config, model, optimizers, balancer, tokenizer_path, say):
+def take_up(config, model, optimizers, balancer, tokenizer, say):
     """Continue the run in config.out_dir; or begin with the weights of config.init_from; or begin anew. Return the step
     to go on from. Raises ValueError if the model or the tokenizer of that run is another."""
-    checkpoint = load_checkpoint(config.out_dir)
+    checkpoint = load_checkpoint(config.out_dir, RESUMABLE)
     folder = config.out_dir if checkpoint else config.init_from
     if not folder:
         return 0
@@ -130,19 +130,15 @@ def take_up(config, model, optimizers, balancer, tokenizer_path, say):
         if key not in free and saved['model_config'].get(key) != value:
             raise ValueError(f"{key} is {value}, but {folder} was trained with {saved['model_config'].get(key)}: "
                              'use it, or another folder')
-    if os.path.exists(old := os.path.join(folder, 'bpe.json')) and not filecmp.cmp(old, tokenizer_path, shallow=False):
+    used = digest(load_tokenizer(os.path.join(folder, 'bpe.json')))
+    if {used, saved.get('tokenizer', used)} != {digest(tokenizer)}:
         raise ValueError(f'{folder} was trained with another tokenizer than that of {config.dataset}: '
                          'use the dataset it was trained on, or another out_dir')
-    model.load_state_dict(saved['model'])
+    fill(model, saved['model'], folder)
     if not checkpoint:
         say(f"starting from the weights of {folder} after {saved['step']} steps")
         return 0
-    # Of their state dicts take what was learned (momenta), not the old settings: those may have been changed.
-    for thing, state in zip([*optimizers, balancer], [*saved['optimizers'], saved['balancer']]):
-        thing.load_state_dict(thing.state_dict() | {'state': state['state']})
-    torch.set_rng_state(saved['rng'])
-    if model.device.type == 'cuda' and saved['rng_cuda'] is not None:
-        torch.cuda.set_rng_state(saved['rng_cuda'], model.device)
+    restore([*optimizers, balancer.adamw], [*saved['optimizers'], saved['balancer']], folder)
     if config.dtype == 'auto':                                  # measured once, for all of the run
         config.dtype = saved['config']['dtype']
     changed = [f'{key} {saved["config"].get(key)} -> {value}' for key, value in asdict(config).items()
@@ -157,20 +153,23 @@ def take_up(config, model, optimizers, balancer, tokenizer_path, say):
 def train_step(step, config, forward, optimizers, balancer, loader, autocast, rank, world):
     """Take one optimizer step. forward: the model, or DDP around it. Return the loss, the gradient's norm, whether both
     are finite (if not, nothing was changed), and the load fractions (layers, N)."""
-    loss, n_micro, device = 0, config.grad_accum // world, next(forward.parameters()).device
-    for micro in range(n_micro):
-        # Which data comes is a function of the step alone: no loader state to save, no overlap between ranks.
-        index = step * config.grad_accum + micro * world + rank
-        x, y, start = (None if t is None else t.to(device) for t in loader.batch(index))
-        last = micro == n_micro - 1                             # DDP averages gradients over ranks in the last backward
+    # Which data comes is a function of the step alone: no loader state to save, no overlap between ranks.
+    device, first, end = next(forward.parameters()).device, step * config.grad_accum, (step + 1) * config.grad_accum
+    batches = [[None if t is None else t.to(device) for t in loader.batch(i)] for i in range(first + rank, end, world)]
+    scored = torch.stack([(y >= 0).sum() for _, y, _ in batches])               # targets of each micro-batch
+    n, loss = scored.sum(), 0
+    if world > 1:
+        dist.all_reduce(n)
+    for micro, (x, y, start) in enumerate(batches):
+        last = micro == len(batches) - 1                        # DDP averages gradients over ranks in the last backward
         with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
             with autocast:
                 _, micro_loss = forward(x, y, start)
-            (micro_loss / n_micro).backward()
-        loss += micro_loss.detach() / n_micro
+            weight = scored[micro] / n.clamp_min(1)             # the loss is the mean over all the step's targets
+            (micro_loss * weight * world).backward()
+        loss += micro_loss.detach() * weight
     if world > 1:
         dist.all_reduce(loss)
-        loss /= world
     norm = torch.nn.utils.clip_grad_norm_(forward.parameters(), config.grad_clip or math.inf)
     finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
     for optimizer in optimizers:
@@ -187,7 +186,7 @@ def evaluate(step, config, model, loader, autocast, tokenizer, say):
     """Measure on the first batches of held-out data, and show what the model would write. Return a row of the log: the
     mean loss, and the RMS of the residual stream after each layer. tokenizer: None for no text."""
     n = min(config.eval_batches, max(1, loader.n_windows // loader.batch_size))            # not beyond the set's end
-    losses, squares = [], []                             # squares: layer 0, layer 1, ..., layer 0, ... over the batches
+    losses, scored, squares = [], [], []                 # squares: layer 0, layer 1, ..., layer 0, ... over the batches
     hooks = [layer.register_forward_hook(lambda module, args, out: squares.append(out[0].float().square().mean()))
              for layer in model.layers]
     model.eval()
@@ -196,12 +195,13 @@ def evaluate(step, config, model, loader, autocast, tokenizer, say):
         for index in range(n):
             x, y, start = (None if t is None else t.to(model.device) for t in loader.batch(index))
             with autocast:
-                losses.append(model(x, y, start)[1])
+                scored.append((y >= 0).sum())
+                losses.append(model(x, y, start)[1] * scored[-1])
         for hook in hooks:
             hook.remove()
-        val_loss = torch.stack(losses).mean().item()
+        val_loss = (sum(losses) / sum(scored).clamp_min(1)).item()
         say(f'step {step}: val loss {val_loss:.4f}')
-        if tokenizer and config.sample_tokens:                  # the prompt is what a document begins after
+        if tokenizer and config.sample_tokens and math.isfinite(val_loss):      # the prompt: a document's beginning
             n_new = min(config.sample_tokens, model.config.context - 1)
             text = generate(model, [[tokenizer.eot_token]], n_new, seed=step)[0]
             say('    ' + tokenizer.decode(text).strip().replace('\n', '\n    '))
@@ -213,23 +213,29 @@ def evaluate(step, config, model, loader, autocast, tokenizer, say):
 def train(config, model_config):
     """Run or continue the training of `config` (TrainConfig) and `model_config` (ZayaConfig). Return the losses that it
     logged as {step: loss}. Raises ValueError for settings, data or checkpoints that do not fit."""
-    rank, world, device = start_processes(config)
+    processes, data = start_processes(config), open_data(config, model_config)
+    os.makedirs(config.out_dir, exist_ok=True)
+    with alone(os.path.join(config.out_dir, 'lock')) if processes[0] == 0 else contextlib.nullcontext():
+        return run(config, *processes, *data)
+
+
+def run(config, rank, world, device, loader, val_loader, tokenizer, model_config):
+    """Train, alone in the run folder. See train."""
     say = tqdm.write if rank == 0 else lambda text: None        # tqdm's print keeps the progress bar in one piece
-    loader, val_loader, tokenizer_path, model_config = open_data(config, model_config)
-    tokenizer = load_tokenizer(tokenizer_path)
     torch.manual_seed(config.seed)                              # the same weights in every process
     model = Zaya(model_config).to(device)
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     balancer = Balancer(model.routers, config.balancer, config.balancer_lr)
-    os.makedirs(config.out_dir, exist_ok=True)
-    step = take_up(config, model, optimizers, balancer, tokenizer_path, say)
-    dtype = configurator.pick_dtype(config.dtype, device, model_config.n_embd)
-    config.dtype, autocast = str(dtype)[6:], configurator.products_in(dtype, device)       # what a checkpoint remembers
+    step = take_up(config, model, optimizers, balancer, tokenizer, say)
+    choice = [configurator.pick_dtype(config.dtype, device, model_config.n_embd)]
+    if world > 1:
+        dist.broadcast_object_list(choice)                      # rank 0's: each may have measured something else
+    dtype, autocast = choice[0], configurator.products_in(choice[0], device)
+    config.dtype = str(dtype)[6:]                               # what a checkpoint remembers
     kernels.use(model, config.kernel, torch.float32 if device.type == 'cpu' else dtype)
-    if rank == 0 and step == 0:
-        shutil.copy(tokenizer_path, config.out_dir)             # sample.py finds it with the weights
+    if rank == 0 and step == 0:                                 # sample.py finds it with the weights
+        save_tokenizer(os.path.join(config.out_dir, 'bpe.json'), tokenizer)
 
-    # The log.
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name and dtype == torch.bfloat16), None)
     n, tokens_per_step = sizes(model_config), config.batch_size * model_config.context * config.grad_accum
@@ -251,9 +257,8 @@ def train(config, model_config):
     def save():
         save_checkpoint(config.out_dir, {
             'model': model.state_dict(), 'optimizers': [o.state_dict() for o in optimizers],
-            'balancer': balancer.state_dict(), 'step': step, 'config': asdict(config),
-            'model_config': asdict(model_config), 'rng': torch.get_rng_state(),
-            'rng_cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None})
+            'balancer': balancer.adamw.state_dict(), 'step': step, 'config': asdict(config),
+            'model_config': asdict(model_config), 'tokenizer': digest(tokenizer)})
 
     evaluation = lambda: evaluate(step, config, model, val_loader, autocast, tokenizer if rank == 0 else None, say)
     log(None, keep_until=step or -1)                            # a new run begins with a new log
@@ -265,7 +270,6 @@ def train(config, model_config):
     # With DDP, buffers are the balancer's business: it sums the loads over ranks and moves all biases alike.
     forward = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
-    # The loop.
     history, bad_in_a_row, steps, seconds = {}, 0, 0, 0.0       # steps and seconds since the last line of the log
     with tqdm(total=config.max_steps, initial=step, disable=rank != 0, dynamic_ncols=True, mininterval=1,
               unit='step') as bar:                          # 'with': an error must not leave half a bar before its line
@@ -277,9 +281,9 @@ def train(config, model_config):
             bad_in_a_row = 0 if finite else bad_in_a_row + 1
             if not finite:
                 say(f'step {step}: loss {loss}, gradient norm {norm}: not finite, step skipped')
-            if bad_in_a_row == 10:
-                raise ValueError('ten steps in a row had no finite loss or gradient; the last good checkpoint is '
-                                 f'kept in {config.out_dir}. Try a smaller lr (now {config.lr}) or dtype=float32')
+            if bad_in_a_row in (10, config.max_steps):          # of fewer than ten steps, all of them
+                raise ValueError(f'{bad_in_a_row} steps in a row had no finite loss or gradient; the last good '
+                                 f'checkpoint, if any, is kept. Try a smaller lr (now {config.lr}) or dtype=float32')
             done = step == config.max_steps
             row = evaluation() if step % config.eval_every == 0 or done else {}
             if step % config.log_every == 0 or row:
@@ -293,8 +297,8 @@ def train(config, model_config):
                 history[step], steps, seconds = loss, 0, 0.0
                 bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tok/s, load entropy {row["entropy"]:.3f}')
             bar.update()
-            # Not after a skipped step: a run that goes on from a checkpoint counts those in a row from 0.
-            if (step % config.checkpoint_every == 0 or done) and finite and rank == 0:
+            # Not after a skipped step, unless it is the last: a run that goes on counts those in a row from 0.
+            if (step % config.checkpoint_every == 0 and finite or done) and rank == 0:
                 save()
     if world > 1:
         dist.destroy_process_group()

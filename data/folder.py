@@ -1,39 +1,68 @@
-"""The files of a released folder: JSON, the list of its weights, and a copy with other weights."""
+"""The files of a released folder: the list of its weights, and a copy with other weights; and files held alone."""
+import contextlib
 import json
 import os
+import platform
 import shutil
 
+import torch
 from tqdm import tqdm
 
 from configurator import package
+from data.gate import read_json, reading
 
-
-def read_json(path):
-    """The object in a JSON file. Raises ValueError that names the file."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            value = json.load(file)
-    except OSError as error:
-        raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path}: is not valid JSON ({error})') from None
-    if isinstance(value, dict):
-        return value
-    raise ValueError(f'{path}: should hold a JSON object')
+HEAD, EMBEDDING = 'lm_head.weight', 'model.embed_tokens.weight'
 
 
 def weight_files(folder):
-    """The safetensors files of a folder: model.safetensors, or the shards that its index names."""
+    """The safetensors files of a folder: model.safetensors, or the shards that its index names. Raise ValueError if one
+    cannot be read, a tensor is in two of them, or the head, which is tied, is not the embedding."""
     index, names = os.path.join(folder, 'model.safetensors.index.json'), ['model.safetensors']
     if os.path.exists(index) and not os.path.exists(os.path.join(folder, names[0])):
-        shards = read_json(index).get('weight_map')
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ValueError(f'{index}: should hold an object weight_map, from tensors to files')
-        names = sorted(set(shards.values()))
-    for name in names:
-        if os.path.basename(name) != name or not os.path.isfile(os.path.join(folder, name)):
-            raise ValueError(f'{folder}: the weights file {name} is missing')
+        names = sorted(set(read_json(index, {'weight_map': {str: str}})['weight_map'].values()))
+    safetensors, place = package('safetensors'), {}             # place: tensor -> the open file it is in
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.basename(name) != name or not os.path.isfile(path):
+                raise ValueError(f'{folder}: the weights file {name} is missing')
+            with reading(path):
+                file = stack.enter_context(safetensors.safe_open(path, 'pt'))
+            for tensor in file.keys():
+                if tensor in place:
+                    raise ValueError(f'{path}: {tensor} is in another file, too')
+                place[tensor] = file
+        if HEAD in place and EMBEDDING in place:
+            head, embedding = (place[tensor].get_slice(tensor) for tensor in (HEAD, EMBEDDING))
+            rows = head.get_shape()[0] if head.get_shape() else 0
+            if [head.get_shape(), head.get_dtype()] != [embedding.get_shape(), embedding.get_dtype()] or not all(
+                    bytes_of(head[i:i + 4096]).equal(bytes_of(embedding[i:i + 4096])) for i in range(0, rows, 4096)):
+                raise ValueError(f'{folder}: {HEAD} is not {EMBEDDING}, to which nanoZAYA ties it')
     return [os.path.join(folder, name) for name in names]
+
+
+def bytes_of(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Hold a file for this process alone, and write into it who that is. The operating system lets go of it when the
+    process ends, however it ends. Raise ValueError if another process holds it."""
+    with open(path, 'a+', encoding='utf-8') as file:
+        try:
+            import fcntl                                        # Windows has none, and does without
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f'{path}: {file.read(99).strip() or "another process"} is at work here: wait for it, stop '
+                             'it, or use another folder') from None
+        except (ImportError, OSError):                          # a disk without locks
+            pass
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {platform.node()}\n')
+        file.flush()
+        yield
 
 
 def copy_folder(folder, out, change, settings, share):
@@ -57,9 +86,10 @@ def copy_folder(folder, out, change, settings, share):
     try:
         for path in paths:
             with safetensors.safe_open(path, 'pt') as file:
-                names = [name for name in file.keys() if name != 'lm_head.weight']         # tied: the embedding again
+                names = [name for name in file.keys() if name != HEAD]                     # tied: the embedding again
                 for name in tqdm(names, desc=os.path.basename(path), unit='tensor', dynamic_ncols=True):
-                    batch |= {key: value.contiguous() for key, value in change(name, file.get_tensor(name))}
+                    with reading(path):                         # a tensor of another shape, say
+                        batch |= {key: value.contiguous() for key, value in change(name, file.get_tensor(name))}
                     full = sum(value.nbytes for value in batch.values()) > 2 ** 29
                     if full or (path, name) == (paths[-1], names[-1]):
                         shard = f'model-{len(set(weight_map.values())):05}.safetensors'

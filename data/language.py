@@ -21,9 +21,11 @@ import os
 import re
 
 from configurator import package
-from data.folder import read_json
-from data.tokenizer import load_tokenizer
+from data.gate import read_bytes, read_json, reading
+from data.tokenizer import digest, load_tokenizer
 
+STOP = {'eos_token_id?': (None, int, [int])}
+TEMPLATES = {'chat_template?': (None, str, [{'name': str, 'template': str}])}
 CUT, LIST = '\ufdd0', '\ufdd1'      # where text is cut; around the number of a list of tokens. No text has these two
 
 RUN_TEMPLATE = """\
@@ -40,10 +42,12 @@ class Language:
     decode(tokens) -> text, with the names of control tokens
     controls: the names of all control tokens. begin: the tokens that stand before any text, [] or one.
     stop: the tokens that end what a model says. template: jinja2 source, or None. names: what it may call, such as
-    bos_token. path: of the template, for errors.
+    bos_token. path: of the template, for errors. vocab_size: how many tokens it knows. digest: of a run's tokenizer.
     """
 
-    def __init__(self, parse, decode, controls, begin, stop, template, names, path):
+    def __init__(self, parse, decode, controls, begin, stop, template, names, path, vocab_size,
+                 digest=None):
+        self.vocab_size, self.digest = vocab_size, digest
         self.parse, self.decode, self.begin, self.stop = parse, decode, begin, stop
         self.template, self.names, self.path = template, names, path
         longest_first = '|'.join(map(re.escape, sorted(controls, key=len, reverse=True)))
@@ -139,41 +143,34 @@ def released_language(folder):
     """The Language of a released folder: tokenizer.json; the template in chat_template.jinja, else in
     tokenizer_config.json; the stop tokens in generation_config.json, else in config.json."""
     path, Tokenizer = os.path.join(folder, 'tokenizer.json'), package('tokenizers').Tokenizer
-    try:
+    with reading(path):
         tokenizer = Tokenizer.from_file(path)
-    except Exception as error:                                  # tokenizers raises plain Exception
-        raise ValueError(f'{path}: cannot be read ({error})') from None
     parse = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     around = tokenizer.encode('a')                              # with what the tokenizer puts around every text
     begin = around.ids[:1] if around.special_tokens_mask[:1] == [1] else []
 
     configs = {}                                                # of the two that need not be there
-    for name in 'tokenizer_config.json', 'generation_config.json':
-        configs[name] = read_json(at) if os.path.exists(at := os.path.join(folder, name)) else {}
+    for name, kind in ('tokenizer_config.json', TEMPLATES), ('generation_config.json', STOP):
+        configs[name] = read_json(at, kind) if os.path.exists(at := os.path.join(folder, name)) else {}
     stop = configs['generation_config.json'].get('eos_token_id')
     if stop is None:                                            # 106 is the default of transformers' ZayaConfig
-        stop = read_json(os.path.join(folder, 'config.json')).get('eos_token_id', 106)
+        stop = read_json(os.path.join(folder, 'config.json'), STOP).get('eos_token_id', 106)
     stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
-    if not all(type(token) is int for token in stop):
-        raise ValueError(f'{folder}: eos_token_id must be a number or a list of numbers, got {stop}')
 
     settings = configs['tokenizer_config.json']
     template_path, template = os.path.join(folder, 'chat_template.jinja'), settings.get('chat_template')
     if os.path.exists(template_path):
-        with open(template_path, encoding='utf-8') as file:
-            template = file.read()
+        with reading(template_path):
+            template = read_bytes(template_path).decode()
     else:
         template_path = os.path.join(folder, 'tokenizer_config.json')
     if isinstance(template, list):                              # several with names
-        named = {t.get('name'): t.get('template') for t in template if isinstance(t, dict)}
-        template = named.get('default')
-    if template is not None and not isinstance(template, str):
-        raise ValueError(f'{template_path}: chat_template must be text')
+        template = {t['name']: t['template'] for t in template}.get('default')
     names = {key: value.get('content') if isinstance(value, dict) else value
              for key, value in settings.items() if re.fullmatch('(bos|eos|unk|sep|pad|cls|mask)_token', key) and value}
     controls = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     return Language(parse, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False), controls, begin, stop,
-                    template, names, template_path)
+                    template, names, template_path, tokenizer.get_vocab_size())
 
 
 def run_language(folder):
@@ -183,4 +180,4 @@ def run_language(folder):
     ends = [name for name in ('<|endoftext|>', '<|end|>') if name in controls]              # of a document, of a turn
     return Language(lambda text: tokenizer.encode(text, allowed_special='all'), tokenizer.decode, controls, [],
                     [tokenizer.encode_single_token(name) for name in ends],
-                    RUN_TEMPLATE if '<|user|>' in controls else None, {}, folder)
+                    RUN_TEMPLATE if '<|user|>' in controls else None, {}, folder, tokenizer.n_vocab, digest(tokenizer))

@@ -1,14 +1,21 @@
 """Batches of training windows from a token file: every token a target once per epoch, in shuffled order."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data.gate import read_json
 from data.reasoning import SCORED, STARTS
+from data.tokenizer import digest, load_tokenizer
 
 REPAIR = 'write it with the prepare.py of its folder, or name another dataset (data/README.md has them)'
+
+
+SIZE = range(2 ** 50)
+SPLIT = {'tokens': SIZE, 'windows?': SIZE}
+META = {'vocab_size': range(1, 2 ** 31), 'tokenizer?': str, 'dtype': ('uint16', 'uint32'), 'packed?': range(2 ** 31),
+        'train': SPLIT, 'val': SPLIT}
 
 
 class TokenLoader:
@@ -38,15 +45,14 @@ class TokenLoader:
             raise ValueError(f"split is {split!r}, must be 'train' or 'val'")
         self.batch_size, self.context, self.seed = batch_size, context, seed
 
-        path = Path(folder) / 'meta.json'
         try:
-            self.meta = json.loads(path.read_text(encoding='utf-8'))
-            self.vocab_size, self.n_tokens = int(self.meta['vocab_size']), int(self.meta[split]['tokens'])
-            self.packed = int(self.meta.get('packed', 0))
-            n_stored = int(self.meta[split]['windows']) * self.packed if self.packed else self.n_tokens
-            dtype = np.dtype({'uint16': '<u2', 'uint32': '<u4'}[self.meta['dtype']])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{path} is missing or damaged ({type(error).__name__}): {REPAIR}') from None
+            self.meta = read_json(Path(folder) / 'meta.json', META)
+        except ValueError as error:
+            raise ValueError(f'{error}: {REPAIR}') from None
+        self.vocab_size, self.n_tokens = self.meta['vocab_size'], self.meta[split]['tokens']
+        self.packed = self.meta.get('packed', 0)
+        n_stored = self.meta[split].get('windows', 0) * self.packed if self.packed else self.n_tokens
+        dtype = np.dtype({'uint16': '<u2', 'uint32': '<u4'}[self.meta['dtype']])
         if self.packed not in (0, context):
             raise ValueError(f'{folder} is packed into windows of {self.packed}, but context is {context}: '
                              'prepare it again with --context, or change context')
@@ -168,14 +174,20 @@ def dataset_folders(dataset):
 
 
 def open_dataset(dataset, split, batch_size, context, seed):
-    """Return the loader of a string as dataset_folders reads it: a TokenLoader, or of several sets a MixtureLoader.
+    """Return the loader of a string as dataset_folders reads it: a TokenLoader, or of several sets a MixtureLoader; and
+    the sets' tokenizer.
 
-    Raise ValueError if the sets' tokenizers differ, and as dataset_folders and TokenLoader do.
+    Raise ValueError if the sets' tokenizers differ, or one is not that of its meta.json, and as dataset_folders,
+    TokenLoader and load_tokenizer do.
     """
     folders, weights = zip(*dataset_folders(dataset))
     loaders = [TokenLoader(folder, split, batch_size, context, seed) for folder in folders]
-    for folder in folders[1:]:
-        if (Path(folder) / 'bpe.json').read_bytes() != (Path(folders[0]) / 'bpe.json').read_bytes():
+    encs = [load_tokenizer(Path(folder) / 'bpe.json') for folder in folders]
+    for folder, loader, enc in zip(folders, loaders, encs):
+        # Folders that earlier versions wrote have no digest.
+        if (enc.n_vocab, digest(enc)) != (loader.vocab_size, loader.meta.get('tokenizer', digest(enc))):
+            raise ValueError(f'{folder}: bpe.json is not the tokenizer that meta.json was written with: {REPAIR}')
+        if digest(enc) != digest(encs[0]):
             raise ValueError(f'dataset: {folder} and {folders[0]} have different tokenizers: '
                              'prepare one with --tokenizer_from the other')
-    return loaders[0] if len(loaders) == 1 else MixtureLoader(loaders, weights, seed)
+    return loaders[0] if len(loaders) == 1 else MixtureLoader(loaders, weights, seed), encs[0]

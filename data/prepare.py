@@ -4,7 +4,7 @@ A folder that is ready holds
 
     train.bin, val.bin   tokens and nothing else, as numbers, little endian; every document ends in <|endoftext|>
     bpe.json             the tokenizer
-    meta.json            vocab_size, dtype, and the tokens, bytes and files of each split
+    meta.json            vocab_size, the tokenizer's digest, dtype, and the tokens, bytes and files of each split
 
 meta.json is written last: a folder without it is unfinished.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokenizer import encode_bytes, gpt2_encoding, save_tokenizer, train_bpe
+from data.tokenizer import digest, encode_bytes, gpt2_encoding, save_tokenizer, train_bpe
 
 VAL_PERCENT = 5
 
@@ -47,7 +47,7 @@ def prepare(documents, out, vocab_size, tokenizer='bpe'):
     print(f'bpe.json: {enc.n_vocab:,} tokens, ready at {time.time() - start:.1f} s')
 
     dtype = token_dtype(enc.n_vocab)
-    meta = {'vocab_size': enc.n_vocab, 'dtype': dtype.name}
+    meta = {'vocab_size': enc.n_vocab, 'tokenizer': digest(enc), 'dtype': dtype.name}
     for split, docs in splits.items():
         n_tokens, n_bytes = 0, 0
         path = out / f'{split}.bin'

@@ -19,6 +19,8 @@ from fractions import Fraction
 import torch
 from tqdm import tqdm
 
+from data.gate import parse_json, read_bytes, reading
+
 INSTRUCTION = '\n\nReason step by step, and put the final answer into \\boxed{}.'
 
 AGGREGATE = """\
@@ -67,22 +69,13 @@ Write one solution that is better than all of these, and put the final answer in
 def read_problems(path):
     """Return [(problem, answer), ...], texts. Raise ValueError that names the line."""
     problems = []
-    try:
-        with open(path, encoding='utf-8') as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except (ValueError, RecursionError):
-                        raise ValueError(f'{path}, line {number}: not valid JSON') from None
-                    row = row if isinstance(row, dict) else {}
-                    problem, answer = row.get('problem'), row.get('answer')
-                    answer = str(answer) if type(answer) in (int, float) else answer
-                    if not all(isinstance(text, str) and text.strip() for text in (problem, answer)):
-                        raise ValueError(f'{path}, line {number}: needs a text "problem" and a text or number "answer"')
-                    problems.append((problem, answer))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f'{path}: cannot be read ({error})') from None
+    for number, line in enumerate(read_bytes(path).split(b'\n'), 1):
+        if line.strip():
+            where = f'{path}, line {number}'
+            row = parse_json(line, where, {'problem': str, 'answer': (str, float)})
+            if not row['problem'].strip() or not str(row['answer']).strip():
+                raise ValueError(f'{where}: the problem or its answer is empty')
+            problems.append((row['problem'], str(row['answer'])))
     if not problems:
         raise ValueError(f'{path} holds no problem')
     return problems
@@ -92,11 +85,8 @@ def read_problems(path):
 
 def read_words(path):
     """Return the aggregation prompt in a file. Raise ValueError unless it holds {problem} and {candidates}."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            words = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f'{path}: cannot be read ({error})') from None
+    with reading(path):
+        words = read_bytes(path).decode()
     for name in '{problem}', '{candidates}':
         if words.count(name) != 1:
             raise ValueError(f'{path}: must hold {name} once: it says where that goes in the prompt')
@@ -242,6 +232,11 @@ def write(file, row):
     os.fsync(file.fileno())
 
 
+COUNT = range(2 ** 50)
+ROW = {'problem': COUNT, 'round': COUNT, 'answers': [(None, str)], 'right': [bool], 'tokens': COUNT,
+       'longest_prompt': COUNT, 'seconds': float, 'tail_tokens': [[COUNT]], 'answer_tokens': [(None, [COUNT])]}
+
+
 def take_up(path, settings):
     """Return {k: rounds} of the run that wrote this file; begin it if there is none. A line that was cut short goes.
     Raise ValueError if that run had other settings, or the file is something else."""
@@ -258,13 +253,18 @@ def take_up(path, settings):
             with open(path, 'w', encoding='utf-8') as file:
                 write(file, {'settings': settings})
             return {}
-        first, *rows = map(json.loads, content[:whole].decode().split('\n')[:-1])
-        before = first['settings']
+        first, *rows = (parse_json(line, path, ROW if i else {'settings': dict})
+                        for i, line in enumerate(content[:whole].split(b'\n')[:-1]))
         for row in rows:
-            written.setdefault(row['problem'], []).append(row)
-        changed = [key for key in settings if before.get(key) != settings[key]]
-    except (ValueError, KeyError, TypeError, AttributeError):
+            rounds = written.setdefault(row['problem'], [])
+            lengths = {len(row[key]) for key in ('answers', 'right', 'tail_tokens', 'answer_tokens')}
+            if row['round'] != len(rounds) or lengths != {settings.get('population', len(row['right']))}:
+                raise ValueError
+            rounds.append(row)
+    except ValueError:
         raise ValueError(f'{path} was not written by such a run: name another file with --out') from None
+    before = first['settings']
+    changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
         raise ValueError(f'{path} was begun with another {changed[0]}, {before.get(changed[0])!r}: name another file '
                          'with --out')
@@ -287,6 +287,18 @@ def table(problems, written):
         f'| {len(problems)} | {100 * mean:.1f} +-{100 * half:.1f} | {100 * vote:.1f} | {100 * best:.1f} '
         f'| {sum(tokens) / len(problems):,.0f} | {max(prompt)} | {sum(seconds) / 3600:.2f} '
         f'| {sum(tokens) / max(sum(seconds), 1e-9):,.0f} |'])
+
+
+def check_room(speaker, questions, *, candidates, rounds, budget, tail, final_budget, **_):
+    """Raise ValueError if a prompt and what is written after it will not fit the context: now, not rounds later.
+    questions: texts."""
+    question, tails = max(map(speaker.encode, questions), key=len), [[0] * tail] * candidates
+    first, between, last = ([], budget if rounds else final_budget), (tails, budget), (tails, final_budget)
+    for tails, limit in (first, *[between] * (rounds > 1), *[last] * (rounds > 0)):
+        n, context = len(speaker.build_prompt(question, tails)), speaker.model.config.context
+        if n + limit > context:
+            raise ValueError(f'a prompt has {n:,} tokens; with a budget of {limit:,} new ones that is more than the '
+                             f'context of {context:,}')
 
 
 def forecast(speaker, problems, *, population, candidates, rounds, budget, tail, final_budget, **_):

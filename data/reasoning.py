@@ -25,7 +25,6 @@ Two things then decide how much of long reasoning a model with a short context c
 Read from the top: the functions come in the order in which data goes through them.
 """
 
-import json
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -33,8 +32,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.gate import parse_json
 from data.prepare import token_dtype, write_meta
-from data.tokenizer import save_tokenizer
+from data.tokenizer import digest, save_tokenizer
 
 SCORED, STARTS = 1, 2    # the bits of a .flags file: see write_packed
 
@@ -62,44 +62,35 @@ def read_conversations(path):
     conversations = []
     with open(path, 'rb') as file:                 # bytes: a line ends at \n and nowhere else, as JSONL has it
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                conversations.append(parse_conversation(line))
-            except ValueError as error:
-                raise ValueError(f'{path}, line {number}: {error}') from None
+            if line.strip():
+                conversations.append(parse_conversation(line, f'{path}, line {number}'))
     if not conversations:
         raise ValueError(f'{path} holds no conversation')
     return conversations
 
 
-def parse_conversation(line):
-    """Return the messages of one line. Raise ValueError if it is not one conversation."""
+def parse_conversation(line, where='conversation'):
+    """Return the messages of one line, as bytes. Raise ValueError if it is not one conversation."""
+    messages = parse_json(line, where, {'messages': [{'role': str, 'content': str}]})['messages']
     try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:  # RecursionError: brackets a thousand deep
-        raise ValueError(f'not valid JSON ({getattr(error, "msg", type(error).__name__)})') from None
-    messages = content.get('messages') if isinstance(content, dict) else None
-    check_messages(messages, last='assistant')
+        check_messages(messages, last='assistant')
+    except ValueError as error:
+        raise ValueError(f'{where}: {error}') from None
     return messages
 
 
 def check_messages(messages, last):
     """Raise ValueError unless user and assistant take turns, user first and `last` last, and all say something."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError('expected {"messages": [...]} with at least one message')
+    if not messages:
+        raise ValueError('a conversation needs at least one message')
     for i, message in enumerate(messages):
-        role, content = (message.get('role'), message.get('content')) if isinstance(message, dict) else (None, None)
+        role, content = message['role'], message['content']
         if role not in ('user', 'assistant'):
             raise ValueError(f"message {i + 1} has the role {role!r:.40}, must be 'user' or 'assistant'")
         if role != ('user', 'assistant')[i % 2]:
             raise ValueError(f'message {i + 1} is of the {role}: user and assistant must take turns, user first')
-        if not isinstance(content, str) or not content.strip():
+        if not content.strip():
             raise ValueError(f'message {i + 1} has no content')
-        try:
-            content.encode('utf-8')
-        except UnicodeEncodeError:                 # JSON can spell half a surrogate pair, which is no character
-            raise ValueError(f'message {i + 1} is not valid Unicode') from None
         if role == 'assistant':
             _, answer = split_think(content)
             if answer is None:
@@ -302,8 +293,9 @@ def write_packed(splits, out, capacity, enc):
         train.flags  a byte for each of these positions. Bit 0, SCORED: the next token is this position's target.
                      Bit 1, STARTS: a document starts here (the filling counts as one). A document is predicted from
                      nothing but itself, so its first token is no position's target.
-        meta.json    vocab_size, dtype, "packed": capacity, and for each split "tokens" (those of its samples, filling
-                     not counted), "documents", "windows" and "padding", the share of positions filled
+        meta.json    vocab_size, "tokenizer" (its digest), dtype, "packed": capacity, and for each split "tokens" (those
+                     of its samples, filling not counted), "documents", "windows" and "padding", the share of positions
+                     filled
 
     Raise ValueError, before anything is written, if a sample does not fit or a split has no target.
     """
@@ -322,7 +314,7 @@ def write_packed(splits, out, capacity, enc):
     (out / 'meta.json').unlink(missing_ok=True)    # from here on, the folder is unfinished
     save_tokenizer(out / 'bpe.json', enc)
     dtype = token_dtype(enc.n_vocab)
-    meta = {'vocab_size': enc.n_vocab, 'dtype': dtype.name, 'packed': capacity}
+    meta = {'vocab_size': enc.n_vocab, 'tokenizer': digest(enc), 'dtype': dtype.name, 'packed': capacity}
     for split, bins in packed.items():
         samples, n_scored = splits[split], 0
         for suffix in ('bin', 'flags'):            # not overwritten: a run may have them mapped into memory

@@ -8,6 +8,7 @@ Training is here, in plain Python; encoding is left to `tiktoken`, which replays
 """
 
 import base64
+import hashlib
 import heapq
 import json
 import re
@@ -16,6 +17,8 @@ from itertools import pairwise
 
 import regex
 import tiktoken
+
+from data.gate import read_json, reading
 
 # Text is first cut into pieces, and no token crosses a cut: otherwise ` the,`, ` the.` and so on would each become a
 # token of their own. At each position the first alternative that matches is taken. None looks ahead or backtracks, so
@@ -40,6 +43,7 @@ SPECIAL_TOKENS = [
     '</think>',                                    # reasoning ends
 ]
 
+PROBE = ''.join(f'{chr(c)}a {chr(c)}{chr(c)}b1\n' for c in [*range(128), 0xe9, 0x6f22, 0x300, 0x1f642])
 MAX_PIECE = 64    # bytes; longer pieces (base64, DNA) are cut for training, because a merge rewrites whole pieces
 
 
@@ -166,33 +170,46 @@ def encode_bytes(enc, data):
     return tokens
 
 
-def save_tokenizer(path, enc):
-    """Write an encoding of train_bpe, make_encoding or gpt2_encoding as JSON; load_tokenizer reads it."""
+def content_of(enc):
+    """Return what the file of an encoding of train_bpe, make_encoding or gpt2_encoding holds, as a dict."""
     if enc.name == 'gpt2':
-        content = {'encoding': 'gpt2'}
-    else:
-        n_ordinary = enc.n_vocab - len(enc.special_tokens_set)
-        content = {
-            'pattern': enc._pat_str,
-            'tokens': [base64.b64encode(enc.decode_single_token_bytes(i)).decode('ascii')
-                       for i in range(n_ordinary)],
-            'special_tokens': sorted(enc.special_tokens_set, key=enc.encode_single_token),
-        }
+        return {'encoding': 'gpt2'}
+    n_ordinary = enc.n_vocab - len(enc.special_tokens_set)
+    return {'pattern': enc._pat_str,
+            'tokens': [base64.b64encode(enc.decode_single_token_bytes(i)).decode('ascii') for i in range(n_ordinary)],
+            'special_tokens': sorted(enc.special_tokens_set, key=enc.encode_single_token)}
+
+
+def digest(enc):
+    """Return 16 characters that are the same for equal encodings only: what is made with one, and later read with
+    another, would be wrong without a sign of it."""
+    return hashlib.sha256(json.dumps(content_of(enc)).encode('ascii')).hexdigest()[:16]
+
+
+def save_tokenizer(path, enc):
+    """Write an encoding as JSON; load_tokenizer reads it."""
     with open(path, 'w', encoding='utf-8') as file:
-        json.dump(content, file, indent=0)
+        json.dump(content_of(enc), file, indent=0)
 
 
 def load_tokenizer(path):
     """Return the encoding in a file of save_tokenizer. Raise ValueError if the file is missing or damaged."""
+    content = read_json(path, ({'pattern': str, 'tokens': [str], 'special_tokens': [str]}, {'encoding': 'gpt2'}))
+    if 'encoding' in content:
+        return gpt2_encoding()
     try:
-        with open(path, encoding='utf-8') as file:
-            content = json.load(file)
-        if content != {'encoding': 'gpt2'}:
-            tokens = [base64.b64decode(token, validate=True) for token in content['tokens']]
-            if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
-                raise ValueError('the tokens are not 256 bytes and different merges')
-            return make_encoding(content['pattern'], tokens, content['special_tokens'])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is missing or damaged ({type(error).__name__}): write it with the prepare.py '
-                         'of its folder (data/README.md has them); a run folder has its data\'s') from None
-    return gpt2_encoding()
+        tokens = [base64.b64decode(token, validate=True) for token in content['tokens']]
+        special = content['special_tokens']
+        if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens) or b'' in tokens:
+            raise ValueError('the tokens are not 256 bytes and different merges')
+        if len(set(special)) < len(special) or '' in special or SPECIAL_TOKENS[0] not in special:
+            raise ValueError(f'the special tokens are not different names, {SPECIAL_TOKENS[0]} among them')
+        # tiktoken panics at a pattern that matches nothing, and leaves out of a text what no piece covers.
+        pieces = regex.findall(content['pattern'], PROBE, timeout=1)
+        if '' in pieces or ''.join(pieces) != PROBE:
+            raise ValueError('the pattern does not cut a text into pieces that make it up')
+        with reading(path):
+            return make_encoding(content['pattern'], tokens, special)
+    except (ValueError, TypeError, TimeoutError, regex.error) as error:
+        raise ValueError(f'{path} is damaged ({error}): write it with the prepare.py of its folder (data/README.md has '
+                         "them); a run folder has its data's") from None

@@ -67,7 +67,7 @@ def val_loss(model, loader, batches):
 def main(config):
     demo, _ = checkpoint.load(config.demo)
     settings = checkpoint.load_checkpoint(config.demo)['config']
-    loader = open_dataset(settings['dataset'], 'val', settings['batch_size'], demo.config.context, settings['seed'])
+    loader, _ = open_dataset(settings['dataset'], 'val', settings['batch_size'], demo.config.context, settings['seed'])
     speaker = load_speaker(config.loops, torch.device('cpu'))
     problems, table = task.test_problems('hard', config.problems), TableConfig(problems=config.problems)
     rounds = task.rounds_needed(task.LENGTHS['hard'][1], table.budget)

@@ -1,16 +1,22 @@
-"""Kills processes (SIGKILL) at chosen lines of the code, for test_train.py.
+"""Kills processes (SIGKILL) at chosen lines of the code or random moments, for test_train.py and by hand.
 
     python crash.py train SEED ...      train.py with these arguments, killed at random lines, until it reaches its end
     python crash.py save FOLDER         save_checkpoint, killed at each of its lines; checks what is then in the folder
+    python crash.py all FOLDER N M      N kills at random lines of runs, also while a checkpoint is written, and M at
+                                        random moments of a run of two processes under torchrun; checks that losses and
+                                        weights are bit for bit those of runs that were never stopped
 
-Both print how many processes they killed.
+All print how many processes they killed.
 """
+import csv
 import itertools
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
+import time
 import traceback
 
 import torch
@@ -19,6 +25,8 @@ import torch._dynamo      # the optimizers need it; here, so that not every chil
 import configurator
 import train
 from checkpoint import load_checkpoint, save_checkpoint, write_log
+from common import ENV, ROOT, TINY_RUN
+from data.prepare import prepare
 from model import ZayaConfig
 
 
@@ -62,7 +70,8 @@ def kill_training(seed, *arguments):
 
 def kill_saving(folder):
     def state(version):
-        return {'model_config': {}, 'version': version, 'weights': [torch.full((5000,), version) for _ in range(3)]}
+        return {'model_config': {'vocab_size': 9}, 'step': version,
+                'model': {str(i): torch.full((5000,), version) for i in range(3)}}
 
     kills = 0
     for before in [], [1, 2], [1, 'damaged']:                   # the checkpoints that are there
@@ -78,15 +87,70 @@ def kill_saving(folder):
             found = load_checkpoint(folder)
             newest = max((version for version in before if version != 'damaged'), default=None)
             expected = [newest, 3] if died else [3]
-            assert (found and found['version']) in expected, f'{before}, line {line}: {found}'
-            assert found is None or all((w == found['version']).all() for w in found['weights'])
+            assert (found and found['step']) in expected, f'{before}, line {line}: {found}'
+            assert found is None or all((w == found['step']).all() for w in found['model'].values())
             save_checkpoint(folder, state(4))                   # whatever was left behind is no hindrance
-            assert load_checkpoint(folder)['version'] == 4
+            assert load_checkpoint(folder)['step'] == 4
             kills += died
             if not died:
                 break
     return kills
 
 
+def same_run(a, b):
+    """Are the logs of two runs equal, but for the clock, and their last checkpoints to the bit?"""
+    logs, states = [], []
+    for folder in a, b:
+        with open(os.path.join(folder, 'log.csv'), newline='') as file:
+            logs.append([row | {'tokens_per_s': None} for row in csv.DictReader(file)])
+        states.append(load_checkpoint(folder))
+        states[-1]['config'].pop('out_dir')
+    return logs[0] == logs[1] and same(*states)
+
+
+def same(a, b):
+    if isinstance(a, (dict, list)):
+        return len(a) == len(b) and all(same(v, b[k]) for k, v in (a.items() if isinstance(a, dict) else enumerate(a)))
+    return a.equal(b) if isinstance(a, torch.Tensor) else a == b
+
+
+def kill_all(folder, lines, moments):
+    prepare([(str(i), bytes(random.Random(i).choices(b'abc ()\n', k=900))) for i in range(9)], f'{folder}/data', 262)
+    flags = lambda name: [*TINY_RUN, f'--dataset={folder}/data', f'--out_dir={folder}/{name}', '--max_steps=24',
+                          '--eval_every=4', '--checkpoint_every=3', '--grad_accum=2']
+    kills = 0
+    killed(0, (), lambda: train.train(*configurator.read(flags('whole'), train.TrainConfig, ZayaConfig)))
+    for seed in itertools.count():
+        if kills >= int(lines):
+            break
+        shutil.rmtree(f'{folder}/stopped', ignore_errors=True)
+        kills += kill_training(seed, *flags('stopped'))
+        assert same_run(f'{folder}/whole', f'{folder}/stopped'), f'seed {seed}: another run'
+
+    def torchrun(name):
+        return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                                 'train.py', *flags(name)], cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)
+    assert int(moments) == 0 or torchrun('whole2').wait() == 0
+    rng, here, shot = random.Random(0), os.path.join(folder, 'stopped2'), 0
+    while shot < int(moments):
+        began, child, path = time.time(), torchrun('stopped2'), os.path.join(here, 'log.csv')
+        while child.poll() is None and not (os.path.exists(path) and os.stat(path).st_mtime > began):
+            time.sleep(0.01)                                    # until it has written its log
+        time.sleep(rng.random())
+        if child.poll() is None:
+            with open(os.path.join(here, 'lock')) as file:      # rank 0; torchrun then stops the other
+                os.kill(int(file.read().split()[1]), signal.SIGKILL)
+            shot += 1
+        child.wait()
+        if load_checkpoint(here) and load_checkpoint(here)['step'] == 24:   # it was at its end
+            assert same_run(f'{folder}/whole2', here), f'another run after {shot} kills'
+            shutil.rmtree(here)
+    if os.path.exists(here):
+        assert torchrun('stopped2').wait() == 0 and same_run(f'{folder}/whole2', here), 'another run under torchrun'
+    return kills + shot
+
+
 if __name__ == '__main__':
-    print('killed', {'train': kill_training, 'save': kill_saving}[sys.argv[1]](*sys.argv[2:]))
+    work = {'train': kill_training, 'save': kill_saving, 'all': kill_all}[sys.argv[1]]
+    print('killed', work(*sys.argv[2:]))

@@ -1,5 +1,6 @@
 """The settings reader: literals in, errors of one line out, and nothing is ever executed."""
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def refused(read, text, *flags):
 # ---- what is read ----
 
 @pytest.mark.parametrize('source, value', [('3', 3), ('-3', -3), ('600_000 * 2', 1_200_000), ('2 - 3 * (4 + 1)', -13),
-                                           ('7 // 2', 3), ('0x10', 16), ('- -2', 2)])
+                                           ('7 // 2', 3), ('0x10', 16), ('- -2', 2), ('+1', 1)])
 def test_integers_and_arithmetic_are_read(source, value):
     assert configurator.read([f'--width={source}'], Other) == [Other(value)]
 
@@ -73,6 +74,16 @@ def test_later_wins_default_then_file_then_flag(read):
     assert read('steps = 2\nsteps = 3').steps == 3
     assert read('steps = 2', '--steps=3').steps == 3
     assert read('steps = 2', '--steps=3', '--steps=4').steps == 4
+
+
+def test_flags_win_over_files_wherever_they_stand(tmp_path):
+    (tmp_path / 'a.py').write_text('steps = 2\nrate = 5.0')
+    (tmp_path / 'b.py').write_text('rate = 3.0')
+    a, b = str(tmp_path / 'a.py'), str(tmp_path / 'b.py')
+    for arguments in itertools.permutations(['--steps=7', a, '--fast=True']):
+        assert configurator.read(arguments, Settings) == [Settings(7, 5.0, 'a', True)]
+    assert configurator.read([b, '--steps=7', a, '--steps=8'], Settings) == [Settings(8, 5.0)]
+    assert configurator.read([a, b], Settings, steps=4, name='default') == [Settings(2, 3.0, 'default')]
 
 
 def test_flags_are_cut_at_the_first_equals_sign(read):
@@ -177,6 +188,12 @@ def test_missing_file_is_named(tmp_path):
             configurator.read([str(path)], Settings)
 
 
+@pytest.mark.parametrize('argument', ['--name=\udcff', '\udcff.py'])
+def test_bytes_that_are_no_text_are_refused(argument):
+    with pytest.raises(ValueError, match='is not valid UTF-8'):
+        configurator.read([argument], Settings)
+
+
 def test_flag_without_value_is_refused(read):
     assert 'write --key=value' in refused(read, '', '--fast')
 
@@ -213,6 +230,10 @@ NEEDS_COMPILER = ("p.py: --compile=True needs a C++ compiler and Python's header
     (ValueError('lr is -1'), 'p.py: lr is -1'), (OSError(2, 'gone', 'x'), "p.py: [Errno 2] gone: 'x'"),
     (torch.OutOfMemoryError('2 GiB\nmore'), 'p.py: out of memory; try less (2 GiB)'),
     (MemoryError(), 'p.py: out of memory; try less (MemoryError)'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"),
+     "p.py: out of memory; try less (DefaultCPUAllocator: can't allocate memory: 9)"),
+    (RuntimeError('Storage size calculation overflowed\nmore'),
+     'p.py: out of memory; try less (Storage size calculation overflowed)'),
     (RuntimeError('InvalidCxxCompiler: none'), NEEDS_COMPILER),
     (RuntimeError('fatal error: Python.h: No such file'), NEEDS_COMPILER),
     (KeyboardInterrupt(), 'p.py: stopped; go on')])

@@ -168,7 +168,7 @@ def test_saved_tokenizer_loads_as_the_same_encoding(tmp_path):
 
 
 def damaged(**changes):
-    content = {'pattern': PATTERN, 'tokens': base64_of(BYTES), 'special_tokens': []}
+    content = {'pattern': PATTERN, 'tokens': base64_of(BYTES), 'special_tokens': ['<|endoftext|>']}
     return json.dumps(content | changes)
 
 
@@ -178,7 +178,9 @@ def base64_of(tokens):
 
 @pytest.mark.parametrize('content', [
     None, '', '{}', '[]', 'null', '{"tokens": ', '{"encoding": "gpt3"}', '\udcff',
-    damaged(pattern='('), damaged(pattern=3), damaged(special_tokens=[1]), damaged(tokens=[1]),
+    damaged(pattern='('), damaged(pattern=3), damaged(pattern=''), damaged(pattern='a*'), damaged(pattern='a'),
+    damaged(pattern='(a+)+$'), damaged(special_tokens=[1]), damaged(special_tokens=['']),
+    damaged(special_tokens=['<|endoftext|>', '\ud800']), '[' * 200_000, damaged(tokens=[1]),
     damaged(tokens=['?']), damaged(tokens=base64_of(BYTES[1:])), damaged(tokens=base64_of(BYTES + [b'a'])),
 ])
 def test_damaged_tokenizer_is_a_one_line_error_naming_the_file(tmp_path, content):
@@ -192,7 +194,7 @@ def test_damaged_tokenizer_is_a_one_line_error_naming_the_file(tmp_path, content
 
 def test_undamaged_tokenizer_of_the_damage_test_loads(tmp_path):
     (tmp_path / 'bpe.json').write_text(damaged())
-    assert load_tokenizer(tmp_path / 'bpe.json').n_vocab == 256
+    assert load_tokenizer(tmp_path / 'bpe.json').n_vocab == 257
 
 
 def fake_gpt2(name):
@@ -335,7 +337,7 @@ def test_interrupted_prepare_is_not_taken_for_a_complete_one(tmp_path, monkeypat
     monkeypatch.setattr(data.prepare, 'encode_bytes', interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(documents, tmp_path, 300)
-    with pytest.raises(ValueError, match='meta.json is missing'):
+    with pytest.raises(ValueError, match='meta.json: cannot be read'):
         TokenLoader(tmp_path, 'train', 1, 8, 0)
 
 

@@ -1,7 +1,7 @@
 """decode.py equals the plain cached forward pass."""
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import decode
 from common import HAS_COMPILER, tiny_model, tokens
@@ -142,6 +142,21 @@ def test_looking_at_the_whole_capacity_changes_nothing(seed, heads, lengths, cap
             shapes = {tuple(k.shape) for k in caches[0].k}
             assert shapes == {(len(lengths), heads[1], capacity + 1, 8)}
     assert_same_contents(*caches)
+
+
+@settings(max_examples=8)
+@given(seeds, st.lists(st.lists(st.integers(0, 49), min_size=1, max_size=9), min_size=2, max_size=4),
+       st.sets(st.integers(0, 49), min_size=1, max_size=25), st.sampled_from([0, 1.0]))
+def test_a_row_of_compiled_generation_does_not_depend_on_its_neighbours(seed, prompts, stop, temperature):
+    """Whether they stop before it, or after. Not compiled: the same steps."""
+    model = tiny_model(seed, n_layer=2, skip_expert=True)
+    options = dict(temperature=temperature, stop=stop, seed=seed)
+    with torch.compiler.set_stance('force_eager'):
+        together = generate(model, prompts, 8, compiled=True, **options)
+        assert together == generate(model, prompts, 8, **options)
+        for row, prompt in enumerate(prompts):
+            others = [[49 - token for token in other] for other in prompts[:row]]
+            assert generate(model, [*others, prompt], 8, compiled=True, **options)[row] == together[row]
 
 
 @pytest.mark.slow

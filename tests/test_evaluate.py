@@ -97,6 +97,8 @@ BAD_ARGUMENTS = {
     '--candidates=5': 'candidates is 5: that many cannot be drawn from a population of 4',
     '--population=0': 'population is 0',
     '--problems=0': 'problems is 0',
+    '--problems=1_000_000_000_000': 'problems is 1000000000000, it must lie between 1 and 10000',
+    '--final_budget=500': 'more than the context of 256',
     '--tail=50': 'tail is 50, more than the budget of 41',
     '--compact=head': "compact is 'head'",
     '--budget=500': 'more than the context of 256',
@@ -107,8 +109,8 @@ BAD_ARGUMENTS = {
 
 @pytest.mark.parametrize('argument', BAD_ARGUMENTS)
 def test_bad_arguments_get_one_line(run_folder, monkeypatch, capsys, argument):
-    _, message = run_script(monkeypatch, capsys, PROGRAM, f'--ckpt={run_folder}', *FLAGS, argument)
-    assert BAD_ARGUMENTS[argument] in message
+    out, message = run_script(monkeypatch, capsys, PROGRAM, f'--ckpt={run_folder}', *FLAGS, argument)
+    assert BAD_ARGUMENTS[argument] in message and out == ''    # not after the table's head
 
 
 # ---- experiments ----

@@ -180,8 +180,8 @@ def test_a_bad_template_is_one_line_that_names_it(tmp_path, name):
 
 @pytest.mark.parametrize('name, content, words', [
     ('tokenizer.json', '{', 'cannot be read'), ('tokenizer_config.json', '[', 'is not valid JSON'),
-    ('generation_config.json', '{"eos_token_id": "x"}', 'must be a number'),
-    ('tokenizer_config.json', '{"chat_template": 5}', 'chat_template must be text')])
+    ('generation_config.json', '{"eos_token_id": "x"}', 'eos_token_id is .x., it must be None or a whole number'),
+    ('tokenizer_config.json', '{"chat_template": 5}', 'chat_template is 5, it must be None or text')])
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name, content, words):
     folder = Path(write_language(tmp_path, template=None))
     (folder / name).write_text(content)

@@ -311,7 +311,7 @@ def test_candidates_often_end_with_a_round_and_finished_ones_have_little_to_say(
 # ---- prepared sets ----
 
 def test_a_mixture_of_both_sets_can_be_trained_on(prepared):
-    loader = open_dataset(f'{prepared}/traces:0.5 {prepared}/votes:0.5', 'train', 4, 128, seed=0)
+    loader, _ = open_dataset(f'{prepared}/traces:0.5 {prepared}/votes:0.5', 'train', 4, 128, seed=0)
     x, y, start = loader.batch(0)
     assert x.shape == y.shape == start.shape == (4, 128) and (y >= 0).any() and start[:, 0].all()
     assert loader.vocab_size == ENC.n_vocab

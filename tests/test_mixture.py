@@ -1,14 +1,16 @@
 """Packed sets in the loader, and mixtures of sets (data/loader.py)."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import configurator
 import train
 from checkpoint import load_checkpoint
-from common import TINY_RUN, tiny_model
+from common import TINY_RUN, tiny_model, tokens as some_tokens
 from data.loader import MixtureLoader, TokenLoader, dataset_folders, open_dataset
 from data.prepare import prepare
 from data.reasoning import write_packed
@@ -92,7 +94,7 @@ def test_a_mixture_keeps_the_weights_and_skips_and_repeats_no_row(weights, n_bat
 
 def test_a_mixture_is_a_pure_function_of_the_index(folders):
     plain, packed, _ = folders
-    one, other = (open_dataset(f'{plain}:1 {packed}:2', 'train', 3, 16, 5) for _ in range(2))
+    one, other = (open_dataset(f'{plain}:1 {packed}:2', 'train', 3, 16, 5)[0] for _ in range(2))
     other.batch(7), other.batch(400)
     for a, b in zip(one.batch(11), other.batch(11)):
         assert torch.equal(a, b)
@@ -108,6 +110,29 @@ def test_sets_with_different_tokenizers_do_not_mix(folders, tmp_path):
     prepare([('a', b'ab' * 50)], tmp_path, 263)
     with pytest.raises(ValueError, match='different tokenizers'):
         open_dataset(f'{folders[0]} {tmp_path}', 'train', 1, 16, 0)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 9), st.lists(st.sets(st.integers(1, 11), max_size=5), min_size=1, max_size=3),
+       st.lists(st.booleans(), min_size=36, max_size=36))
+def test_packed_windows_have_the_loss_and_the_gradients_of_their_documents_alone(seed, cuts, scored):
+    model, B = tiny_model(seed, n_layer=2), len(cuts)
+    x, y = some_tokens(B, 12, seed=seed), some_tokens(B, 12, seed=seed + 1)
+    y[~torch.tensor(scored[:12 * B]).view(B, 12)] = -1
+    start = torch.tensor([[t == 0 or t in of_row for t in range(12)] for of_row in cuts])
+    n = max(1, int((y >= 0).sum()))
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    packed = model(x, y, start)[1]
+    alone = sum(model(x[row:row + 1, a:b], y[row:row + 1, a:b])[1] * (y[row, a:b] >= 0).sum() / n
+                for row, of_row in enumerate(cuts) for a, b in itertools.pairwise([0, *sorted(of_row), 12]))
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    one, other = gradients(packed), gradients(alone)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 def run(**changes):

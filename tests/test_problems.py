@@ -51,9 +51,10 @@ def test_a_majority_counts_answers_that_are_equal():
 
 
 @pytest.mark.parametrize('line, words', [
-    ('{"problem": "a"', 'line 2: not valid JSON'), ('{"problem": "a"}', 'line 2: needs a text'),
-    ('[1]', 'line 2: needs a text'), ('{"problem": "", "answer": "1"}', 'line 2: needs'),
-    ('{"problem": "a", "answer": null}', 'line 2: needs')])
+    ('{"problem": "a"', 'line 2: is not valid JSON'), ('{"problem": "a"}', 'line 2: answer is missing'),
+    ('[1]', 'line 2: the whole is a list'),
+    ('{"problem": "", "answer": "1"}', 'line 2: the problem or its answer is empty'),
+    ('{"problem": "a", "answer": null}', 'line 2: answer is None, it must be text')])
 def test_a_bad_line_of_the_file_is_named(tmp_path, line, words):
     path = tmp_path / 'p.jsonl'
     path.write_text('{"problem": "a", "answer": 1}\n' + line)
@@ -189,7 +190,7 @@ def message_of(count):
 
 @pytest.mark.parametrize('flag, words', [
     ('--problems=nowhere.jsonl', 'nowhere.jsonl: cannot be read'), ('--aggregation_prompt=nowhere', 'nowhere'),
-    ('--budget=9999', 'more than the context of 2048')])
+    ('--budget=9999', 'more than the context of 2,048')])
 def test_bad_arguments_are_one_line(released_folder, tmp_path, monkeypatch, capsys, flag, words):
     path = tmp_path / 'p.jsonl'
     path.write_text('{"problem": "What is 2 + 2?", "answer": 4}\n')

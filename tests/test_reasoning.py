@@ -133,23 +133,23 @@ def test_conversations_are_read_line_by_line(tmp_path):
 
 @pytest.mark.parametrize('line, says', [
     (b'{"messages": [', 'not valid JSON'),
-    (b'\xff\xfe{}', 'not valid JSON'),
+    (b'\xff\xfe{}', 'not valid Unicode'),
     (b'[' * 100_000, 'not valid JSON'),
-    (b'[]', 'expected {"messages"'),
-    (b'{"conversation": []}', 'expected {"messages"'),
+    (b'[]', 'the whole is a list, it must be an object'),
+    (b'{"conversation": []}', 'messages is missing'),
     (b'{"messages": []}', 'at least one'),
-    (b'{"messages": ["hello"]}', 'message 1 has the role None'),
+    (b'{"messages": ["hello"]}', "messages[0] is 'hello', it must be an object"),
     (GOOD.replace(b'"user"', b'"system"'), "message 1 has the role 'system'"),
-    (GOOD.replace(b'"user"', b'["user"]'), 'has the role'),
+    (GOOD.replace(b'"user"', b'["user"]'), 'messages[0].role is a list, it must be text'),
     (GOOD.replace(b'"user"', b'"assistant"'), 'message 1 is of the assistant'),
     (GOOD.replace(b'"assistant"', b'"user"'), 'message 2 is of the user'),
     (line_of('q', 'a', 'q'), 'the last message is of the user'),
-    (b'{"messages": [{"role": "user"}]}', 'message 1 has no content'),
+    (b'{"messages": [{"role": "user"}]}', 'messages[0].content is missing'),
     (line_of('q', ' \n'), 'message 2 has no content'),
-    (line_of('q', None), 'message 2 has no content'),
+    (line_of('q', None), 'messages[1].content is None, it must be text'),
     (line_of('q', 'a', 'q', '<think>t'), 'message 4 opens <think> but never closes'),
     (line_of('q', '<think>t</think>\n'), 'message 2 has no answer'),
-    (line_of('q\ud83d', 'a'), 'message 1 is not valid Unicode'),
+    (line_of('q\ud83d', 'a'), 'is not valid Unicode'),
 ])
 def test_bad_line_is_a_one_line_error_naming_file_and_line(tmp_path, line, says):
     path = tmp_path / 'some.jsonl'
@@ -589,10 +589,11 @@ def test_think_tags_teach_the_vocabulary_nothing_but_those_in_text_do():
     (['bad.jsonl'], 'bad.jsonl, line 2: '),
     (['one.jsonl'], 'too few'),
     (['sums.jsonl', '--context=0'], 'context is 0'),
+    (['sums.jsonl', '--context=1_000_000_000'], 'context is 1000000000'),
     (['sums.jsonl', '--context=3'], 'larger context'),
     (['sums.jsonl', '--rule=cut'], 'one of ap, truncate, drop'),
     (['sums.jsonl', '--vocab_size=12'], 'vocab_size'),
-    (['sums.jsonl', '--tokenizer_from=EMPTY'], 'bpe.json is missing'),
+    (['sums.jsonl', '--tokenizer_from=EMPTY'], 'bpe.json: cannot be read'),
     (['sums.jsonl', '--out=sums.jsonl'], 'sums.jsonl'),
 ])
 def test_bad_arguments_exit_non_zero_with_a_line_and_no_traceback(tmp_path, arguments, says):

@@ -162,15 +162,16 @@ BROKEN = {
     'the first is model.norm.weight': lambda f: edit_weights(f, lambda t: t.pop('model.norm.weight')),
     'model.norm.weight has shape': lambda f: edit_weights(f, lambda t: t.update({'model.norm.weight': torch.zeros(3)})),
     'model.safetensors: cannot be read': lambda f: truncate(f / 'model.safetensors', 100_000),
-    "no sliding-window layers": lambda f: edit_config(f, layer_types=['hybrid', 'hybrid_sliding', 'hybrid']),
+    "layer_types[1] is 'hybrid_sliding', it must be 'hybrid'":
+        lambda f: edit_config(f, layer_types=['hybrid', 'hybrid_sliding', 'hybrid']),
     'sliding_window is 128': lambda f: edit_config(f, sliding_window=128),
     'attention_bias is True': lambda f: edit_config(f, attention_bias=True),
     "model_type is 'llama'": lambda f: edit_config(f, model_type='llama'),
     'config.json: is not valid JSON': lambda f: truncate(f / 'config.json', 50),
     'config.json: cannot be read': lambda f: (f / 'config.json').unlink(),
     'weights file model.safetensors is missing': lambda f: (f / 'model.safetensors').unlink(),
-    'num_hidden_layers must be int': lambda f: edit_config(f, num_hidden_layers='3'),
-    "must hold an object 'hybrid'": lambda f: edit_config(f, rope_parameters={'rope_theta': 1e4}),
+    "num_hidden_layers is '3', it must be a whole number": lambda f: edit_config(f, num_hidden_layers='3'),
+    'rope_parameters.hybrid is missing': lambda f: edit_config(f, rope_parameters={'rope_theta': 1e4}),
     'n_head (7) must be a multiple': lambda f: edit_config(f, num_attention_heads=7),
 }
 

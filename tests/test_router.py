@@ -162,6 +162,14 @@ def test_a_skipped_step_clears_the_loads_and_moves_nothing():
     assert all(torch.equal(r.balancing_bias, b) and r.load.sum() == 0 for r, b in zip(model.routers, before))
 
 
+@pytest.mark.parametrize('rule', ['pid', 'sign'])
+def test_a_step_without_tokens_moves_nothing(rule):
+    model = tiny_model().train()
+    before = copy.deepcopy([r.balancing_bias for r in model.routers])
+    Balancer(model.routers, rule).step()
+    assert all(torch.equal(r.balancing_bias, b) for r, b in zip(model.routers, before))
+
+
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="'pdi'"):
         Balancer([], 'pdi')

@@ -519,6 +519,9 @@ BAD_ARGUMENTS = {
     '--compact=head': "compact is 'head'",
     '--question=4x:a-2': 'is not a question like',
     '--budget=500': 'more than the context of 256',
+    '--final_budget=500': 'more than the context of 256',
+    '--question=': 'is not a question like',
+    '--temperature=1e999': 'temperature is inf',
     '--sho=True': "unknown key 'sho'; did you mean 'show'?",
 }
 

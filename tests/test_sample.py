@@ -1,5 +1,6 @@
 """Sampling: the distribution drawn from, rows that do not know of each other, and the command line."""
 import io
+import math
 import subprocess
 import sys
 from functools import partial
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import checkpoint
 import configurator
+import sample
 import train
 from checkpoint import from_pretrained, load_checkpoint
 from common import ENV, ROOT, TINY_RUN, run_script, tiny_model
@@ -92,6 +94,23 @@ def test_the_largest_u_gives_a_kept_token(vocab_size, u):
 def test_a_u_between_two_tokens_belongs_to_the_second():
     """Four equal tokens own [0, 1/4), [1/4, 1/2), ...: no token twice."""
     assert len(set(sample_tokens(torch.zeros(4, 4), torch.tensor([0, 0.25, 0.5, 0.75])).tolist())) == 4
+
+
+@given(logit_rows, st.sampled_from([1e-300, 1e-45, 1e-38, 1e-30, 1e-9]), st.floats(0, BELOW_1, width=32))
+def test_the_smallest_temperatures_take_the_likeliest(logits, temperature, u):
+    assert sample_tokens(logits * 1e3, torch.tensor([u]), temperature) == logits.argmax(-1)
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+@pytest.mark.parametrize('temperature', [0, 1.0])
+def test_logits_that_are_not_finite_draw_nothing(value, temperature):
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = value
+    assert (sample_tokens(logits, torch.rand(3), temperature) < 0).tolist() == [False, True, False]
+    model = tiny_model()
+    model.norm.weight.data[:] = value
+    with pytest.raises(ValueError, match='logits are not finite'):
+        generate(model, [[1]], 3, temperature)
 
 
 def test_rows_are_drawn_independently():
@@ -330,6 +349,19 @@ def test_prompts_are_read_from_stdin_and_a_bad_one_is_not_the_end(run_folder):
     assert hint.startswith('Type a prompt')
     for line, message in (empty, 'is empty'), (long, 'shorten it'):
         assert line.startswith('sample.py: ') and message in line
+
+
+@pytest.mark.parametrize('chat', [False, True])
+def test_a_line_that_is_no_text_takes_no_other_along(run_folder, monkeypatch, capsys, chat):
+    """As a pipe gives it: bytes."""
+    said = []
+    for lines in b'self\n\xff\nself\xc3\nself\n', b'self\nself\n':
+        monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(lines)))
+        monkeypatch.setattr(sys, 'argv', ['sample.py', f'--ckpt={run_folder}', '--max_new_tokens=2', f'--chat={chat}',
+                                          '--temperature=0', '--device=cpu'])
+        sample.main(sys.argv[1:])
+        said.append(capsys.readouterr())
+    assert said[0].out == said[1].out and said[0].err.count('is not valid UTF-8') == 2
 
 
 def test_a_prompt_in_a_config_file_counts(run_folder, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ pytest.importorskip('tokenizers')
 
 from common import run_script, tiny_model
 from checkpoint import save_pretrained
+import data.chat.talk as talking
 from data.chat.talk import DIM, PLAIN, Conversation, Printer, talk
 from data.language import released_language
 from sample import generate
@@ -88,7 +89,7 @@ def grown(cache, more):
 
 def test_a_conversation_s_replies_are_those_of_a_model_that_reads_it_all_anew(model, language, monkeypatch, capsys):
     said, prompts = iter(['hello', 'why?', 'a']), []
-    monkeypatch.setattr('builtins.input', lambda prompt: next(said, None) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(talking, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
 
     def reply(batch, n, stream, cache):
         new = generate(model, batch, n, 0, stop=language.stop, cache=cache, stream=stream)
@@ -102,7 +103,7 @@ def test_a_conversation_s_replies_are_those_of_a_model_that_reads_it_all_anew(mo
 
 def test_a_full_context_is_said_and_ends_nothing(model, language, monkeypatch, capsys):
     said = iter(['a ' * 300, 'short'])
-    monkeypatch.setattr('builtins.input', lambda prompt: next(said, None) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(talking, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
     conversation = Conversation(model, language)
     talk(conversation, lambda batch, n, stream, cache: [stream(0, t) for t in language.parse('ok')], limit=0)
     out, err = capsys.readouterr()
@@ -111,7 +112,7 @@ def test_a_full_context_is_said_and_ends_nothing(model, language, monkeypatch, c
 
 def test_ctrl_c_ends_the_reply_and_not_the_conversation(model, language, monkeypatch, capsys):
     said = iter(['one', 'two'])
-    monkeypatch.setattr('builtins.input', lambda prompt: next(said, None) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(talking, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
     calls = []
 
     def reply(batch, n, stream, cache):

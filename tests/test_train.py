@@ -1,7 +1,9 @@
 """Training: it learns, it resumes bit for bit after any kill, and what goes wrong gets one clear line."""
+import contextlib
 import csv
 import dataclasses
 import math
+import operator
 import os
 import pickle
 import resource
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from hypothesis import strategies as st
 
 import configurator
 import train
-from common import ENV, HAS_COMPILER, ROOT, TINY_RUN, run_script
+from common import ENV, HAS_COMPILER, ROOT, TINY_RUN, run_script, tiny_model, tokens
 from checkpoint import load_checkpoint, save_checkpoint, write_log
 from data.loader import TokenLoader
 from data.prepare import prepare
@@ -124,6 +127,46 @@ def test_two_micro_batches_equal_one_of_twice_the_size(dataset, tmp_path):
     assert_equivalent_runs(tmp_path / 'one', tmp_path / 'two')
 
 
+class Split:
+    """Windows and their targets, cut into micro-batches: a loader."""
+    def __init__(self, x, y, sizes):
+        self.batches = [(*parts, None) for parts in zip(x.split(sizes), y.split(sizes))]
+
+    def batch(self, index):
+        return self.batches[index]
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=8, max_size=8), st.data())
+def test_the_loss_is_the_mean_over_scored_targets_for_any_split(scored, data):
+    """Of 8 windows into micro-batches, and of these among processes; also where one, or all, have no target."""
+    cuts = sorted(data.draw(st.sets(st.integers(1, 7), max_size=7)))
+    sizes = [b - a for a, b in zip([0, *cuts], [*cuts, 8])]
+    world = data.draw(st.sampled_from([n for n in (1, 2, 3, 4) if len(sizes) % n == 0]))
+    x, y = tokens(8, 6, seed=1), tokens(8, 6, seed=2)
+    y[~torch.tensor(scored)] = -1
+
+    def step(sizes, world):
+        """-> the loss and the gradient that train_step arrives at, with every process played in turn."""
+        config, total, loss, grads = TrainConfig(grad_accum=len(sizes), grad_clip=0), (y >= 0).sum(), 0, []
+        reduce = lambda t: t.copy_(total) if t.dtype == torch.int64 else t      # what all processes know together
+        for rank in range(world):
+            model = tiny_model(seed=1, n_layer=1)
+            model.no_sync = contextlib.nullcontext                              # DDP's
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(train.dist, 'all_reduce', reduce)
+                mine, norm, finite, _ = train.train_step(
+                    0, config, model, [], SimpleNamespace(step=lambda update: None), Split(x, y, sizes),
+                    contextlib.nullcontext(), rank, world)
+            assert finite
+            loss += mine
+            grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        return loss, torch.stack(grads).mean(0)                                 # DDP takes the mean of the ranks
+    loss, grad = step(sizes, world)
+    whole, whole_grad = step([8], 1)
+    assert loss == pytest.approx(whole, abs=1e-5) and (whole > 0) == bool((y >= 0).any())
+    torch.testing.assert_close(grad, whole_grad, atol=1e-5, rtol=1e-4)
+
+
 def test_clipping_bounds_the_gradient(dataset, tmp_path, monkeypatch):
     norms, clip = [], torch.nn.utils.clip_grad_norm_
 
@@ -205,8 +248,9 @@ def test_logged_val_loss_is_that_of_the_saved_weights_on_held_out_data(dataset, 
         layer.register_forward_hook(lambda module, args, out: outputs.append(out[0]))
     with torch.no_grad():
         values = [model(*loader.batch(i))[1].item() for i in range(3)]
-    last = log(tmp_path)[-1]
-    assert float(last['val_loss']) == pytest.approx(sum(values) / 3, rel=1e-5)
+    scored = [(loader.batch(i)[1] >= 0).sum().item() for i in range(3)]
+    last, mean = log(tmp_path)[-1], sum(map(operator.mul, values, scored)) / sum(scored)
+    assert float(last['val_loss']) == pytest.approx(mean, rel=1e-5) and min(scored) < max(scored)
     for layer in range(2):
         rms = torch.cat(outputs[layer::2]).square().mean().sqrt().item()
         assert float(last[f'residual_{layer}']) == pytest.approx(rms, rel=1e-5)
@@ -422,7 +466,8 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_without(dataset, finished, tmp_
 def test_a_flipped_bit_is_noticed_or_harmless(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / 'flipped'
     folder.mkdir(exist_ok=True)
-    state = {'step': 3, 'weights': [torch.arange(50.), torch.arange(7)], 'model_config': {'x': 0.1, 'name': 'a'}}
+    state = {'step': 3, 'model': {'a': torch.arange(50.), 'b': torch.arange(7)},
+             'model_config': {'vocab_size': 9, 'init_std': 0.1}}
     (folder / 'ckpt.pt').unlink(missing_ok=True)
     save_checkpoint(folder, state)
     content = bytearray((folder / 'ckpt.pt').read_bytes())
@@ -506,7 +551,8 @@ def test_a_run_stopped_by_a_full_disk_goes_on_later(dataset, tmp_path):
                          preexec_fn=small_disk, capture_output=True, text=True)
     assert out.returncode == 1 and 'Traceback' not in out.stderr
     assert out.stderr.splitlines()[-1] == f'train.py: {full / "ckpt.tmp"}: cannot be written (File too large)'
-    assert sorted(path.name for path in full.iterdir()) == ['bpe.json', 'ckpt.pt', 'ckpt_previous.pt', 'log.csv']
+    assert sorted(path.name for path in full.iterdir()) == [
+        'bpe.json', 'ckpt.pt', 'ckpt_previous.pt', 'lock', 'log.csv']
     assert (full / 'ckpt.pt').read_bytes() == checkpoint
     run(dataset, full, max_steps=6)
     assert log(full)[-1]['step'] == '6'
@@ -543,7 +589,8 @@ def poison(monkeypatch):
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_a_step_that_is_not_finite_changes_nothing(dataset, tmp_path, poison, capsys, what, value):
     made = poison({0, 1}, what, value)
-    run(dataset, tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match='2 steps in a row'):      # all of them: it must not look finished
+        run(dataset, tmp_path, max_steps=2)
     model, optimizers = made
     torch.manual_seed(0)
     assert_same_bits(dict(model.state_dict()), dict(Zaya(model.config).state_dict()))       # balancing biases, too
@@ -561,9 +608,35 @@ def test_training_goes_on_after_nine_bad_steps(dataset, tmp_path, poison):
     assert load_checkpoint(tmp_path)['step'] == 30
 
 
+def test_a_run_whose_last_step_was_skipped_leaves_its_last_good_state(dataset, tmp_path, poison):
+    poison({3}, 'loss', math.nan)
+    run(dataset, tmp_path / 'skipped', checkpoint_every=10)
+    run(dataset, tmp_path / 'three', max_steps=3, decay_fraction=0)         # neither run decays before step 3
+    one, other = load_checkpoint(tmp_path / 'skipped'), load_checkpoint(tmp_path / 'three')
+    assert one['step'] == 4
+    assert_same_bits(one['model'], other['model'])
+
+
+def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, monkeypatch):
+    make = train.make_optimizers
+
+    def poisoned(model, *args):
+        made, step = make(model, *args), train.Balancer.step
+
+        def spoil(balancer, update):                            # after the optimizers: the loss was finite
+            model.norm.weight.data[3] = math.nan
+            return step(balancer, update)
+        monkeypatch.setattr(train.Balancer, 'step', spoil)
+        return made
+    monkeypatch.setattr(train, 'make_optimizers', poisoned)
+    with pytest.raises(ValueError, match='norm.weight is not finite after step 1'):
+        run(dataset, tmp_path, max_steps=1)
+    assert load_checkpoint(tmp_path) is None
+
+
 def test_ten_bad_steps_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(dataset, tmp_path, poison):
     poison({2, *range(4, 100)}, 'loss', math.nan)
-    with pytest.raises(ValueError, match='ten steps in a row'):
+    with pytest.raises(ValueError, match='10 steps in a row'):
         run(dataset, tmp_path, max_steps=100, checkpoint_every=1, eval_every=100)
     assert log(tmp_path)[-1]['step'] == '13'            # the 14th step is the tenth bad one in a row
     state = load_checkpoint(tmp_path)
@@ -603,23 +676,28 @@ def test_compiled_training_equals_eager_training(dataset, tmp_path):
 # ---- bad input ----
 
 BAD_SETTINGS = {
-    '--lr=-1': '--lr=-1: lr is -1.0, it must be at least 0, and finite',
+    '--lr=-1': '--lr=-1: lr is -1.0, it must lie between 0 and 1e+09',
     '--lr=1e999': '--lr=1e999: lr is inf',
+    '--lr=1e300': 'lr is 1e+300',
     '--lr=fast': "lr must be float, got 'fast'",
     '--learning_rate=1': "unknown key 'learning_rate'",
+    '--out_dir=': 'out_dir is empty',
+    '--n_layer=10_000_000': 'n_layer is 10000000, it must lie between 1 and 1000',
+    '--n_embd=1_000_000_000': 'out of memory',
+    '--n_embd=36': 'n_embd and expert_dim must be multiples of 8',
     '--max_steps=0': 'max_steps is 0, it must be at least 1',
     '--decay_fraction=2': 'decay_fraction is 2.0',
     '--dtype=float8': "dtype is 'float8', it must be one of auto, float32, bfloat16",
     '--balancer=fair': "balancer is 'fair', it must be one of pid, sign, none",
     '--kernel=cuda': "kernel is 'cuda', it must be one of torch, hip, auto",
-    '--n_head=0': 'n_head is 0, it must be at least 1',
+    '--n_head=0': 'n_head is 0, it must lie between 1 and 1e+09',
     '--n_kv_head=4': 'n_head (2) must be a multiple of n_kv_head (4)',
     '--seed=99999999999999999999': 'seed must be int',
     '--device=nonsense': "device 'nonsense' cannot be used here",
     '--device=meta': "device 'meta' cannot be used here",
     '--device=': "device '' cannot be used here",
     '--vocab_size=77': 'vocab_size is 77, but',
-    '--dataset=nowhere': 'nowhere/meta.json is missing',
+    '--dataset=nowhere': 'nowhere/meta.json: cannot be read',
     '--batch_size=1_000_000_000_000': 'out of memory',
     '--wandb=True': 'needs the package wandb: pip install wandb',
     'nowhere.py': 'nowhere.py: cannot be read',
@@ -637,7 +715,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
     out = subprocess.run([sys.executable, 'train.py', f'--dataset={tmp_path}', f'--out_dir={tmp_path / "run"}'],
                          cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert out.returncode == 1 and out.stdout == ''
-    assert out.stderr.startswith(f'train.py: {tmp_path / "meta.json"} is missing') and out.stderr.count('\n') == 1
+    assert out.stderr.startswith(f'train.py: {tmp_path / "meta.json"}: cannot be read') and out.stderr.count('\n') == 1
     assert not (tmp_path / 'run').exists()
 
 

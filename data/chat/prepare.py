@@ -29,7 +29,7 @@ class ChatConfig:
     tokenizer_from: str = ''                       # a prepared folder whose tokenizer is taken; '': one is trained
 
     def __post_init__(self):
-        configurator.check_ranges(self, context=(1, None), rule=tuple(RULES))
+        configurator.check_ranges(self, context=(1, 10**7), rule=tuple(RULES))
 
 
 def prepare_chat(paths, config):

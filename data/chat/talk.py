@@ -18,6 +18,19 @@ import torch
 DIM, PLAIN = '\033[2m', '\033[0m'   # what makes a terminal write grey, and the end of it
 
 
+def typed():
+    """Return the next line of the input. Raise EOFError at its end, ValueError for a line that is no text."""
+    if sys.stdin.isatty():
+        return input('> ')
+    line = sys.stdin.buffer.readline()                          # by itself: one bad line must not take others along
+    if not line:
+        raise EOFError
+    try:
+        return line.decode().rstrip('\r\n')
+    except UnicodeDecodeError:
+        raise ValueError(f'a line is not valid UTF-8: {line[:40]!r}') from None
+
+
 class Conversation:
     """What was said, and the cache that has read it.
 
@@ -111,9 +124,12 @@ def talk(conversation, generate, limit, show_think=True, text=None):
         print('Type and press Enter; Ctrl-C stops a reply, Ctrl-D ends the conversation.', file=sys.stderr)
     while True:
         try:
-            said = input('> ' if sys.stdin.isatty() else '') if text is None else text
+            said = typed() if text is None else text
         except EOFError:
             return print()
+        except ValueError as error:
+            print(f'sample.py: {error}', file=sys.stderr)
+            continue
         read, reply, whole = None, [], True
         printer = Printer(language, lambda text: print(text, end='', flush=True), show_think, grey)
 
@@ -154,7 +170,7 @@ def write_on(model, language, generate, limit, samples=1, prompt=None):
     print('Type a prompt and Enter; end with Ctrl-D.', file=sys.stderr)
     while True:
         try:
-            complete(model, language, generate, limit, samples, input('> ' if sys.stdin.isatty() else ''))
+            complete(model, language, generate, limit, samples, typed())
         except ValueError as error:                             # this prompt was no good, the next may be
             print(f'sample.py: {error}', file=sys.stderr)
         except EOFError:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import configurator
 from data.loops import task
 from data.loops.prepare import LoopsConfig, prepare_loops
-from data.problems import mean_ci95, score
+from data.problems import check_room, mean_ci95, score
 from rsa import RSAConfig, load_speaker, markovian_rsa, sampler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,16 +41,18 @@ class TableConfig(RSAConfig):       # all settings of rsa.py but `question` and 
 
     def __post_init__(self):
         super().__post_init__()
-        configurator.check_ranges(self, problems=(1, None), rows=(1, None))
+        configurator.check_ranges(self, problems=(1, 10_000), rows=(1, None))
         if self.candidates > self.population:                   # found now, not after the first rows of a table
             raise ValueError(f'candidates is {self.candidates}: that many cannot be drawn from a population of '
                              f'{self.population}')
         unknown = [name for name in self.split.split() if name not in task.LENGTHS]
         if unknown or not self.split.split():
             raise ValueError(f'split is {self.split!r}, choose from {", ".join(task.LENGTHS)}')
-        if self.question or self.show:
+        if self.question != '-' or self.show:
             raise ValueError('question and show are settings of rsa.py: it asks one problem, a table many')
         self.budget, self.tail = self.budget or 41, self.tail or 10             # as in rsa.py
+        if self.tail > self.budget:
+            raise ValueError(f'tail is {self.tail}, more than the budget of {self.budget} that it is the end of')
 
 
 class Row(NamedTuple):
@@ -95,10 +97,15 @@ def measure(speaker, problems, config, name, budget=None, **settings):
                time.perf_counter() - began)
 
 
+def rounds_of_split(config, split):
+    """Return T, for the longest problems of a split."""
+    return config.rounds if config.rounds >= 0 else task.rounds_needed(task.LENGTHS[split][1], config.budget)
+
+
 def rows_of_table(speaker, config, split):
     """Measure the methods on one split, cheapest first. Yield a Row for each."""
     problems, high = task.test_problems(split, config.problems), task.LENGTHS[split][1]
-    T = config.rounds if config.rounds >= 0 else task.rounds_needed(high, config.budget)
+    T = rounds_of_split(config, split)
     bounds, last = dict(budget=config.budget, tail=config.tail), config.final_budget or None
     yield measure(speaker, problems, config, 'one bounded rollout each, T=0', candidates=1, rounds=0, **bounds)
     prompt = max(len(speaker.build_prompt(speaker.encode(problem.question), [])) for problem in problems)
@@ -115,6 +122,11 @@ def print_table(config):
     speaker, N = load_speaker(config.ckpt, configurator.pick_device(config.device)), config.population
     if speaker.build_prompt is not task.build_prompt:
         raise ValueError(f'{config.ckpt} was not trained on the loops task: ask it with `python rsa.py --question=...`')
+    for split in config.split.split():
+        T = rounds_of_split(config, split)
+        questions = [problem.question for problem in task.test_problems(split, config.problems)]
+        check_room(speaker, questions, rounds=T, candidates=config.candidates, budget=config.budget,
+                            tail=config.tail, final_budget=config.final_budget or config.budget)
     print(f'{config.problems} held-out problems of each length, N={N}, beta={config.budget}, tau={config.tail}, '
           f'temperature {config.temperature:g}; mean with its 95 % CI over problems; best: if the verifier chose\n')
     print(f'| steps | method | mean of {N}, % | majority of {N}, % | best of {N}, % | generated tokens '
@@ -146,7 +158,7 @@ class ExperimentConfig:
     device: str = 'auto'
 
     def __post_init__(self):
-        configurator.check_ranges(self, seeds=(1, None), problems=(1, None), samples=(1, None), steps=(0, None))
+        configurator.check_ranges(self, seeds=(1, None), problems=(1, 10_000), samples=(1, None), steps=(0, None))
         TableConfig(split=self.splits or 'hard')                # raises for a split that it does not know
 
 

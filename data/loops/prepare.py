@@ -37,7 +37,7 @@ class LoopsConfig:
     seed: int = 0
 
     def __post_init__(self):
-        configurator.check_ranges(self, context=(1, None), rule=tuple(RULES), traces=(1, None), votes=(1, None),
+        configurator.check_ranges(self, context=(1, 10**7), rule=tuple(RULES), traces=(1, None), votes=(1, None),
                                   noise=(0, 1), budget=(1, None), tail=(1, None))
 
 

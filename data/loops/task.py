@@ -28,7 +28,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from data.reasoning import Turn
-from data.tokenizer import SPECIAL_TOKENS, make_encoding
+from data.tokenizer import SPECIAL_TOKENS, digest, make_encoding
 
 OPERATIONS = [f'+{n}' for n in range(1, 6)] + [f'-{n}' for n in range(1, 6)] + ['*3', '*7', '*9']    # all can be undone
 STEP = 5                                           # tokens of a step
@@ -38,6 +38,7 @@ NOISE = 0.02                                       # of the values written in tr
 # Every character is a token, but an operation is one token as a whole: a single token says what a step does.
 ENC = make_encoding(r'[-+*]\d|[\s\S]', [bytes([b]) for b in range(256)] + [op.encode() for op in OPERATIONS],
                     SPECIAL_TOKENS)
+DIGEST = digest(ENC)                               # by which a model is known that learned this task
 USER, ASSISTANT, END, THINK, CLOSE = map(ENC.encode_single_token,
                                          ['<|user|>', '<|assistant|>', '<|end|>', '<think>', '</think>'])
 OPEN_TAIL, CLOSE_TAIL = ENC.encode_ordinary('[]')

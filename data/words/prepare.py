@@ -44,7 +44,7 @@ class WordsConfig:
     seed: int = 0
 
     def __post_init__(self):
-        configurator.check_ranges(self, context=(200, None), traces=(1, None), votes=(1, None), problems=(1, None))
+        configurator.check_ranges(self, context=(200, 10**7), traces=(1, None), votes=(1, None), problems=(1, None))
 
 
 def in_words(problem):
