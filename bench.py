@@ -33,7 +33,6 @@ from model import Zaya, ZayaConfig, sizes
 from optim import make_optimizers
 from router import Balancer, load_entropy
 from sample import generate
-from train import PEAK_FLOPS
 
 
 @dataclass
@@ -49,7 +48,8 @@ class BenchConfig:
 
 
 SMALL = replace(ZayaConfig(), vocab_size=512, context=1024, skip_expert=True)
-MEDIUM = replace(ZayaConfig.medium(), skip_expert=True)
+MEDIUM = ZayaConfig(vocab_size=50_304, context=1024, n_layer=16, n_embd=1024, n_head=8, n_kv_head=2, head_dim=64,
+                    n_expert=16, expert_dim=1024, router_dim=128, skip_expert=True)     # about nanoGPT's GPT-2, active
 TINY = ZayaConfig(vocab_size=64, context=64, n_layer=2, n_embd=32, n_head=2, n_kv_head=1, head_dim=8, n_expert=4,
                   expert_dim=16, router_dim=8, skip_expert=True)
 
@@ -246,8 +246,7 @@ def side_by_side(device, dtype, settings):
         mib = [memory(device, partial(one_of_pair, which, config, device, settings.seed, experts), make_work, arguments)
                for which in (0, 1)]
         print_row(name, shape, n, *times, f'{mib[0]:,.0f} MiB | {mib[1]:,.0f} MiB')
-    gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu and dtype == torch.bfloat16), math.inf)
+    gpu, peak = device.type == 'cuda', configurator.name_and_peak(device, dtype)[1] or math.inf
     best = [(SMALL, decoding, 1, prompt, new), (SMALL, decoding, B, prompt, new),
             (SMALL, training, B, S, 'AdamW'), (MEDIUM, training, 32, 1024, 'AdamW')]
     for config, make_work, B, S, *rest in [] if settings.quick else best if gpu else best[:-1]:

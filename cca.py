@@ -134,10 +134,6 @@ class CCA(nn.Module):
         self.conv_grouped_bias = nn.Parameter(torch.empty(C))                   # b2
         self.temperature = nn.Parameter(torch.empty(self.Hk))                   # T
 
-    def down_weight(self):
-        """Return [W_Q; W_K; W_V1; W_V2], (C + Hk d, E)."""
-        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.v_proj_delayed.weight])
-
     def forward(self, x, cos, sin, mask=None, start=None, cache=None):
         """x (B, S, E) -> (B, S, E). cos, sin (B or 1, S, n) from rope_table.
         mask: bool, what each token may attend to, (B or 1, 1, S, P); None: itself and all before it.
@@ -146,7 +142,8 @@ class CCA(nn.Module):
         B, S, _ = x.shape
         Hq, Hk, d = self.Hq, self.Hk, self.head_dim
         # 1. Down into the latents, all four in one product.
-        qk, v, v_delayed = F.linear(x, self.down_weight()).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)
+        W = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.v_proj_delayed.weight])
+        qk, v, v_delayed = F.linear(x, W).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)
         # What came before: nothing at the start of a sequence, else the cache's constant-size state.
         past, v_last = None, v.new_zeros(B, 1, v.shape[-1])
         if cache is not None:
@@ -163,8 +160,7 @@ class CCA(nn.Module):
         # 7. Attend in the latent, scale 1 / sqrt(d), each KV head for its G query heads.
         if cache is not None:
             k, v = cache.update(self.layer, torch.cat([past, qk], 1), v_delayed, k, v)  # (B, Hk, P, d)
-        dtype = v.dtype
         if v.device.type == 'cpu' and bf16_inside():
             q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()                  # faster than bf16 inside of float32
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(-2).to(dtype))           # (B, S, Hq d) -> (B, S, E)
+        return self.o_proj(y.transpose(1, 2).flatten(-2).to(qk.dtype))           # (B, S, Hq d) -> (B, S, E)

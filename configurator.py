@@ -151,7 +151,21 @@ def pick_dtype(name, device, width=256):
         began = time.perf_counter()
         x @ W
         seconds[dtype] = time.perf_counter() - began
-    return torch.bfloat16 if seconds[torch.float32] > 1.3 * seconds[torch.bfloat16] else torch.float32
+    choice = torch.tensor(int(seconds[torch.float32] > 1.3 * seconds[torch.bfloat16]))
+    if torch.distributed.is_initialized():                      # all processes do as the first: its measurement counts
+        torch.distributed.broadcast(choice, 0)
+    return torch.bfloat16 if choice else torch.float32
+
+
+# Dense bf16 peak of a few GPUs in FLOP/s, from their data sheets, for the model FLOPs utilisation (MFU).
+PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'MI300X': 1307e12, 'MI325X': 1307e12, '4090': 165e12}
+
+
+def name_and_peak(device, dtype):
+    """-> the device's name, and its peak in FLOP/s in dtype if it is known, else None."""
+    import torch
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+    return name, next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name and dtype == torch.bfloat16), None)
 
 
 def products_in(dtype, device):

@@ -10,7 +10,7 @@
     loss      = mean over the scored tokens of -log softmax(logits)[target]
 
 Source: ZAYA1-8B report (arXiv 2605.05365), section II and Table I. Parameter names are this project's; checkpoint.py
-maps them to those of the released weights. `python model.py` prints the sizes of all presets.
+maps them to those of the released weights.
 
 Legend:  B batch   S sequence   T = B S tokens   E residual width   N experts   F expert width   R router width
          V vocabulary
@@ -69,12 +69,6 @@ class ZayaConfig:
         return cls(vocab_size=262_272, context=131_072, n_layer=40, n_embd=2048, n_head=8, n_kv_head=2, head_dim=128,
                    n_expert=16, expert_dim=2048, router_dim=256, skip_expert=True, rope_base=5_000_000.0)
 
-    @classmethod
-    def medium(cls):
-        """For one GPU: about nanoGPT's GPT-2 in active parameters."""
-        return cls(vocab_size=50_304, context=1024, n_layer=16, n_embd=1024, n_head=8, n_kv_head=2, head_dim=64,
-                   n_expert=16, expert_dim=1024, router_dim=128)
-
 
 def logits(x, W):
     """x W^T in float32 throughout (report, IV-D). x (..., E) float32, W (V, E) of any dtype: converted in pieces that
@@ -108,7 +102,6 @@ class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
         N, E, F_ = config.n_expert, config.n_embd, config.expert_dim
-        self.skip = config.skip_expert
         self.gate_up = nn.Parameter(torch.empty(N, 2 * F_, E))  # gate rows first
         self.down = nn.Parameter(torch.empty(N, E, F_))
 
@@ -125,17 +118,14 @@ class Experts(nn.Module):
         room = (count + (R - 1)) // R * R
         ends = room.cumsum(0)                                   # where the slices end
         order = expert.sort(stable=True).indices                # expert 0's tokens first, skipped ones last
-        first = ends - room - (count.cumsum(0) - count)         # how far the zeros before it move a slice
-        place = torch.empty_like(order)                         # (T): the row of each token
-        place[order] = torch.arange(T, device=x.device) + first[expert[order]]
+        first = ends - room - (count.cumsum(0) - count)         # how far zeros before it move a slice; place: (T)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(T, device=x.device) + first[expert[order]])
         skipped, ends = (expert == N)[:, None], ends[:N].int()                  # (T, 1): their rows are in no slice
-        x = x.to(dtype)
-        x = x.masked_fill(skipped, 0) if self.skip else x       # backward: the gradient of such rows is not defined
+        x = x.to(dtype).masked_fill(skipped, 0)                 # backward: the gradient of such rows is not defined
         x = x.new_zeros(T + N * (R - 1), x.shape[1]).index_copy(0, place, x)
         h = swiglu(grouped_mm(x, gate_up.mT, offs=ends))        # (rows, F)
         y = grouped_mm(h, down.mT, offs=ends).index_select(0, place)            # (T, E)
-        y = y.masked_fill(skipped, 0) if self.skip else y       # forward: nor are they themselves
-        return y * weight[:, None].to(dtype)
+        return y.masked_fill(skipped, 0) * weight[:, None].to(dtype)            # forward: nor are they themselves
 
 
 class MoE(nn.Module):
@@ -315,13 +305,3 @@ def sizes(config):
     return {'total': total, 'active': active, 'kv_bytes': 2 * L * 2 * config.n_kv_head * config.head_dim,
             'mha_kv_bytes': 2 * L * 2 * config.n_embd,
             'train_flops': 6 * (active + embedding + L * config.n_head * config.head_dim * config.context)}
-
-
-if __name__ == '__main__':
-    heads = f'{"preset":<10}{"parameters":>16}{"active a token":>16}{"KV bytes a token":>18}'
-    print(heads + f'{"full MHA":>10}{"smaller":>9}')
-    for name, preset in ('zaya1_8b', ZayaConfig.zaya1_8b()), ('medium', ZayaConfig.medium()), ('small', ZayaConfig()):
-        n = sizes(preset)
-        print(f'{name:<10}{n["total"]:>16,}{n["active"]:>16,}{n["kv_bytes"]:>18,}{n["mha_kv_bytes"]:>10,}'
-              f'{n["mha_kv_bytes"] / n["kv_bytes"]:>8.0f}x')
-    print('active: parameters that work on one token, without the embedding. KV cache in bf16, over all layers.')

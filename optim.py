@@ -27,7 +27,6 @@ def orthogonalize(G, rounds=5):
     if tall:                                                # the shorter side first: X X^T is then the smaller product
         X = X.mT
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)      # Frobenius >= spectral norm: all s in [0, 1]
-    shape, X = X.shape, X.reshape(-1, *X.shape[-2:])        # a single matrix is a stack of one
     diagonal = lambda M: M.diagonal(dim1=-2, dim2=-1)
     for _ in range(rounds):
         S = X @ X.mT
@@ -36,7 +35,6 @@ def orthogonalize(G, rounds=5):
         P = P @ S                                           # B S + C S S
         diagonal(P).add_(A)
         X = P @ X                                           # A X + B S X + C S S X
-    X = X.view(shape)
     return (X.mT if tall else X).to(G.dtype)
 
 

@@ -21,6 +21,7 @@ import random
 import sys
 from collections import Counter, namedtuple
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import checkpoint
 import configurator
@@ -58,19 +59,14 @@ def rounds_of(questions, generate, build_prompt, *, population=16, candidates=4,
     tau tokens of the answer alone. seed: draws depend on it and the question, not on other questions or on `rounds`.
     done: the rounds that are over, each as it was yielded, to go on after them. Raise ValueError for a bad setting.
     """
-    at_least = (('population', population, 1), ('candidates', candidates, 1), ('rounds', rounds, 0),
-                ('budget', budget, 1), ('tail', tail, 1), ('final_budget', final_budget, 1))
-    for wrong, text in (
-            *((x is not None and x < low, f'{name} is {x}, it must be at least {low}') for name, x, low in at_least),
-            (candidates > population,
-             f'candidates is {candidates}: that many cannot be drawn from a population of {population}'),
-            (compact not in ('tail', 'answer'), f"compact is {compact!r}, it must be 'tail' or 'answer'"),
-            (tail > budget, f'tail is {tail}, more than the budget of {budget} that it is the end of'),
-            (compact == 'answer' and answer_of is None, "compact is 'answer', which needs answer_of to find one"),
-            (not questions, 'questions is empty: give at least one'),
-            *((not x, f'question {i} is empty: give at least one token') for i, x in enumerate(questions))):
-        if wrong:
-            raise ValueError(text)
+    final_budget = budget if final_budget is None else final_budget
+    configurator.check_ranges(
+        SimpleNamespace(**locals()), population=(1, None), candidates=(1, population), rounds=(0, None),
+        budget=(1, None), tail=(1, budget), final_budget=(1, None), compact=('tail', 'answer'))
+    if compact == 'answer' and answer_of is None:
+        raise ValueError("compact is 'answer', which needs answer_of to find one")
+    if not questions or not all(questions):
+        raise ValueError('questions: give at least one, and each at least one token')
 
     everybody, before = range(population), None                 # before: the last round, a dict for each question
     rngs = [random.Random(f'{seed} {list(question)}') for question in questions]
@@ -84,7 +80,7 @@ def rounds_of(questions, generate, build_prompt, *, population=16, candidates=4,
             None if len(draw) == 1 and before[q]['answers'][draw[0]] is not None else
             build_prompt(question, [before[q]['tails'][j] for j in draw]) for draw in draws]}
             for q, (question, draws) in enumerate(zip(questions, drawn))]
-        limit = final_budget if t == rounds and final_budget is not None else budget
+        limit = final_budget if t == rounds else budget
         batch = [prompt for of_question in now for prompt in of_question['prompts'] if prompt is not None]
         new = [*generate(batch, limit)] if batch else []        # what each says, for all questions together
         assert len(new) == len(batch), f'generate gave {len(new)} outputs for {len(batch)} prompts'

@@ -77,9 +77,6 @@ class TrainConfig:
             kernel=('torch', 'hip', 'auto'))
 
 
-# Dense bf16 peak of a few GPUs in FLOP/s, from their data sheets, for the model FLOPs utilisation (MFU).
-PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'MI300X': 1307e12, 'MI325X': 1307e12, '4090': 165e12}
-
 def lr_at(step, config):
     """Learning rate of optimizer step `step` (from 0): linear warm-up, a plateau, linear decay to min_lr."""
     left = (config.max_steps - step) / max(1, config.decay_fraction * config.max_steps)    # 1 where the decay begins
@@ -227,20 +224,16 @@ def run(config, rank, world, device, loader, val_loader, tokenizer, model_config
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     balancer = Balancer(model.routers, config.balancer, config.balancer_lr)
     step = take_up(config, model, optimizers, balancer, tokenizer, say)
-    choice = [configurator.pick_dtype(config.dtype, device, model_config.n_embd)]
-    if world > 1:
-        dist.broadcast_object_list(choice)                      # rank 0's: each may have measured something else
-    dtype, autocast = choice[0], configurator.products_in(choice[0], device)
-    config.dtype = str(dtype)[6:]                               # what a checkpoint remembers
+    dtype = configurator.pick_dtype(config.dtype, device, model_config.n_embd)         # the same in every process
+    config.dtype, autocast = str(dtype)[6:], configurator.products_in(dtype, device)       # what a checkpoint remembers
     kernels.use(model, config.kernel, torch.float32 if device.type == 'cpu' else dtype)
     if rank == 0 and step == 0:                                 # sample.py finds it with the weights
         save_tokenizer(os.path.join(config.out_dir, 'bpe.json'), tokenizer)
 
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name and dtype == torch.bfloat16), None)
+    name, peak = configurator.name_and_peak(device, dtype)
     n, tokens_per_step = sizes(model_config), config.batch_size * model_config.context * config.grad_accum
-    say(f'{n["total"]:,} parameters, {n["active"]:,} active a token (without the embedding), on {name}'
-        f'{" x " + str(world) if world > 1 else ""} in {config.dtype}; data: {loader.n_tokens:,} tokens, '
+    say(f'{n["total"]:,} parameters, {n["active"]:,} active a token (without the embedding), on {name} in '
+        f'{config.dtype}{" x " + str(world) if world > 1 else ""}; data: {loader.n_tokens:,} tokens, '
         f'{tokens_per_step:,} a step, {config.max_steps * tokens_per_step / loader.n_tokens:.2f} epochs')
     columns = ['step', 'tokens', 'loss', 'val_loss', 'grad_norm', 'lr', 'tokens_per_s', 'mfu', 'entropy',
                *(f'{kind}_{layer}' for kind in ('entropy', 'residual') for layer in range(model_config.n_layer))]
