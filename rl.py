@@ -9,33 +9,35 @@ likelier, and the tokens of the others less likely (ZAYA1-8B report, arXiv 2605.
     L    = -1/R sum_i A_i sum_t m_it p_it / q_it                summed over tokens t, the mean over all R rollouts
 
 q_it is the probability with which the generator drew token t, and p_it the learner's, which has the gradient. There is
-no KL term and no clipping. Groups that are all right or all wrong have A = 0: others are drawn for them, within bounds.
+no KL term and no clipping. Groups all right or all wrong have A = 0: others are drawn for them, within bounds.
 
 Router replay. Generator and learner may differ by rounding, and where two experts are nearly tied that decides which
 one works. So the learner takes the experts that the generator chose: the choice only. Their weights are its own, and
 through these the router still learns.
 
-Prompts are of two kinds. Some are problems, to be solved in one rollout: they become longer while most are solved. The
-others are rounds of Markovian RSA (rsa.py): a group's rollouts are a population, and one step later G rollouts read
-tails of it, right and wrong ones as they came. So errors in tails are the model's own, not made up as in its
-data. Few rounds come to an answer; that of the others is the last value they write, which can be checked as well, since
-the program says what the value must be after any step (task.verify).
+Prompts are of two kinds. Some are problems, to be solved in one rollout; they become longer while most are solved. The
+others are rounds of Markovian RSA (rsa.py): a group's rollouts are a population, and later G rollouts read tails of it,
+right and wrong as they came: errors of the model's own, not made up as in its data. Few rounds come to an answer. The
+reward of the others is that of the last value they write, which is as fair: the program says what the value must be
+after any step, and who does not go on from a tail has no reward (data/loops/task.py: verify).
 
-Legend:  G rollouts of a prompt   R rollouts of a step   L layers   n tokens of an output   S of prompt and output
+Legend:  G rollouts of a prompt   R rollouts of a step   B rows   L layers   S tokens of prompt and output   n of output
 """
 import contextlib
 import copy
+import functools
+import math
 import os
 import random
 import shutil
+import statistics
 import sys
 import time
-import zlib
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import configurator
@@ -43,130 +45,67 @@ import decode
 from checkpoint import load_checkpoint, save_checkpoint, write_log
 from data.loops import task
 from data.loops.evaluate import TableConfig, measure
+from data.problems import repeats
 from optim import make_optimizers
 from router import Balancer, choose, load_entropy
 from rsa import load_speaker
 from sample import generate
-from train import lr_at
 
 
 @dataclass
 class RLConfig:
     out_dir: str = 'runs/rl'
     init_from: str = 'runs/loops'   # a run on the loops task, whose weights to begin with
-    max_steps: int = 60
-    # prompts and rollouts
-    groups: int = 16                # prompts that a step is to learn from
+    max_steps: int = 40
+    groups: int = 24                # prompts that a step is to learn from
     rollouts: int = 16              # G, of each
     draws: int = 2                  # at most so often are prompts drawn, to find groups both right and wrong
-    aggregation: float = 0.5        # share of the prompts that are rounds of a population
+    aggregation: float = 0.75       # share of the prompts that are rounds of a population
     candidates: int = 4             # C, tails that a round reads; every fourth reads one, as lone chains do
-    budget: int = 41                # beta, of a round: the value and 8 steps
-    tail: int = 10                  # tau, the last 2 steps
+    budget: int = 41                # of a round: the value and 8 steps
+    tail: int = 10                  # the last 2 steps
     level: int = 24                 # most steps of the first problems; it moves
-    # learning
     advantage: str = 'maxrl'        # 'grpo': divided by the standard deviation instead
     updates: int = 1                # from the same rollouts
     delta: float = 0.1              # the trust region
     replay: bool = True             # False: the learner chooses experts itself
-    generator: str = 'float32'      # 'bfloat16': the rollouts, by rounded weights; the learner is float32 always
-    balancer: str = 'none'          # its biases rest; 'pid' and 'sign': they move (router.py)
-    balancer_lr: float = 3e-3
-    # as in train.py
-    lr: float = 1e-3
-    min_lr: float = 1e-4
-    warmup_steps: int = 0
-    decay_fraction: float = 0.5
+    generator: str = 'float32'      # 'bfloat16': rollouts by rounded weights; the learner is float32 always
+    lr: float = 2e-3                # for Muon, without momentum, and AdamW; vectors a tenth (optim.py)
+    decay_fraction: float = 0.5     # of the steps, the last ones, in which it falls to 0
     grad_clip: float = 1.0
-    eval_every: int = 20
+    balancer_lr: float = 0.0        # 0: the balancing biases rest
+    eval_every: int = 20            # steps between evaluations, each with a checkpoint
     eval_problems: int = 20         # held out, of 25 to 32 steps
-    checkpoint_every: int = 20
     seed: int = 0
     device: str = 'auto'
 
     def __post_init__(self):
         low = lambda least, names: dict.fromkeys(names.split(), (least, None))
         configurator.check_ranges(
-            self, **low(1, 'max_steps groups draws candidates budget tail updates eval_every checkpoint_every'),
-            **low(0, 'delta balancer_lr lr min_lr warmup_steps eval_problems seed'), **low(2, 'rollouts'),
-            **low(1e-9, 'grad_clip'), level=(3, 72), aggregation=(0, 1), decay_fraction=(0, 1),
-            advantage=('maxrl', 'grpo'), generator=('float32', 'bfloat16'), balancer=('none', 'pid', 'sign'))
-        for name, most in ('candidates', 'rollouts'), ('tail', 'budget'):
-            if getattr(self, name) > getattr(self, most):
-                raise ValueError(f'{name} is {getattr(self, name)}, more than {most}, {getattr(self, most)}')
+            self, **low(1, 'max_steps groups draws budget updates eval_every'), rollouts=(2, None), level=(3, 72),
+            **low(0, 'delta lr balancer_lr eval_problems seed'), candidates=(1, self.rollouts), tail=(1, self.budget),
+            grad_clip=(1e-9, None), aggregation=(0, 1), decay_fraction=(1e-9, 1), advantage=('maxrl', 'grpo'),
+            generator=('float32', 'bfloat16'))
 
 
-# prompt, output: tokens. q (n) float32: their probabilities. experts (S - 1, L): who worked on each but the last.
+# prompt, output: tokens. q (n) float32: probabilities of the output. experts (S - 1, L) uint8: of all but the last.
 Rollout = namedtuple('Rollout', 'prompt output q experts')
 
 
-# ---- rewards and advantages ----
-
-def repeats(tokens, chunk=256, least=0.05):
-    """The repetition gate: True if a chunk of the tokens, 4 bytes each, shrinks below a twentieth of its size under
-    zlib with a window of 1,024 bytes. Honest traces of the loops task shrink to a fifth."""
-    data = np.array(tokens, '<i4').tobytes()
-    for piece in (data[i:i + 4 * chunk] for i in range(0, len(data), 4 * chunk)):
-        deflate = zlib.compressobj(9, wbits=-10)                # 2^10 bytes; negative: nothing around the data
-        if len(deflate.compress(piece) + deflate.flush()) < least * len(piece):
-            return True
-    return False
-
-
-def advantages(rewards, rule='maxrl'):
-    """A of a group's rewards (G): floats. Zeros if all are alike."""
-    r = np.array(rewards, float)
-    if r.std() == 0:
-        return [0.0] * len(r)
-    return ((r - r.mean()) / (r.mean() if rule == 'maxrl' else r.std())).tolist()
-
-
-# ---- rollouts ----
-
 @contextlib.contextmanager
-def choosing(model, choices):
-    """For a while, let each layer's router choose by the function given for it."""
-    for router, function in zip(model.routers, choices):
-        router.choose = function
+def choosing(model, function):
+    """For a while, let the routers choose by function(layer, probs, bias)."""
     try:
+        for layer, router in enumerate(model.routers):
+            router.choose = functools.partial(function, layer)
         yield
     finally:
         for router in model.routers:
             router.choose = choose
 
 
-def roll_out(model, prompts, max_new_tokens, seed):
-    """Let a model continue prompts, at temperature 1. Return a Rollout for each."""
-    L, B, t = model.config.n_layer, len(prompts), 0
-    q = torch.zeros(B, max_new_tokens)
-    experts = torch.zeros(B, max_new_tokens, L, dtype=torch.uint8)
-    newest, of_prompts = [None] * L, None                       # newest: of each layer, from the last forward
-
-    def keep(layer):
-        def choose_and_keep(probs, bias):
-            newest[layer], weight = choose(probs, bias)
-            return newest[layer], weight
-        return choose_and_keep
-
-    def watch(rows, logits, drawn):
-        nonlocal t, of_prompts
-        q[rows, t] = logits.softmax(-1).gather(1, drawn[:, None])[:, 0].cpu()
-        if t == 0:                                              # equal prompts were read once, in this order
-            of_prompts = dict(zip(dict.fromkeys(map(tuple, prompts)), torch.stack(newest, -1).byte().cpu()))
-        else:                                                   # the last forward was over the tokens drawn before
-            experts[rows, t - 1] = torch.stack(newest, -1).byte().cpu()
-        t += 1
-
-    with choosing(model, map(keep, range(L))):
-        outputs = generate(model, prompts, max_new_tokens, stop=(task.END,), seed=seed, step=decode.folded(model),
-                           watch=watch)
-    return [Rollout(prompt, output, q[row, :len(output)],
-                    torch.cat([of_prompts[tuple(prompt)][:len(prompt)], experts[row, :len(output) - 1]]))
-            for row, (prompt, output) in enumerate(zip(prompts, outputs))]
-
-
 def generator_of(model, precision):
-    """The model that makes the rollouts: the learner itself, or a copy of it in bf16, its balancing biases as exact."""
+    """The model that makes the rollouts: the learner, or a copy in bf16 whose balancing biases are exact."""
     if precision == 'float32':
         return model
     generator = copy.deepcopy(model).bfloat16()
@@ -175,58 +114,77 @@ def generator_of(model, precision):
     return generator
 
 
-# ---- the learner ----
+def roll_out(model, prompts, max_new_tokens, seed):
+    """Let a model continue prompts, at temperature 1. Return a Rollout for each."""
+    newest, steps, step = [None] * model.config.n_layer, [], decode.folded(model)
+
+    def choose_and_keep(layer, probs, bias):
+        newest[layer], weight = choose(probs, bias)             # of the last forward
+        return newest[layer], weight
+
+    def watch(rows, logits, drawn):
+        q = logits.softmax(-1).gather(1, drawn[:, None])[:, 0]
+        steps.append((rows, q.cpu(), torch.stack(newest, -1).byte().cpu()))
+
+    with choosing(model, choose_and_keep):
+        outputs = generate(model, prompts, max_new_tokens, stop=[task.END], seed=seed, step=step, watch=watch)
+    q = torch.zeros(len(prompts), max_new_tokens)
+    experts = torch.zeros(*q.shape, len(newest), dtype=torch.uint8)
+    for t, (rows, of_drawn, chosen) in enumerate(steps):
+        q[rows, t] = of_drawn
+        if t:                                                   # what the last forward read is what was drawn before
+            experts[rows, t - 1] = chosen
+    read = dict(zip(dict.fromkeys(map(tuple, prompts)), steps[0][2]))           # equal prompts were read once
+    return [Rollout(prompt, output, q[row, :len(output)],
+                    torch.cat([read[tuple(prompt)][:len(prompt)], experts[row, :len(output) - 1]]))
+            for row, (prompt, output) in enumerate(zip(prompts, outputs))]
+
+
+def advantages(rewards, rule='maxrl'):
+    """A of a group, a list like its rewards; zeros if those are all alike."""
+    r, spread = statistics.fmean(rewards), statistics.pstdev(rewards)
+    return [(reward - r) / (r if rule == 'maxrl' else spread) if spread else 0.0 for reward in rewards]
+
 
 def probabilities(model, rollouts, replay=True):
-    """p of all tokens of the outputs, one after the other, with gradient; the mean entropy (a number) of what they were
-    drawn from; and the share of the tokens for which an expert was replayed that the router would not have chosen."""
-    longest = max(len(x.experts) for x in rollouts)
-    rows, device = torch.zeros(3, len(rollouts), longest, dtype=torch.int64), model.device
-    experts = torch.zeros(len(rollouts), longest, model.config.n_layer, dtype=torch.int64)
-    for row, x in enumerate(rollouts):
-        S = len(x.experts)                                      # the last token is not read
-        rows[0, row, :S] = torch.tensor([*x.prompt, *x.output[:-1]])
-        rows[1, row, S - len(x.output):S] = torch.tensor(x.output)
-        rows[2, row, S - len(x.output):S] = 1
-        experts[row, :S] = x.experts
-    tokens, targets, scored = rows.to(device)
-    experts, moved = experts.to(device), torch.zeros(len(rollouts), longest, dtype=torch.bool, device=device)
+    """p of all tokens of the outputs, one after the other, with gradient; the mean entropy of their distributions; and
+    the share of them whose expert, in some layer, is not the one that the router would choose."""
+    pad = lambda tensors: pad_sequence(tensors, batch_first=True).to(model.device)
+    tokens = pad([torch.tensor([*x.prompt, *x.output[:-1]]) for x in rollouts])            # (B, S - 1), as below
+    scored = pad([torch.arange(len(x.experts)) >= len(x.prompt) - 1 for x in rollouts])    # from the prompt's last on
+    experts, other = pad([x.experts.long() for x in rollouts]), torch.zeros_like(scored)   # (B, S - 1, L)
+    targets = pad([torch.tensor([token for x in rollouts for token in x.output])])[0]
 
-    def replayed(layer):
-        def take(probs, bias):
-            own, weight = choose(probs, bias)
-            moved.logical_or_(own != experts[..., layer])
-            return (experts[..., layer], probs.gather(-1, experts[..., layer, None])[..., 0]) if replay else (own, weight)
-        return take
+    def choose_again(layer, probs, bias):
+        own, weight = choose(probs, bias)
+        given = experts[..., layer]
+        other.logical_or_(own != given)
+        return (given, probs.gather(-1, given[..., None])[..., 0]) if replay else (own, weight)
 
-    with choosing(model, map(replayed, range(model.config.n_layer))):
-        logp = model(tokens)[0][scored.bool()].log_softmax(-1)                             # (tokens of outputs, V)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(-1).mean().item()
-    share = (moved & scored.bool()).sum().item() / scored.sum().item()
-    return logp.gather(-1, targets[scored.bool()][:, None])[:, 0].exp(), entropy, share
+    with choosing(model, choose_again):
+        logp = model(tokens)[0][scored].log_softmax(-1)                                    # (all n, V)
+    entropy = -(logp.exp() * logp).sum(-1).mean().item()
+    return logp.gather(-1, targets[:, None])[:, 0].exp(), entropy, other[scored].float().mean().item()
 
 
 def token_loss(p, q, A, delta):
-    """The sum of -A m p / q over tokens, and how many of them m masks. p, q, A: a number for each token."""
+    """The sum of -A m p / q over tokens, and how many of them are masked. p, q, A: a number for each token."""
     m = (p.detach() - q).abs() <= delta
     return -(A * m * p / q).sum(), (~m).sum().item()
 
 
-def learn(model, optimizers, rollouts, A, config, lr):
-    """Update the model from rollouts and their advantages. Return a row of the log."""
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].experts))           # like lengths together
-    n_tokens, row = sum(len(x.output) for x in rollouts), {}
+def learn(model, optimizers, pairs, config, lr):
+    """Update the model from R rollouts with their advantages, pairs. Return a row of the log, of the last update."""
+    pairs, n_tokens = sorted(pairs, key=lambda pair: len(pair[0].experts)), sum(len(x.output) for x, _ in pairs)
     for _ in range(config.updates):
-        row = dict.fromkeys(('entropy', 'replayed', 'masked'), 0.0)
-        for i in range(0, len(order), 64):
-            batch = [rollouts[j] for j in order[i:i + 64]]
+        row = {'entropy': 0.0, 'replayed': 0.0, 'masked': 0.0}
+        for start in range(0, len(pairs), 64):                  # together those of like lengths
+            batch, A = zip(*pairs[start:start + 64])
             p, entropy, share = probabilities(model, batch, config.replay)
-            lengths = torch.tensor([len(x.output) for x in batch])
-            a = torch.tensor([A[j] for j in order[i:i + 64]], dtype=p.dtype).repeat_interleave(lengths)
-            q = torch.cat([x.q for x in batch])
-            loss, masked = token_loss(p, q.to(p), a.to(p), config.delta)
-            (loss / len(rollouts)).backward()
-            for key, value in ('entropy', entropy * len(p)), ('replayed', share * len(p)), ('masked', masked):
+            per_token = p.new_tensor([a for x, a in zip(batch, A) for _ in x.output])
+            loss, masked = token_loss(p, torch.cat([x.q for x in batch]).to(p), per_token, config.delta)
+            (loss / len(pairs)).backward()
+            for key, value in zip(row, (entropy * len(p), share * len(p), masked)):
                 row[key] += value / n_tokens
         row['grad_norm'] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
         for optimizer in optimizers:
@@ -237,122 +195,103 @@ def learn(model, optimizers, rollouts, A, config, lr):
     return row
 
 
-# ---- prompts ----
+# ---- prompts and rewards ----
 
 def draw_prompts(rng, n, level, populations, config):
-    """Draw n prompts, of which a share are rounds. Return [question, tails, population or None] for each. Rounds are
-    the next ones of populations, which are taken out, or the first one of a problem of any length: they all have the
-    same number of steps to write."""
-    drawn = []
-    for i in range(n):
-        if i >= round(config.aggregation * n):
-            drawn.append((task.draw_problem(rng, max(3, level - 8), level, 'train').question, [], False))
-        elif populations:
-            question, tails = populations.pop(0)
-            drawn.append((question, rng.sample(tails, rng.choice((1, *[config.candidates] * 3))), True))
-        else:
-            drawn.append((task.draw_problem(rng, 3, 72, 'train').question, [], True))
+    """Draw n prompts: [(question, tails, is it a round?)]. Rounds are the next of populations, which are taken out, or
+    the first of a problem of any length: in all of them a round has as many steps to write."""
+    drawn = [(task.draw_problem(rng, max(3, level - 8), level, 'train').question, [], False)
+             for _ in range(n - round(config.aggregation * n))]
+    while len(drawn) < n:
+        question, tails = populations.pop(0) if populations else (task.draw_problem(rng, 3, 72, 'train').question, [])
+        drawn.append((question, tails and rng.sample(tails, rng.choice((1, *[config.candidates] * 3))), True))
     return drawn
 
 
 def collect(step, model, level, populations, config):
-    """Make the rollouts of a step -> the groups to learn from, [(rollouts, rewards)]; and a row of the log."""
-    groups, solved, rounds, n_tokens, n_rollouts, G = [], [], [], 0, 0, config.rollouts
-    encode = task.ENC.encode_ordinary
+    """Make the rollouts of a step. Return the groups to learn from, [(rollouts, rewards)], and a row of the log. The
+    populations that have not come to an answer are put back, with their new tails."""
+    groups, right, made, G = [], ([], []), [], config.rollouts           # right: shares, of problems and of rounds
     for draw in range(config.draws):
         rng = random.Random(f'{config.seed} {step} {draw}')
         drawn = draw_prompts(rng, config.groups - len(groups), level, populations, config)
-        for kind in False, True:                                # problems, then rounds
-            prompts = [(question, tails) for question, tails, is_round in drawn if is_round == kind]
-            if not prompts:
-                continue
-            budget = config.budget if kind else 8 + task.STEP * level            # longer than any right one
-            rollouts = roll_out(model, [task.build_prompt(encode(question), tails) for question, tails in prompts
-                                        for _ in range(G)], budget, hash((config.seed, step, draw, kind)))
-            for i, (question, tails) in enumerate(prompts):
-                group = rollouts[G * i:G * i + G]
-                rewards = [float(not repeats(x.output) and task.verify(question, tails, x.output, budget))
-                           for x in group]
-                (rounds if kind else solved).append(np.mean(rewards))
+        for is_round in False, True:
+            asked = [(question, tails) for question, tails, kind in drawn if kind == is_round]
+            prompts = [task.build_prompt(task.ENC.encode_ordinary(question), tails)
+                       for question, tails in asked for _ in range(G)]
+            room = config.budget if is_round else task.STEP * level + 8       # a little more than any right one has
+            made += roll_out(model, prompts, room, hash((config.seed, step, draw, is_round))) if prompts else []
+            for i, (question, tails) in enumerate(asked, start=-len(asked)):
+                group = made[i * G:i * G + G or None]
+                rewards = [float(task.verify(question, tails, x.output, room) and not repeats(x.output)) for x in group]
+                right[is_round].append(statistics.fmean(rewards))
                 if 0 < sum(rewards) < G:
                     groups.append((group, rewards))
-                if kind and sum(rewards) and sum(task.answer_of(x.output) is not None for x in group) < G / 2:
+                if is_round and any(rewards) and sum(task.answer_of(x.output) is not None for x in group) < G / 2:
                     populations.append((question, [x.output[-config.tail:] for x in group]))
-            n_tokens, n_rollouts = n_tokens + sum(len(x.output) for x in rollouts), n_rollouts + len(rollouts)
-        if len(groups) >= config.groups:
-            break
-    mean = lambda values: float(np.mean(values)) if values else None
-    return groups, {'reward': mean(solved), 'round_reward': mean(rounds), 'groups': len(groups),
-                    'length': n_tokens / n_rollouts, 'generated': n_tokens}
+    means, n_tokens = [statistics.fmean(shares or [math.nan]) for shares in right], sum(len(x.output) for x in made)
+    return groups, dict(zip(('reward', 'round_reward', 'groups', 'length', 'generated'),
+                            (*means, len(groups), n_tokens / len(made), n_tokens)))
 
 
 # ---- running ----
+SHOWN = 'reward round_reward level length entropy masked replayed tokens_per_s'.split()                 # by the bar
+COLUMNS = ['step', *SHOWN, *'groups generated grad_norm load_entropy lr seconds held_out'.split()]      # of log.csv
 
-def begin(config, device):
+
+def begin(config):
     """Continue the run in out_dir, or begin with the weights of init_from. Return the speaker (rsa.py), optimizers,
-    balancer, and what else moves: the step, the level, the populations."""
+    balancer, and what else moves: step, level, populations. Raise ValueError for a run of another kind."""
     saved = load_checkpoint(config.out_dir)
     if saved and 'populations' not in saved:
-        raise ValueError(f'{config.out_dir} holds another kind of run: choose another out_dir')
-    speaker = load_speaker(config.out_dir if saved else config.init_from, device)
+        raise ValueError(f'out_dir: {config.out_dir} holds another kind of run, choose another folder')
+    speaker = load_speaker(config.out_dir if saved else config.init_from, configurator.pick_device(config.device))
     if speaker.build_prompt is not task.build_prompt:
         raise ValueError(f'init_from: {config.init_from} was not trained on the loops task (config/loops.py)')
     optimizers = make_optimizers(speaker.model, config.lr, weight_decay=0)
-    optimizers[0].param_groups[0]['momentum'] = 0               # Muon: this step's gradient alone
-    balancer = Balancer(speaker.model.routers, config.balancer, config.balancer_lr)
+    optimizers[0].param_groups[0]['momentum'] = 0
+    balancer = Balancer(speaker.model.routers, lr=config.balancer_lr)
     if not saved:
         os.makedirs(config.out_dir, exist_ok=True)
-        shutil.copy(os.path.join(config.init_from, 'bpe.json'), config.out_dir)
+        shutil.copy(os.path.join(config.init_from, 'bpe.json'), config.out_dir)            # found with the weights
         return speaker, optimizers, balancer, 0, config.level, []
-    for thing, state in zip([*optimizers, balancer], [*saved['optimizers'], saved['balancer']]):
+    for thing, state in zip([*optimizers, balancer], saved['states']):          # momenta, not the old settings
         thing.load_state_dict(thing.state_dict() | {'state': state['state']})
     return speaker, optimizers, balancer, saved['step'], saved['level'], saved['populations']
 
 
 def train(config):
-    """Run or continue. Return the last row of the log. Raise ValueError for what does not fit."""
-    speaker, optimizers, balancer, step, level, populations = begin(config, configurator.pick_device(config.device))
-    model, held_out = speaker.model, task.test_problems('hard', max(1, config.eval_problems))
-    highest = (model.config.context - 33) // task.STEP          # a question of up to 25 tokens, and 8 around the steps
-    columns = ['step', 'reward', 'round_reward', 'level', 'groups', 'length', 'generated', 'entropy', 'masked', 'replayed',
-               'grad_norm', 'load_entropy', 'lr', 'tokens_per_s', 'seconds', 'held_out']
-    write_log(config.out_dir, None, columns, keep_until=step or -1)
-    row = {}
+    """Run or continue the run of `config`."""
+    speaker, optimizers, balancer, step, level, populations = begin(config)
+    model, held_out = speaker.model, task.test_problems('hard', config.eval_problems)
+    longest = (model.config.context - 33) // task.STEP          # beside a question of 25 tokens, and 8 around the steps
+    write_log(config.out_dir, None, COLUMNS, keep_until=step or -1)
     with tqdm(total=config.max_steps, initial=step, dynamic_ncols=True, mininterval=1, unit='step') as bar:
         while step < config.max_steps:
-            began, lr = time.perf_counter(), lr_at(step, config)
+            began, lr = time.perf_counter(), config.lr * min(1, (1 - step / config.max_steps) / config.decay_fraction)
             groups, row = collect(step, generator_of(model, config.generator), level, populations, config)
-            rollouts = [x for group, _ in groups for x in group]
-            if rollouts:
-                A = [a for _, rewards in groups for a in advantages(rewards, config.advantage)]
+            if groups:
+                pairs = [pair for group, r in groups for pair in zip(group, advantages(r, config.advantage))]
+                chosen = torch.cat([x.experts for x, _ in pairs]).long()        # the load is that of the rollouts
                 for layer, router in enumerate(model.routers):
-                    router.load += torch.cat([x.experts[:, layer] for x in rollouts]).long().bincount(
-                        minlength=len(router.load)).to(model.device)
-                row |= learn(model, optimizers, rollouts, A, config, lr)
+                    router.load += chosen[:, layer].bincount(minlength=len(router.load)).to(model.device)
+                row |= learn(model, optimizers, pairs, config, lr)
                 row['load_entropy'] = load_entropy(balancer.step()).mean().item()
-            if row['reward'] is not None:
-                level = min(highest, level + 1) if row['reward'] > 0.7 else max(3, level - (row['reward'] == 0))
+            level = min(longest, level + 1) if row['reward'] > 0.7 else max(3, level - (row['reward'] == 0))
             step, seconds = step + 1, time.perf_counter() - began
-            row |= {'step': step, 'level': level, 'lr': lr, 'seconds': seconds,
-                    'tokens_per_s': round(row['generated'] / seconds)}
-            done = step == config.max_steps
-            if config.eval_problems and (step % config.eval_every == 0 or done):
-                speaker = speaker._replace(step=decode.folded(model))
-                row['held_out'] = measure(speaker, held_out, TableConfig(), 'held out', candidates=1, rounds=0,
-                                          tail=1).mean
-                tqdm.write(f'step {step}: {100 * row["held_out"]:.1f} % of held-out problems')
-            write_log(config.out_dir, row, columns)
-            bar.set_postfix_str(', '.join(f'{name} {row[key]:.3g}' for name, key in (
-                ('reward', 'reward'), ('rounds', 'round_reward'), ('level', 'level'), ('entropy', 'entropy'),
-                ('length', 'length'), ('masked', 'masked'), ('replayed', 'replayed'), ('tok/s', 'tokens_per_s'))
-                if row.get(key) is not None))
+            row |= dict(step=step, level=level, lr=lr, seconds=seconds, tokens_per_s=row['generated'] / seconds)
+            if save := step % config.eval_every == 0 or step == config.max_steps:
+                if held_out:
+                    row['held_out'] = measure(speaker._replace(step=decode.folded(model)), held_out, TableConfig(),
+                                              'held out', candidates=1, rounds=0, tail=1).mean
+                    tqdm.write(f'step {step}: {100 * row["held_out"]:.1f} % of held-out problems')
+            write_log(config.out_dir, row, COLUMNS)
+            bar.set_postfix_str(', '.join(f'{key} {row[key]:.3g}' for key in SHOWN if key in row))
             bar.update()
-            if step % config.checkpoint_every == 0 or done:
+            if save:
                 save_checkpoint(config.out_dir, {
-                    'model': model.state_dict(), 'optimizers': [o.state_dict() for o in optimizers],
-                    'balancer': balancer.state_dict(), 'step': step, 'level': level, 'populations': populations,
-                    'config': asdict(config), 'model_config': asdict(model.config)})
-    return row
+                    'model': model.state_dict(), 'states': [thing.state_dict() for thing in (*optimizers, balancer)],
+                    'step': step, 'level': level, 'populations': populations, 'model_config': asdict(model.config)})
 
 
 if __name__ == '__main__':

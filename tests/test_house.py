@@ -12,7 +12,7 @@ HELPERS = {'model': {'configurator'}, 'train': {'configurator', 'checkpoint', 'k
            'sample': {'configurator', 'checkpoint', 'decode', 'kernels', 'data'},
            'rsa': {'configurator', 'checkpoint', 'decode', 'data'}}
 LINES = {'layers': 60, 'cca': 210, 'cache': 98, 'router': 115, 'model': 308, 'sample': 190, 'optim': 85, 'train': 305,
-         'rsa': 201, 'checkpoint': 248, 'configurator': 158, 'decode': 202, 'quantize': 219, 'bench': 266,
+         'rsa': 201, 'checkpoint': 248, 'configurator': 158, 'decode': 202, 'quantize': 219, 'rl': 300, 'bench': 266,
          'data/loops/evaluate': 242}
 
 
@@ -86,5 +86,5 @@ def test_the_core_has_at_most_1500_lines_and_no_file_more_than_its_share():
 
 
 def test_the_project_has_no_file_at_its_top_that_the_house_does_not_know():
-    known = {*CORE, 'configurator', 'checkpoint', 'decode', 'quantize', 'bench'}
+    known = {*CORE, 'configurator', 'checkpoint', 'decode', 'quantize', 'rl', 'bench'}
     assert {Path(name).stem for name in ROOT.glob('*.py')} == known
