@@ -56,7 +56,7 @@ from sample import generate
 class RLConfig:
     out_dir: str = 'runs/rl'
     init_from: str = 'runs/loops'   # a run on the loops task, whose weights to begin with
-    max_steps: int = 40
+    max_steps: int = 28
     groups: int = 24                # prompts that a step is to learn from
     rollouts: int = 16              # G, of each
     draws: int = 2                  # at most so often are prompts drawn, to find groups both right and wrong

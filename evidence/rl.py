@@ -38,7 +38,7 @@ class EvidenceConfig:
     out: str = 'runs/rl_evidence'   # folder of the runs
     seeds: int = 3                  # of RL; the model that it begins with is one
     problems: int = 100             # of each length
-    max_steps: int = 40             # of a run
+    max_steps: int = 28             # of a run
     splits: str = 'easy medium hard deep'
 
     def __post_init__(self):
