@@ -147,9 +147,9 @@ def folded(model):
             z = F.gelu(F.linear(z, w.fc1, w.fc1_bias))
             z = F.gelu(F.linear(z, w.fc2, w.fc2_bias))
             probs = F.linear(z, w.out).softmax(-1, torch.float32)               # (B, M)
-            expert = (probs + layer.moe.router.balancing_bias).argmax(-1, keepdim=True)                # (B, 1)
+            expert, weight = layer.moe.router.choose(probs, layer.moe.router.balancing_bias)           # (B) each
             # Experts.
-            y = experts(layer.moe.experts, h, expert[:, 0], probs.gather(-1, expert)[:, 0])
+            y = experts(layer.moe.experts, h, expert, weight)
             x = torch.addcmul(torch.addcmul(w.moe_constant, x, w.moe_scale), y, w.moe_branch)
         cache.end()
         return model.head(x)

@@ -41,9 +41,9 @@ class Router(nn.Module):
         self.down_proj = nn.Linear(E, R)
         self.eda_scale = nn.Parameter(torch.ones(R)) if layer > 0 else None     # gamma
         self.norm = RMSNorm(R, config.norm_eps)
-        self.fc1 = nn.Linear(R, R)
-        self.fc2 = nn.Linear(R, R)
+        self.fc1, self.fc2 = nn.Linear(R, R), nn.Linear(R, R)
         self.out_proj = nn.Linear(R, M, bias=False)
+        self.choose = choose                                    # rl.py puts another in its place, to replay choices
         # b_l is a buffer, not a parameter: saved with the model, invisible to the loss.
         self.register_buffer('balancing_bias', torch.zeros(M))
         # Tokens each expert got since the Balancer last looked. Bookkeeping, so it is not saved.
@@ -58,7 +58,7 @@ class Router(nn.Module):
         h = F.gelu(self.fc1(self.norm(r)))
         h = F.gelu(self.fc2(h))
         probs = wide(self.out_proj(h)).softmax(-1)                              # s_l (B, S, M), float32
-        expert, weight = choose(probs, self.balancing_bias)
+        expert, weight = self.choose(probs, self.balancing_bias)
         if self.training:
             self.load += F.one_hot(expert.flatten(), len(self.load)).sum(0)     # no bincount: it would wait for the GPU
         return expert, weight, r            # class N, if there is one, is 'skip': the experts give such a token zero

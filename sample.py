@@ -55,8 +55,7 @@ def prefill(model, prompts, capacity, cache=None):
     cache.grow(capacity)
     logits, _ = model(torch.tensor(padded, device=model.device), cache=cache, n_new=lengths, last_only=True)
     if len(unique) < len(prompts):
-        place = {prompt: row for row, prompt in enumerate(unique)}
-        copies = [place[tuple(prompt)] for prompt in prompts]
+        copies = [unique.index(tuple(prompt)) for prompt in prompts]
         cache.keep(copies)
         logits = logits[copies]
     return cache, logits[:, 0]
@@ -64,7 +63,7 @@ def prefill(model, prompts, capacity, cache=None):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=(), seed=0,
-             stream=None, compiled=False, step=None, cache=None):
+             stream=None, compiled=False, step=None, cache=None, watch=lambda *step: None):
     """Continue each prompt, a list of tokens of any length. Return the new tokens of each, as lists.
 
     A row ends after max_new_tokens, or with the first token in `stop`, which is its last token then. Each row has a
@@ -72,6 +71,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     neighbours. stream(row, token), if given, is called for every new token. The options of sampling are those of
     sample_tokens. compiled: decode.compiled makes the steps, and finished rows stay until the last one ends. step: the
     function of decode.py that makes them, if it is at hand. cache: a Cache that holds what comes before the prompts.
+    watch(rows, logits, drawn) sees every step: which rows are in the batch, their logits (B, V), their tokens (B).
     Raises ValueError for an empty prompt, a token outside the vocabulary, what does not fit the context, and NaN.
     """
     held = cache.lengths if cache else [0] * len(prompts)
@@ -91,10 +91,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             longest = largest = min(model.config.context, 1 << (largest - 1).bit_length())
         cache, logits = prefill(model, prompts, min(largest, longest + 256), cache)             # logits (B, V)
         step = step or (decode.compiled(model) if compiled else decode.folded(model))
-        rows = list(range(len(prompts)))                        # row numbers of those still in the batch
-        growing = rows                                          # places in the batch of those that have not ended
+        rows = growing = list(range(len(prompts)))              # rows still in the batch; of these, where some grow
         for t in range(max_new_tokens):
             next_tokens = sample_tokens(logits, u[rows, t], temperature, top_k, top_p, min_p)   # (B)
+            watch(rows, logits, next_tokens)
             drawn = next_tokens.tolist()
             if min(drawn) < 0:
                 raise ValueError('the logits are not finite: the weights are damaged, or too large for their dtype')

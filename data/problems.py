@@ -14,8 +14,10 @@ import os
 import re
 import statistics
 import time
+import zlib
 from fractions import Fraction
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -170,6 +172,17 @@ def mean_ci95(values):
         raise ValueError('no values to average: give those of at least one problem')
     std = statistics.stdev(values) if len(values) > 1 else float('nan')
     return statistics.fmean(values), 1.96 * std / len(values) ** 0.5
+
+
+def repeats(tokens, chunk=256, least=0.05):
+    """Return True if a rollout repeats itself: some chunk of its tokens, 4 bytes each, shrinks below a twentieth under
+    zlib with a window of 1,024 bytes (report, IV-D). What is short does not shrink so far, whatever it says."""
+    data = np.array(tokens, '<i4').tobytes()
+    for piece in (data[i:i + 4 * chunk] for i in range(0, len(data), 4 * chunk)):
+        deflate = zlib.compressobj(9, wbits=-10)   # a window of 2^10; negative: nothing around the data
+        if len(deflate.compress(piece) + deflate.flush()) < least * len(piece):
+            return True
+    return False
 
 
 # ---- what was thought ----

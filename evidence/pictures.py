@@ -2,6 +2,7 @@
 
     results/training.csv        columns step, loss, val_loss, entropy of runs/demo/log.csv, after `make demo`
     results/rsa_lengths.csv     `python -m data.loops.evaluate main`: a row for each length, method and training seed
+    results/rl.csv              `python -m evidence.rl main`: a row for each length and method, before RL and after
 
 Each picture says one thing. Needs matplotlib (extra `plot`).
 """
@@ -53,12 +54,31 @@ def rsa_lengths(plt):
     return figure
 
 
+def rl(plt):
+    """Rewards for answers unlearn the errors of the data, at every length and in every way to think."""
+    rows = table('rl')
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    lengths = list(dict.fromkeys(row['steps'] for row in rows))
+    for method, color, mark in ('one rollout', 'tab:green', '^'), ('C=1', 'tab:orange', 's'), ('C=4', 'tab:blue', 'o'):
+        for run, style, fill in ('before', '--', 'none'), ('after', '-', 'full'):
+            wrong = {i: [max(0.02, 100 - float(row['mean'])) for row in rows
+                         if (row['run'], row['steps'], row['method']) == (run, length, method)]
+                     for i, length in enumerate(lengths)}
+            points = [(i, statistics.fmean(values)) for i, values in wrong.items() if values]
+            axis.plot(*zip(*points), mark + style, color=color, fillstyle=fill, label=f'{method}, {run} RL')
+            axis.plot(*zip(*[(i, value) for i in wrong for value in wrong[i]]), mark, color=color, markersize=2)
+    axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel='steps of the problem', yscale='log',
+             ylim=(0.015, 100), ylabel='wrong answers, %')
+    figure.legend(loc='outside upper center', ncols=3, frameon=False)
+    return figure
+
+
 def main():
     import matplotlib
     matplotlib.use('svg')
     matplotlib.rcParams['svg.hashsalt'] = 'nanozaya'            # the same table gives the same file
     import matplotlib.pyplot as plt
-    for draw in training, rsa_lengths:
+    for draw in training, rsa_lengths, rl:
         path = RESULTS / f'{draw.__name__}.svg'
         draw(plt).savefig(path, metadata={'Date': None})
         print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

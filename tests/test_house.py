@@ -11,8 +11,8 @@ CORE = 'layers cache cca router model sample optim train rsa'.split()          #
 HELPERS = {'model': {'configurator'}, 'train': {'configurator', 'checkpoint', 'kernels', 'data'},
            'sample': {'configurator', 'checkpoint', 'decode', 'kernels', 'data'},
            'rsa': {'configurator', 'checkpoint', 'decode', 'data'}}
-LINES = {'layers': 60, 'cca': 210, 'cache': 98, 'router': 109, 'model': 309, 'sample': 190, 'optim': 85, 'train': 306,
-         'rsa': 201, 'checkpoint': 304, 'configurator': 163, 'decode': 202, 'quantize': 219, 'bench': 266,
+LINES = {'layers': 60, 'cca': 210, 'cache': 98, 'router': 109, 'model': 307, 'sample': 190, 'optim': 86, 'train': 304,
+         'rsa': 201, 'checkpoint': 306, 'configurator': 197, 'decode': 230, 'quantize': 229, 'rl': 300, 'bench': 274,
          'data/loops/evaluate': 254}
 
 
@@ -86,5 +86,5 @@ def test_the_core_has_at_most_1500_lines_and_no_file_more_than_its_share():
 
 
 def test_the_project_has_no_file_at_its_top_that_the_house_does_not_know():
-    known = {*CORE, 'configurator', 'checkpoint', 'decode', 'quantize', 'bench'}
+    known = {*CORE, 'configurator', 'checkpoint', 'decode', 'quantize', 'rl', 'bench'}
     assert {Path(name).stem for name in ROOT.glob('*.py')} == known

@@ -320,12 +320,12 @@ def test_without_answer_of_nobody_is_finished():
 # ---- refused ----
 
 @pytest.mark.parametrize('changes, words', [
-    ({'candidates': 5}, 'candidates is 5.*population of 4'), ({'candidates': 0}, 'candidates is 0'),
+    ({'candidates': 5}, 'candidates is 5, it must lie between 1 and 4'), ({'candidates': 0}, 'candidates is 0'),
     ({'population': 0, 'candidates': 0}, 'population is 0'), ({'rounds': -1}, 'rounds is -1'),
-    ({'budget': 0, 'tail': 0}, 'budget is 0'), ({'tail': 0}, 'tail is 0'), ({'tail': 7}, 'tail is 7.*budget of 6'),
+    ({'budget': 0, 'tail': 0}, 'budget is 0'), ({'tail': 0}, 'tail is 0'), ({'tail': 7}, 'tail is 7, it must lie between 1 and 6'),
     ({'final_budget': 0}, 'final_budget is 0'), ({'compact': 'head'}, "compact is 'head'"),
     ({'compact': 'answer', 'answer_of': None}, 'needs answer_of'),
-    ({'questions': []}, 'questions is empty'), ({'questions': [[1], []]}, 'question 1 is empty')])
+    ({'questions': []}, 'questions: give at least one'), ({'questions': [[1], []]}, 'questions: give at least one')])
 def test_what_makes_no_sense_is_refused_in_one_line(changes, words):
     kwargs = dict(questions=[[1]], population=4, candidates=2, rounds=1, budget=6, tail=3,
                   answer_of=answer_of) | changes
@@ -513,9 +513,9 @@ def test_a_released_model_is_asked_in_its_chat_format(released_folder, monkeypat
 
 BAD_ARGUMENTS = {
     '--ckpt=nowhere': 'nowhere: no such folder',
-    '--candidates=5': 'candidates is 5: that many cannot be drawn from a population of 4',
+    '--candidates=5': 'candidates is 5, it must lie between 1 and 4',
     '--population=0': 'population is 0',
-    '--tail=50': 'tail is 50, more than the budget of 41',
+    '--tail=50': 'tail is 50, it must lie between 1 and 41',
     '--compact=head': "compact is 'head'",
     '--question=4x:a-2': 'is not a question like',
     '--budget=500': 'more than the context of 256',

@@ -210,6 +210,44 @@ def judge(question, text):
     return 'ok' if int(said) == value else 'wrong'
 
 
+def place_of(problem, text):
+    """Return how many steps of the program are done where the text of a trace ends, or None if it ends no such way."""
+    if re.search(r'</think>\d?(<\|end\|>)?$', text):
+        return problem.steps
+    if not (last := re.search(r'([1-9])([a-h])[-+*]\d=\d$', text)):
+        return None
+    return (problem.loops - int(last[1])) * len(problem.operations) + 'abcdefgh'.index(last[2]) + 1
+
+
+def verify(question, tails, output, budget):
+    """Return True if a rollout is right, False if not. question: text; tails: those that it read; output: its tokens.
+
+    Right is who states a value and goes on, step by step and leaving none out, from where a tail ended (without tails:
+    from the start) to the end, and says the right answer; or, if the budget ended first, whose last value is right.
+    Only the last value is looked at, not the way to it. Who answers without a solution is wrong, and so is who stops
+    early, stands still, or begins anew.
+    """
+    problem, text = parse(question), ENC.decode(output)
+    K, ends = len(problem.operations), {place_of(problem, ENC.decode(without_end(tail))) for tail in tails} or {0}
+    first = re.match(r'\d([1-9])([a-h])', text)
+    done = begin = (problem.loops - int(first[1])) * K + 'abcdefgh'.index(first[2]) if first else problem.steps
+    if begin not in ends or not re.match(r'\d', text):
+        return False
+    said, rest = text[0], text[1:]                 # the last value, and what comes after it
+    answer = f'</think>{solve(question)}<|end|>'
+    while True:
+        i = done % K
+        step = f'{problem.loops - done // K}{"abcdefgh"[i]}{problem.operations[i]}=' if done < problem.steps else answer
+        if step == answer or not re.match(re.escape(step) + r'\d', rest):
+            break
+        said, rest, done = rest[len(step)], rest[len(step) + 1:], done + 1
+    value = problem.start
+    for i in range(done):
+        value = apply(problem.operations[i % K], value)
+    cut = len(output) == budget and step.startswith(rest) and done > begin
+    return int(said) == value and (cut or rest == step == answer)
+
+
 def spaced(text):
     """Return the text of a trace with spaces between its steps, as in the first lines of this file."""
     return re.sub(r'^(\d)(?=\d)|(=\d)(?!<)', r'\1\2 ', text).rstrip()
