@@ -135,7 +135,7 @@ class Matrix(nn.Module):
         bits, width = matrices[0].bits, matrices[0].codes.shape[1] * 8 // matrices[0].bits
         joined = Matrix(bits, sum(len(m.codes) for m in matrices), width)
         joined.codes, joined.scale, joined.offset = (None if part[0] is None else torch.cat(part) for part in parts)
-        joined.pack(matrices[0].dtype, keep=True)
+        joined.pack(matrices[0].dtype, keep=False)              # for few rows only
         return joined
 
 
