@@ -79,7 +79,8 @@ def test_no_reward_without_a_solution():
     assert not task.verify(question, [], encode('54a-2=34b*7='), 11)
     assert task.verify(question, [tail], encode('43a-2=2'), 6)
     assert not task.verify(question, [tail], encode('54a-2=3'), 6)              # it begins anew
-    assert not task.verify(question, [tail], encode('4'), 1)                    # it stands still
+    for still in '4', '43a':                                    # it stands still
+        assert not task.verify(question, [tail], encode(still), len(encode(still)))
     assert not task.verify(question, [tail], encode('22b*7=4'), 6)              # it goes where no tail ends
     assert not task.verify(question, [tail], encode(f'{answer}</think>{answer}<|end|>'), 41)
     for end in f'1c+3={answer}', f'1b*7=11c+3={answer}</think>{answer}':        # all steps were done before
