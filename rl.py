@@ -255,7 +255,7 @@ def begin(config):
         os.makedirs(config.out_dir, exist_ok=True)
         shutil.copy(os.path.join(config.init_from, 'bpe.json'), config.out_dir)            # found with the weights
         return speaker, optimizers, balancer, 0, config.level, []
-    for thing, state in zip([*optimizers, balancer], saved['states']):          # momenta, not the old settings
+    for thing, state in zip([*optimizers, balancer.adamw], saved['states']):    # momenta, not the old settings
         thing.load_state_dict(thing.state_dict() | {'state': state['state']})
     return speaker, optimizers, balancer, saved['step'], saved['level'], saved['populations']
 
@@ -290,7 +290,7 @@ def train(config):
             bar.update()
             if save:
                 save_checkpoint(config.out_dir, {
-                    'model': model.state_dict(), 'states': [thing.state_dict() for thing in (*optimizers, balancer)],
+                    'model': model.state_dict(), 'states': [o.state_dict() for o in (*optimizers, balancer.adamw)],
                     'step': step, 'level': level, 'populations': populations, 'model_config': asdict(model.config)})
 
 

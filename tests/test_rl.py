@@ -14,7 +14,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from common import randomize, run_script, tiny_model, tokens
 from data.loops import task
 from data.problems import repeats
-from data.tokenizer import save_tokenizer
+from data.tokenizer import save_tokenizer, train_bpe
 from evidence import rl as evidence
 
 
@@ -285,7 +285,7 @@ def test_a_folder_of_another_kind_gets_one_line_and_stays(monkeypatch, capsys, t
     assert 'another kind of run' in message and (run_folder / 'ckpt.pt').read_bytes() == before
     model = tiny_model(vocab_size=300)
     save_checkpoint(tmp_path, {'model': model.state_dict(), 'model_config': asdict(model.config), 'step': 1})
-    save_tokenizer(tmp_path / 'bpe.json', task.ENC)
+    save_tokenizer(tmp_path / 'bpe.json', train_bpe(['so much, so far, so good'] * 3, 300))
     _, message = run_script(monkeypatch, capsys, 'rl.py', f'--out_dir={tmp_path / "new"}', f'--init_from={tmp_path}')
     assert 'was not trained on the loops task' in message
 
