@@ -196,7 +196,6 @@ def learn(model, optimizers, pairs, config, lr):
 
 
 # ---- prompts and rewards ----
-
 def draw_prompts(rng, n, level, populations, config):
     """Draw n prompts: [(question, tails, is it a round?)]. Rounds are the next of populations, which are taken out, or
     the first of a problem of any length: in all of them a round has as many steps to write."""
@@ -255,7 +254,7 @@ def begin(config):
         os.makedirs(config.out_dir, exist_ok=True)
         shutil.copy(os.path.join(config.init_from, 'bpe.json'), config.out_dir)            # found with the weights
         return speaker, optimizers, balancer, 0, config.level, []
-    for thing, state in zip([*optimizers, balancer], saved['states']):          # momenta, not the old settings
+    for thing, state in zip([*optimizers, balancer.adamw], saved['states']):    # momenta, not the old settings
         thing.load_state_dict(thing.state_dict() | {'state': state['state']})
     return speaker, optimizers, balancer, saved['step'], saved['level'], saved['populations']
 
@@ -265,6 +264,7 @@ def train(config):
     speaker, optimizers, balancer, step, level, populations = begin(config)
     model, held_out = speaker.model, task.test_problems('hard', config.eval_problems)
     longest = (model.config.context - 33) // task.STEP          # beside a question of 25 tokens, and 8 around the steps
+    level = min(level, longest)
     write_log(config.out_dir, None, COLUMNS, keep_until=step or -1)
     with tqdm(total=config.max_steps, initial=step, dynamic_ncols=True, mininterval=1, unit='step') as bar:
         while step < config.max_steps:
@@ -290,7 +290,7 @@ def train(config):
             bar.update()
             if save:
                 save_checkpoint(config.out_dir, {
-                    'model': model.state_dict(), 'states': [thing.state_dict() for thing in (*optimizers, balancer)],
+                    'model': model.state_dict(), 'states': [o.state_dict() for o in (*optimizers, balancer.adamw)],
                     'step': step, 'level': level, 'populations': populations, 'model_config': asdict(model.config)})
 
 

@@ -68,7 +68,7 @@ def rl(plt):
             axis.plot(*zip(*points), mark + style, color=color, fillstyle=fill, label=f'{method}, {run} RL')
             axis.plot(*zip(*[(i, value) for i in wrong for value in wrong[i]]), mark, color=color, markersize=2)
     axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel='steps of the problem', yscale='log',
-             ylim=(0.015, 100), ylabel='wrong answers, %')
+             ylim=(0.015, 100), ylabel='wrong answers, % (0.02: none)')
     figure.legend(loc='outside upper center', ncols=3, frameon=False)
     return figure
 

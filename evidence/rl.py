@@ -36,7 +36,7 @@ from rsa import load_speaker, markovian_rsa, sampler
 class EvidenceConfig:
     init_from: str = 'runs/loops'
     out: str = 'runs/rl_evidence'   # folder of the runs
-    seeds: int = 3                  # of RL; the model that it begins with is one
+    seeds: int = 3                  # of RL; they all begin with the same model
     problems: int = 100             # of each length
     max_steps: int = 28             # of a run
     splits: str = 'easy medium hard deep'

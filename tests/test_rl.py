@@ -14,7 +14,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from common import randomize, run_script, tiny_model, tokens
 from data.loops import task
 from data.problems import repeats
-from data.tokenizer import save_tokenizer
+from data.tokenizer import save_tokenizer, train_bpe
 from evidence import rl as evidence
 
 
@@ -79,7 +79,8 @@ def test_no_reward_without_a_solution():
     assert not task.verify(question, [], encode('54a-2=34b*7='), 11)
     assert task.verify(question, [tail], encode('43a-2=2'), 6)
     assert not task.verify(question, [tail], encode('54a-2=3'), 6)              # it begins anew
-    assert not task.verify(question, [tail], encode('4'), 1)                    # it stands still
+    for still in '4', '43a':                                    # it stands still
+        assert not task.verify(question, [tail], encode(still), len(encode(still)))
     assert not task.verify(question, [tail], encode('22b*7=4'), 6)              # it goes where no tail ends
     assert not task.verify(question, [tail], encode(f'{answer}</think>{answer}<|end|>'), 41)
     for end in f'1c+3={answer}', f'1b*7=11c+3={answer}</think>{answer}':        # all steps were done before
@@ -282,9 +283,10 @@ def test_a_folder_of_another_kind_gets_one_line_and_stays(monkeypatch, capsys, t
     before = (run_folder / 'ckpt.pt').read_bytes()
     _, message = run_script(monkeypatch, capsys, 'rl.py', f'--out_dir={run_folder}', f'--init_from={run_folder}')
     assert 'another kind of run' in message and (run_folder / 'ckpt.pt').read_bytes() == before
-    model = tiny_model(vocab_size=300)
+    enc = train_bpe(['so good'], 262)                           # not as many tokens as the task has
+    model = tiny_model(vocab_size=enc.n_vocab)
     save_checkpoint(tmp_path, {'model': model.state_dict(), 'model_config': asdict(model.config), 'step': 1})
-    save_tokenizer(tmp_path / 'bpe.json', task.ENC)
+    save_tokenizer(tmp_path / 'bpe.json', enc)
     _, message = run_script(monkeypatch, capsys, 'rl.py', f'--out_dir={tmp_path / "new"}', f'--init_from={tmp_path}')
     assert 'was not trained on the loops task' in message
 
