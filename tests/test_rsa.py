@@ -322,7 +322,8 @@ def test_without_answer_of_nobody_is_finished():
 @pytest.mark.parametrize('changes, words', [
     ({'candidates': 5}, 'candidates is 5, it must lie between 1 and 4'), ({'candidates': 0}, 'candidates is 0'),
     ({'population': 0, 'candidates': 0}, 'population is 0'), ({'rounds': -1}, 'rounds is -1'),
-    ({'budget': 0, 'tail': 0}, 'budget is 0'), ({'tail': 0}, 'tail is 0'), ({'tail': 7}, 'tail is 7, it must lie between 1 and 6'),
+    ({'budget': 0, 'tail': 0}, 'budget is 0'), ({'tail': 0}, 'tail is 0'),
+    ({'tail': 7}, 'tail is 7, it must lie between 1 and 6'),
     ({'final_budget': 0}, 'final_budget is 0'), ({'compact': 'head'}, "compact is 'head'"),
     ({'compact': 'answer', 'answer_of': None}, 'needs answer_of'),
     ({'questions': []}, 'questions: give at least one'), ({'questions': [[1], []]}, 'questions: give at least one')])
