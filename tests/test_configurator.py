@@ -4,10 +4,13 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import configurator
+from layers import bf16_inside
+from model import logits
 
 
 @dataclasses.dataclass
@@ -247,3 +250,27 @@ def test_what_a_person_can_put_right_is_one_line_and_a_failing_exit_code(error, 
 def test_what_is_our_own_mistake_keeps_its_traceback(error):
     with pytest.raises(error), configurator.one_line_errors('p.py'):
         raise error
+
+
+# ---- the type of products ----
+
+@pytest.mark.parametrize('seconds, chosen', [((3, 1), torch.bfloat16), ((1, 3), torch.float32),
+                                             ((1, 1), torch.float32)])
+def test_auto_takes_bf16_on_a_cpu_where_its_product_is_faster(monkeypatch, seconds, chosen):
+    clock = itertools.accumulate(itertools.cycle([0, seconds[0], 0, seconds[1]]))
+    monkeypatch.setattr(configurator.time, 'perf_counter', lambda: next(clock))
+    assert configurator.pick_dtype('auto', torch.device('cpu')) == chosen
+    assert configurator.pick_dtype('float32', torch.device('cpu')) == torch.float32
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_products_in_bf16_leave_the_head_in_float32(monkeypatch, dtype):
+    """Seen by the setting, not by the result: a CPU without bf16 units multiplies alike with both."""
+    linear, seen = F.linear, []
+    monkeypatch.setattr(F, 'linear', lambda x, W: [seen.append(bf16_inside()), linear(x, W)][1])
+    x, W = torch.randn(6, 8), torch.randn(5, 8)
+    with configurator.products_in(dtype, torch.device('cpu')):
+        F.linear(x, W)
+        assert logits(x, W).equal(x @ W.T) or dtype == torch.bfloat16
+        F.linear(x, W)
+    assert seen == [dtype == torch.bfloat16, False, dtype == torch.bfloat16]

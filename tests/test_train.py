@@ -114,6 +114,13 @@ def test_bfloat16_computes_in_bfloat16(dataset, tmp_path):
     assert full != half and max(abs(a - b) for a, b in zip(full, half)) < 0.05
 
 
+def test_a_run_keeps_the_type_it_began_with(dataset, tmp_path):
+    """'auto' measures once: the checkpoint remembers, or a resumed run would not be bit for bit the same."""
+    run(dataset, tmp_path, max_steps=2, dtype='bfloat16')
+    run(dataset, tmp_path, max_steps=3, dtype='auto')
+    assert load_checkpoint(tmp_path)['config']['dtype'] == 'bfloat16'
+
+
 def test_same_seed_gives_the_same_run_and_another_seed_another(dataset, tmp_path):
     for name, seed in ('a', 1), ('b', 1), ('c', 2):
         run(dataset, tmp_path / name, seed=seed)
