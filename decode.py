@@ -197,7 +197,7 @@ def recorded(run):
             mark = cache.mark()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):                     # once or twice unrecorded: some memory is set up then
+            with torch.cuda.stream(stream):                     # twice unrecorded: memory is set up in the first calls
                 run(model, *held.inputs, cache)
                 run(model, *held.inputs, cache)
             torch.cuda.current_stream().wait_stream(stream)
