@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,10 +34,11 @@ class FullSizeConfig:
     bits: int = 0                   # measure one only: 16, 8 or 4; 0: all, each in a process of its own
     peer: bool = False              # transformers as well, in bf16
     steps: int = 8                  # of decoding, timed
+    layers: int = 40                # fewer of that size, where the disk or the time is short
     tiny: bool = False              # a tiny model, to see that it works
 
     def __post_init__(self):
-        configurator.check_ranges(self, steps=(1, None), bits=(0, 16))
+        configurator.check_ranges(self, steps=(1, None), bits=(0, 16), layers=(1, 40))
 
 
 TINY = ZayaConfig(vocab_size=512, context=16_384, n_layer=2, n_embd=128, n_head=4, n_kv_head=2, head_dim=32, n_expert=4,
@@ -142,7 +143,7 @@ def measure(folder, config, bits, peer, steps):
 
 
 def main(config):
-    sizes = TINY if config.tiny else ZayaConfig.zaya1_8b()
+    sizes = TINY if config.tiny else replace(ZayaConfig.zaya1_8b(), n_layer=config.layers)
     folder = {bits: config.folder.rstrip('/') + {16: '', 8: '-int8', 4: '-int4'}[bits] for bits in (16, 8, 4)}
     if not os.path.exists(os.path.join(folder[16], 'config.json')):
         os.makedirs(folder[16], exist_ok=True)
