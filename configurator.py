@@ -139,19 +139,19 @@ def pick_device(name):
 
 def pick_dtype(name, device, width=256):
     """'auto', 'float32' or 'bfloat16' -> the torch.dtype of matrix products. 'auto': bfloat16 on cuda, and on a CPU
-    that is at least 1.3 times as fast with it, which a product of a model's width shows in some 20 ms."""
+    that is at least 1.5 times as fast with it, which a product of a model's width shows in some 20 ms."""
     import torch
     if name != 'auto' or device.type not in ('cpu', 'cuda'):
         return torch.bfloat16 if name == 'bfloat16' else torch.float32
     if device.type == 'cuda':
         return torch.bfloat16
-    x, W, seconds = torch.randn(512, width), torch.randn(width, 2 * width), {}
-    for dtype in 3 * [torch.float32, torch.bfloat16]:           # in turns; the first of each is to warm up
+    x, W, seconds = torch.randn(512, width), torch.randn(width, 2 * width), {torch.float32: [], torch.bfloat16: []}
+    for dtype in 10 * list(seconds):                            # in turns, and the best counts: the machine may be busy
         products_in(dtype, device)
         began = time.perf_counter()
         x @ W
-        seconds[dtype] = time.perf_counter() - began
-    choice = torch.tensor(int(seconds[torch.float32] > 1.3 * seconds[torch.bfloat16]))
+        seconds[dtype].append(time.perf_counter() - began)
+    choice = torch.tensor(int(min(seconds[torch.float32]) > 1.5 * min(seconds[torch.bfloat16])))
     if torch.distributed.is_initialized():                      # all processes do as the first: its measurement counts
         torch.distributed.broadcast(choice, 0)
     return torch.bfloat16 if choice else torch.float32
