@@ -145,7 +145,8 @@ def pick_dtype(name, device, width=256):
         return torch.bfloat16 if name == 'bfloat16' else torch.float32
     if device.type == 'cuda':
         return torch.bfloat16
-    x, W, seconds = torch.randn(512, width), torch.randn(width, 2 * width), {torch.float32: [], torch.bfloat16: []}
+    width, seconds = max(width, 256), {torch.float32: [], torch.bfloat16: []}
+    x, W = torch.randn(512, width), torch.randn(width, 2 * width)
     for dtype in 10 * list(seconds):                            # in turns, and the best counts: the machine may be busy
         products_in(dtype, device)
         began = time.perf_counter()
