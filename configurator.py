@@ -145,14 +145,15 @@ def pick_dtype(name, device, width=256):
         return torch.bfloat16 if name == 'bfloat16' else torch.float32
     if device.type == 'cuda':
         return torch.bfloat16
-    width, seconds = max(width, 256), {torch.float32: [], torch.bfloat16: []}
+    width, seconds, results = max(width, 256), {torch.float32: [], torch.bfloat16: []}, {}
     x, W = torch.randn(512, width), torch.randn(width, 2 * width)
     for dtype in 10 * list(seconds):                            # in turns, and the best counts: the machine may be busy
         products_in(dtype, device)
         began = time.perf_counter()
-        x @ W
+        results[dtype] = x @ W
         seconds[dtype].append(time.perf_counter() - began)
-    choice = torch.tensor(int(min(seconds[torch.float32]) > 1.5 * min(seconds[torch.bfloat16])))
+    differ = not results[torch.float32].equal(results[torch.bfloat16])          # or it has no bf16 units
+    choice = torch.tensor(int(differ and min(seconds[torch.float32]) > 1.5 * min(seconds[torch.bfloat16])))
     if torch.distributed.is_initialized():                      # all processes do as the first: its measurement counts
         torch.distributed.broadcast(choice, 0)
     return torch.bfloat16 if choice else torch.float32
