@@ -61,9 +61,8 @@ CONFIG = {f'{key}?': value for key, value in CONFIG_FIXED.items()} | {
 WEIGHTS = {'model': {str: torch.Tensor}, 'step': range(2 ** 63), 'tokenizer?': str,
            'model_config': {'vocab_size': int} | {f'{key}?': kind for key, kind in kinds.items()}}
 ADAMW = {'step': torch.Tensor, 'exp_avg': torch.Tensor, 'exp_avg_sq': torch.Tensor}
-RESUMABLE = WEIGHTS | {'config': {str: object}, 'optimizers': [{'state': {int: {'momentum': torch.Tensor}}},
-                                                                {'state': {int: ADAMW}}],
-                       'balancer': {'state': {int: ADAMW}}}
+RESUMABLE = WEIGHTS | {'config': {str: (bool, int, float, str)}, 'balancer': {'state': {int: ADAMW}},
+                       'optimizers': [{'state': {int: {'momentum': torch.Tensor}}}, {'state': {int: ADAMW}}]}
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 

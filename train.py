@@ -137,7 +137,7 @@ def take_up(config, model, optimizers, balancer, tokenizer, say):
         return 0
     restore([*optimizers, balancer.adamw], [*saved['optimizers'], saved['balancer']], folder)
     if config.dtype == 'auto':                                  # measured once, for all of the run
-        config.dtype = saved['config']['dtype']
+        config.dtype = saved['config'].get('dtype', 'auto')
     changed = [f'{key} {saved["config"].get(key)} -> {value}' for key, value in asdict(config).items()
                if saved['config'].get(key) != value]
     say(f'continuing {folder} at step {saved["step"]} of {config.max_steps}'

@@ -15,7 +15,6 @@ What should be is written as data that looks like what it describes, a `kind`:
 import contextlib
 import itertools
 import json
-import math
 import os
 import re
 
@@ -48,7 +47,7 @@ def check(value, kind, where, key=''):
     elif isinstance(kind, type):
         types = (int, float) if kind is float else kind         # True is an int to isinstance
         if not isinstance(value, types) or type(value) is bool and kind in (int, float) or \
-                kind is float and not math.isfinite(value):
+                kind is float and not -1e308 < value < 1e308:   # nor is NaN, or a whole number that no float can hold
             refuse(value, kind, where, key)
     elif isinstance(kind, range):
         if type(value) is not int or value not in kind:
