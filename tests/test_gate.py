@@ -30,7 +30,8 @@ KIND = {'n': range(1, 9), 'rate': float, 'name?': (None, str), 'list': [{'x': in
         'pair': [bool, 2], 'any': {str: int}}
 GOOD = {'n': 8, 'rate': 1, 'list': [{'x': 1}, {'x': -2, 'more': 0}], 'pair': [True, 2], 'any': {}}
 BAD = {'n is 9, it must be a whole number from 1 to 8': {'n': 9}, 'n is True': {'n': True},
-       'rate is nan, it must be a finite number': {'rate': math.nan}, 'rate is 1000000': {'rate': 10 ** 400}, 'rate is False': {'rate': False},
+       'rate is nan, it must be a finite number': {'rate': math.nan}, 'rate is False': {'rate': False},
+       'rate is 1000000': {'rate': 10 ** 400},
        'name is 3, it must be None or text': {'name': 3}, 'list is a dict, it must be a list': {'list': {}},
        'list[1].x is missing': {'list': [{'x': 1}, {}]}, "list[0].x is 'a', it must be a whole": {'list': [{'x': 'a'}]},
        'pair has 3 entries, it must have 2': {'pair': [True, 2, 2]}, 'pair[1] is 3, it must be 2': {'pair': [True, 3]},
