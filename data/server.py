@@ -11,8 +11,8 @@ A tail is cut in tokens of the tokenizer in the folder --ckpt, which needs no we
 characters, each of which counts as a token. Either way it goes into the next prompt as text, which the server encodes
 anew: where that gives the tokens that the model wrote, temperature 0 gives the results of rsa.py without --server.
 
-Reasoning ends with </think>, or comes apart from the rest (`reasoning_content`, `reasoning`). Some servers show neither.
-So the answer in a reply that came to an end without them is all of it, which locally would be no answer.
+Reasoning ends with </think>, or comes apart from the rest (`reasoning_content`, `reasoning`). Some servers show
+neither, so the answer in a reply that came to an end without them is all of it, which locally would be no answer.
 
 What fails for the moment (no connection, silence, 429, 500 and above, a reply that breaks off) is asked for again after
 1, 2, 4, ... seconds, or when the server says. Each whole reply is kept in FILE.replies at once, for the time of its
@@ -108,8 +108,11 @@ def key():
 
 def describe(error):
     """What went wrong, in one short line without the key."""
-    cause = f' ({error.__cause__})' if str(error.__cause__ or '') else ''
-    text = ' '.join(f'{str(error) or type(error).__name__}{cause}'.replace(key(), '***').split())
+    if hasattr(error, 'status_code'):
+        text = f'{error.status_code}, {error.response.text}'
+    else:
+        text = (str(error) or type(error).__name__) + f' ({error.__cause__})' * bool(str(error.__cause__ or ''))
+    text = ' '.join(text.replace(key(), '***').split())
     return text if len(text) < 300 else text[:300] + '...'
 
 
@@ -128,12 +131,14 @@ def sampler(speaker, config, stream=None, first=0):
                 {'min_p': config.min_p} if config.min_p else {})} for row, prompt in enumerate(prompts)]
         keys = [hashlib.sha256(json.dumps(request).encode()).hexdigest() for request in requests]
         kept = take_up(speaker, keys)
-        with open(speaker.replies or os.devnull, 'a', encoding='utf-8') as file:
-            def keep(row, reply):
-                write(file, reply | {'key': keys[row]})
-                kept[keys[row]] = reply
-            missing = {row: request for row, request in enumerate(requests) if keys[row] not in kept}
-            asyncio.run(ask_all(config, missing, keep, stream or (lambda row, text: None)))
+
+        def keep(row, reply):
+            kept[keys[row]] = reply
+            if speaker.replies:
+                with open(speaker.replies, 'a', encoding='utf-8') as file:
+                    write(file, reply | {'key': keys[row]})
+        missing = {row: request for row, request in enumerate(requests) if keys[row] not in kept}
+        asyncio.run(ask_all(config, missing, keep, stream or (lambda row, text: None)))
         replies = [kept[k] for k in keys]
         for prompt, reply in zip(prompts, replies):
             prompt.tokens = reply['prompt']

@@ -1,5 +1,6 @@
 """Markovian RSA on a server: a real one, `transformers serve` with a tiny random model, against the local run; then a
 stand-in that fails in every way that servers do."""
+import asyncio
 import json
 import os
 import socket
@@ -27,16 +28,18 @@ FLAGS = ['--population=3', '--candidates=2', '--rounds=1', '--budget=12', '--tai
 
 
 @pytest.fixture(autouse=True)
-def key_and_patience(monkeypatch):
+def slept(monkeypatch):
+    """The seconds that were waited for between tries, in no time. And a key for the server."""
+    seconds, sleep = [], asyncio.sleep
+    monkeypatch.setattr(server.asyncio, 'sleep', lambda t: seconds.append(t) or sleep(0))
     monkeypatch.setenv('OPENAI_API_KEY', SECRET)
-    monkeypatch.setattr(server, 'WAIT', 0.01)
+    return seconds
 
 
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory):
     """A random model in the released layout that says what comes back from text as the same tokens: letters and digits
-    that no token joins, </think>, and the end. Their rows of the embedding alone are not 0, so some other has the
-    largest logit."""
+    that no token joins, </think>, and the end. The other rows of the embedding are 0: none of them is the likeliest."""
     folder = write_language(tmp_path_factory.mktemp('served'))
     tokenizer = json.loads((folder / 'tokenizer.json').read_text())
     for token in tokenizer['added_tokens']:                     # a server shows no special tokens
@@ -44,7 +47,7 @@ def folder(tmp_path_factory):
     (folder / 'tokenizer.json').write_text(json.dumps(tokenizer))
     vocab = tokenizer['model']['vocab']
     said = [vocab[c] for c in string.digits + 'bdfgjklmpqxz'] + [vocab['</think>'], vocab['<|im_end|>']]
-    model = tiny_model(1, vocab_size=300, context=1024, skip_expert=True)
+    model = tiny_model(36, vocab_size=300, context=1024, skip_expert=True)      # some of its replies hold an answer
     with torch.no_grad():
         for name, p in model.named_parameters():                # what it says shall depend on what it reads
             if name.endswith(('residual_bias', 'branch_bias', 'embedding_bias')):
@@ -54,6 +57,9 @@ def folder(tmp_path_factory):
         silent = torch.ones(300, dtype=torch.bool)
         silent[said] = False
         model.embedding.weight[silent] = 0
+        model.embedding.weight[[vocab['</think>'], vocab['<|im_end|>']]] *= 1.5
+        for router in model.routers:                            # as the reference loads it, whatever it was
+            router.balancing_bias[-1] = -1
     model.released_config = {'eos_token_id': 2}
     save_pretrained(model, folder)
     return folder
@@ -62,7 +68,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def problems(tmp_path):
     path = tmp_path / 'p.jsonl'
-    path.write_text('{"problem": "What is 2 + 2?", "answer": 4}\n{"problem": "And 3?", "answer": "3"}\n')
+    path.write_text('{"problem": "7 * 6?", "answer": "35"}\n')
     return path
 
 
@@ -103,25 +109,25 @@ def real(folder):
 
 
 def test_at_temperature_0_a_server_gives_the_results_of_the_local_run(real, folder, problems, monkeypatch, capsys):
+    problems.write_text(problems.read_text() + '{"problem": "And 3?", "answer": 3}\n')
     flags = [f'--problems={problems}', f'--ckpt={folder}', '--temperature=0', *FLAGS]
     here, there = problems.with_name('here'), problems.with_name('there')
     out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--out={here}', '--device=cpu', *flags)
     assert message is None
-    table, message = run_script(monkeypatch, capsys, 'rsa.py', f'--out={there}', f'--server={real}', f'--model={folder}',
-                                *flags)
+    flags[-len(FLAGS):] = [f'--server={real}', f'--model={folder}', *FLAGS]
+    table, message = run_script(monkeypatch, capsys, 'rsa.py', f'--out={there}', *flags)
     assert message is None and f'tails are counted in tokens of {folder}' in table
     assert rows_of(there) == rows_of(here)                      # answers, tails, draws, tokens, the longest prompt
-    answers = [answer for row in rows_of(here) for answer in row['answers']]
-    print(json.dumps(rows_of(here)[:1]), answers)
-    assert any(answers) and None in answers
+    assert [row['answers'] for row in rows_of(here)] == [['35'] * 3, [None] * 3, [None] * 3, [None] * 3]
     assert table.splitlines()[-1].split('|')[1:7] == out.splitlines()[-1].split('|')[1:7]
 
 
 def test_without_a_tokenizer_a_tail_is_so_many_characters(real, folder, problems, monkeypatch, capsys):
-    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--server={real}', f'--model={folder}', *FLAGS,
-                              '--question=What is 2 + 2?', '--temperature=0', '--show=True', '--tail=1')
+    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--server={real}', f'--model={folder}', '--budget=6',
+                              '--question=7 * 6?', '--temperature=0', '--show=True', '--tail=1', '--population=1',
+                              '--candidates=1', '--rounds=1')
     assert message is None and 'tails are counted in characters, 4 to a token' in out
-    assert 'tokens generated' in out
+    assert out.endswith('answers: none; 12 tokens generated\n')
 
 
 def test_a_real_server_s_refusal_is_one_line(real, problems, monkeypatch, capsys):
@@ -139,7 +145,7 @@ class StandIn(ThreadingHTTPServer):
 
     def __init__(self, fault):
         self.fault, self.requests, self.now, self.most, self.lock = fault, [], 0, 0, threading.Lock()
-        self.models, self.usage, self.released = ['tiny'], True, threading.Event()
+        self.models, self.released = ['tiny'], threading.Event()
         super().__init__(('127.0.0.1', 0), Handler)
         self.url = f'http://127.0.0.1:{self.server_port}/v1'
 
@@ -178,7 +184,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, body, fault):
         if fault in (401, 429, 500, 503):
-            headers = {'Retry-After': '0.3'} if fault == 429 else {}
+            headers = {'Retry-After': '77'} if fault == 429 else {}
             return self.whole(fault, {'error': {'message': f'not now, {self.headers["Authorization"]}'}}, headers)
         if fault == 'no answer':
             self.close_connection = True
@@ -191,7 +197,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header('Content-Type', 'text/event-stream')
         self.send_header('Transfer-Encoding', 'chunked')
         self.end_headers()
-        said = f'so {body["seed"]} is it</think>\\boxed{{{body["seed"] % 5}}}'
+        thought, said = f'so {body["seed"]} is it', f'\\boxed{{{body["seed"] % 5}}}'
+        if fault in ('reasoning', 'reasoning_content'):
+            self.event({'choices': [{'index': 0, 'delta': {fault: thought}}]})
+        elif fault != 'answer only':
+            said = f'{thought}</think>{said}'
         usage = {'prompt_tokens': 100 + body['seed'] % 7, 'completion_tokens': 1 + body['seed'] % 11, 'total_tokens': 0}
         for i in range(0, len(said), 8):
             if i and fault == 'breaks off':
@@ -199,8 +209,8 @@ class Handler(BaseHTTPRequestHandler):
                 return
             if i and fault == 'ends':
                 break
-            if fault == 'slow':
-                time.sleep(0.05)
+            if isinstance(fault, float):
+                time.sleep(fault)
             self.event({'choices': [{'index': 0, 'delta': {'content': said[i:i + 8]}}]})
         if fault == 'error':
             self.event({'error': {'message': 'the engine is dead'}})
@@ -246,7 +256,7 @@ def whole(problems, monkeypatch, capsys):
     """The rows of a run in which nothing fails."""
     with stand_in() as s:
         _, message, path = run(monkeypatch, capsys, s.url, problems, 'whole')
-    assert message is None and len(s.requests) == 12
+    assert message is None and len(s.requests) == 6
     return rows_of(path)
 
 
@@ -254,54 +264,47 @@ def whole(problems, monkeypatch, capsys):
     (500, '500'), (503, '503'), (429, '429'), ('no answer', 'Connection error'), ('breaks off', 'closed'),
     ('ends', 'the reply broke off'), ('error', 'the engine is dead'), ('no usage', 'before its usage was told')])
 def test_whatever_fails_for_the_moment_is_asked_for_again_and_changes_nothing(
-        fault, words, whole, problems, monkeypatch, capsys):
+        fault, words, whole, problems, monkeypatch, capsys, slept):
     said = []
     monkeypatch.setattr(server.tqdm, 'write', lambda text, file: said.append(text))
-    with stand_in(lambda number, body: fault if number % 3 == 1 else None) as s:
+    with stand_in(lambda number, body: fault if number in (1, 4, 5, 6) else None) as s:
         _, message, path = run(monkeypatch, capsys, s.url, problems, 'out', '--parallel=1')
-    assert message is None and rows_of(path) == whole and len(s.requests) == 12 + len(said) == 18
-    assert all(words in line and 'try 2 of 8' in line and '\n' not in line and SECRET not in line for line in said)
-    waits = [float(line.split(' in ')[-1].split()[0]) for line in said]
-    assert len(waits) == 6
-
-
-def test_a_server_that_asks_for_time_gets_it(problems, monkeypatch, capsys):
-    began = time.monotonic()
-    with stand_in(lambda number, body: 429 if number == 1 else None) as s:
-        _, message, _ = run(monkeypatch, capsys, s.url, problems, 'out')
-    assert message is None and time.monotonic() - began > 0.3 > 10 * server.WAIT
+    assert message is None and rows_of(path) == whole and len(s.requests) == 6 + len(said) == 10
+    assert all(words in line and 'of 8 in' in line and '\n' not in line and SECRET not in line for line in said)
+    if fault == 429:
+        assert slept == [77] * 4                                # what the server asked for
+    else:
+        assert all(n <= seconds <= 1.5 * n for n, seconds in zip([1, 1, 2, 4], slept, strict=True))
 
 
 def test_a_server_that_dies_in_mid_run_costs_nothing_that_it_had_said(whole, problems, monkeypatch, capsys):
     monkeypatch.setattr(server, 'TRIES', 2)
-    with stand_in(lambda number, body: 'no answer' if number > 8 else None) as dying:
+    with stand_in(lambda number, body: 'no answer' if number > 4 else None) as dying:
         _, message, path = run(monkeypatch, capsys, dying.url, problems, 'out', '--parallel=1')
-    assert message == f'rsa.py: {dying.url} failed 2 times, at last with: Connection error.' + message.partition('error.')[2]
-    assert rows_of(path) == whole[:2] and len(dying.requests) == 10             # two rounds, and two replies of another
+    assert message.startswith(f'rsa.py: {dying.url} failed 2 times, at last with: Connection error.')
+    assert rows_of(path) == whole[:1] and len(dying.requests) == 6              # a round, and one reply of another
     with stand_in() as s:
         _, message, path = run(monkeypatch, capsys, s.url, problems, 'out')
-    assert message is None and rows_of(path) == whole and len(s.requests) == 4
-    assert {str(body) for body in dying.requests[:8] + s.requests} == {str(body) for body in dying.requests[:8]} | {
-        str(body) for body in s.requests} and not {str(b) for b in dying.requests[:8]} & {str(b) for b in s.requests}
+    assert message is None and rows_of(path) == whole and len(s.requests) == 2
 
 
 def test_a_killed_run_asks_for_the_missing_replies_only(whole, problems, monkeypatch, capsys):
     path = problems.with_name('out')
-    with stand_in(lambda number, body: 'silent' if number > 7 else None) as s:
+    with stand_in(lambda number, body: 'silent' if number > 4 else None) as s:
         process = subprocess.Popen([sys.executable, 'rsa.py', f'--server={s.url}', f'--problems={problems}',
                                     f'--out={path}', *FLAGS, '--parallel=1'], cwd=ROOT, env=ENV | os.environ,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while len(s.requests) < 8:
+        while len(s.requests) < 5:
             assert process.poll() is None
             time.sleep(0.02)
         process.kill()
         process.wait()
-    assert rows_of(path) == whole[:2]
+    assert rows_of(path) == whole[:1]
     with open(f'{path}.replies', 'ab') as file:
         file.write(b'{"key": "cut in its mi')                   # as if it had been killed while it wrote
     with stand_in() as s:
         _, message, path = run(monkeypatch, capsys, s.url, problems, 'out')
-    assert message is None and rows_of(path) == whole and len(s.requests) == 5
+    assert message is None and rows_of(path) == whole and len(s.requests) == 2
 
 
 def test_replies_of_a_run_that_is_begun_anew_are_not_used(whole, problems, monkeypatch, capsys):
@@ -309,7 +312,7 @@ def test_replies_of_a_run_that_is_begun_anew_are_not_used(whole, problems, monke
         problems.with_name('whole').unlink()
         assert problems.with_name('whole.replies').exists()
         _, message, path = run(monkeypatch, capsys, s.url, problems, 'whole')
-    assert message is None and rows_of(path) == whole and len(s.requests) == 12
+    assert message is None and rows_of(path) == whole and len(s.requests) == 6
 
 
 def test_a_silent_server_is_given_up_in_one_line(problems, monkeypatch, capsys):
@@ -321,23 +324,30 @@ def test_a_silent_server_is_given_up_in_one_line(problems, monkeypatch, capsys):
 
 
 def test_a_slow_server_is_waited_for_as_long_as_it_says_something(whole, problems, monkeypatch, capsys):
-    monkeypatch.setattr(server, 'SILENCE', 0.2)
-    with stand_in(lambda number, body: 'slow' if number < 3 else None) as s:    # 0.25 s for a reply
+    monkeypatch.setattr(server, 'SILENCE', 0.6)
+    with stand_in(lambda number, body: 0.2 if number == 1 else None) as s:      # a second and more for a reply
         _, message, path = run(monkeypatch, capsys, s.url, problems, 'out')
-    assert message is None and rows_of(path) == whole and len(s.requests) == 12
+    assert message is None and rows_of(path) == whole and len(s.requests) == 6
 
 
 def test_a_refusal_is_one_line_at_once_and_does_not_tell_the_key(problems, monkeypatch, capsys):
     with stand_in(lambda number, body: 401) as s:
         _, message, _ = run(monkeypatch, capsys, s.url, problems, 'out', '--parallel=1')
-    assert 'refused: Error code: 401' in message and 'Bearer ***' in message and len(s.requests) == 1
+    assert 'refused: 401, ' in message and 'Bearer ***' in message and len(s.requests) == 1
 
 
-@pytest.mark.parametrize('parallel', [1, 2])
-def test_no_more_requests_than_the_bound_are_under_way(parallel, whole, problems, monkeypatch, capsys):
-    with stand_in(lambda number, body: 'slow') as s:
-        _, message, path = run(monkeypatch, capsys, s.url, problems, 'out', f'--parallel={parallel}')
-    assert message is None and s.most == parallel and rows_of(path) == whole
+def test_no_more_requests_than_the_bound_are_under_way(whole, problems, monkeypatch, capsys):
+    with stand_in(lambda number, body: 0.02) as s:
+        _, message, path = run(monkeypatch, capsys, s.url, problems, 'out', '--parallel=2')
+    assert message is None and s.most == 2 and rows_of(path) == whole
+
+
+@pytest.mark.parametrize('fault', ['reasoning', 'reasoning_content', 'answer only'])
+def test_reasoning_may_come_apart_or_not_at_all(fault, whole, problems, monkeypatch, capsys):
+    with stand_in(lambda number, body: fault) as s:
+        _, message, path = run(monkeypatch, capsys, s.url, problems, 'out')
+    assert message is None and rows_of(path)[0]['answers'] == whole[0]['answers'] and None not in whole[0]['answers']
+    assert fault == 'answer only' or rows_of(path) == whole
 
 
 def test_cost_is_what_the_server_counted(whole, problems, monkeypatch, capsys):
@@ -355,7 +365,7 @@ def test_a_request_holds_the_settings_of_sampling_and_a_seed_of_its_own(problems
         run(monkeypatch, capsys, s.url, problems, 'more', '--min_p=0.1')
     assert {(b['model'], b['temperature'], b['top_p'], b.get('min_p'), b['stream']) for b in plain} == {
         ('tiny', 0.5, 0.9, None, True)} and {b['min_p'] for b in s.requests} == {0.1}
-    assert sorted(b['max_tokens'] for b in plain) == [12] * 6 + [14] * 6 and len({b['seed'] for b in plain}) == 12
+    assert sorted(b['max_tokens'] for b in plain) == [12] * 3 + [14] * 3 and len({b['seed'] for b in plain}) == 6
     assert all([m['role'] for m in b['messages']] == ['user'] for b in plain)
 
 
@@ -379,7 +389,7 @@ def test_a_server_with_one_model_need_not_be_told_which(problems, monkeypatch, c
 def test_a_dry_run_asks_the_server_for_nothing(problems, monkeypatch, capsys):
     with stand_in() as s:
         out, message, path = run(monkeypatch, capsys, s.url, problems, 'out', '--dry_run=True')
-    assert message is None and 'at most 72 a problem, 144 in all' in out and not s.requests and not path.exists()
+    assert message is None and 'at most 72 a problem, 72 in all' in out and not s.requests and not path.exists()
 
 
 # ---- text ----
