@@ -92,7 +92,7 @@ def only_model(url):
     """Return the name of the model that a server has. Raise ValueError if there are several, or it cannot be asked."""
     openai = package('openai')
     try:
-        with openai.OpenAI(base_url=url, api_key=key(), max_retries=2, timeout=10) as client:
+        with openai.OpenAI(base_url=url, api_key=key(), max_retries=0, timeout=10) as client:
             names = [model.id for model in client.models.list()]
     except Exception as error:                                  # whatever a network can do
         raise ValueError(f'{url} does not say which models it has ({describe(error)}); is it running? Else name one '

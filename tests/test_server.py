@@ -122,14 +122,6 @@ def test_at_temperature_0_a_server_gives_the_results_of_the_local_run(real, fold
     assert table.splitlines()[-1].split('|')[1:7] == out.splitlines()[-1].split('|')[1:7]
 
 
-def test_without_a_tokenizer_a_tail_is_so_many_characters(real, folder, problems, monkeypatch, capsys):
-    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--server={real}', f'--model={folder}', '--budget=6',
-                              '--question=7 * 6?', '--temperature=0', '--show=True', '--tail=1', '--population=1',
-                              '--candidates=1', '--rounds=1')
-    assert message is None and 'tails are counted in characters, 4 to a token' in out
-    assert out.endswith('answers: none; 12 tokens generated\n')
-
-
 def test_a_real_server_s_refusal_is_one_line(real, problems, monkeypatch, capsys):
     _, message = run_script(monkeypatch, capsys, 'rsa.py', f'--server={real}', '--model=another',
                             f'--problems={problems}', *FLAGS)
@@ -151,6 +143,10 @@ class StandIn(ThreadingHTTPServer):
 
     def handle_error(self, *_):
         pass                                                    # who was killed hangs up
+
+
+def thought(body):
+    return f'first {body["seed"]}, or is it {body["seed"] // 2}?'
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -197,13 +193,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header('Content-Type', 'text/event-stream')
         self.send_header('Transfer-Encoding', 'chunked')
         self.end_headers()
-        thought, said = f'so {body["seed"]} is it', f'\\boxed{{{body["seed"] % 5}}}'
+        said = f'\\boxed{{{body["seed"] % 5}}}'
         if fault in ('reasoning', 'reasoning_content'):
-            self.event({'choices': [{'index': 0, 'delta': {fault: thought}}]})
+            self.event({'choices': [{'index': 0, 'delta': {fault: thought(body)}}]})
         elif fault != 'answer only':
-            said = f'{thought}</think>{said}'
+            said = f'{thought(body)}</think>{said}'
         usage = {'prompt_tokens': 100 + body['seed'] % 7, 'completion_tokens': 1 + body['seed'] % 11, 'total_tokens': 0}
-        for i in range(0, len(said), 8):
+        for i in range(0, len(said), 12):
             if i and fault == 'breaks off':
                 self.close_connection = True
                 return
@@ -211,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
                 break
             if isinstance(fault, float):
                 time.sleep(fault)
-            self.event({'choices': [{'index': 0, 'delta': {'content': said[i:i + 8]}}]})
+            self.event({'choices': [{'index': 0, 'delta': {'content': said[i:i + 12]}}]})
         if fault == 'error':
             self.event({'error': {'message': 'the engine is dead'}})
         elif fault != 'ends':
@@ -251,13 +247,20 @@ def run(monkeypatch, capsys, url, problems, name, *flags):
     return out, message, path
 
 
+@pytest.fixture(scope='module')
+def once():
+    return {}
+
+
 @pytest.fixture
-def whole(problems, monkeypatch, capsys):
+def whole(once, problems, monkeypatch, capsys):
     """The rows of a run in which nothing fails."""
-    with stand_in() as s:
-        _, message, path = run(monkeypatch, capsys, s.url, problems, 'whole')
-    assert message is None and len(s.requests) == 6
-    return rows_of(path)
+    if not once:
+        with stand_in() as s:
+            _, message, path = run(monkeypatch, capsys, s.url, problems, 'whole')
+        assert message is None and len(s.requests) == 6
+        once['rows'] = rows_of(path)
+    return once['rows']
 
 
 @pytest.mark.parametrize('fault, words', [
@@ -309,10 +312,11 @@ def test_a_killed_run_asks_for_the_missing_replies_only(whole, problems, monkeyp
 
 def test_replies_of_a_run_that_is_begun_anew_are_not_used(whole, problems, monkeypatch, capsys):
     with stand_in() as s:
-        problems.with_name('whole').unlink()
-        assert problems.with_name('whole.replies').exists()
-        _, message, path = run(monkeypatch, capsys, s.url, problems, 'whole')
-    assert message is None and rows_of(path) == whole and len(s.requests) == 6
+        for count in 6, 12:
+            _, message, path = run(monkeypatch, capsys, s.url, problems, 'out')
+            assert message is None and rows_of(path) == whole and len(s.requests) == count
+            path.unlink()
+            assert path.with_name('out.replies').exists()
 
 
 def test_a_silent_server_is_given_up_in_one_line(problems, monkeypatch, capsys):
@@ -348,6 +352,16 @@ def test_reasoning_may_come_apart_or_not_at_all(fault, whole, problems, monkeypa
         _, message, path = run(monkeypatch, capsys, s.url, problems, 'out')
     assert message is None and rows_of(path)[0]['answers'] == whole[0]['answers'] and None not in whole[0]['answers']
     assert fault == 'answer only' or rows_of(path) == whole
+
+
+def test_without_a_tokenizer_a_tail_is_four_characters_for_each_token(whole, problems, monkeypatch, capsys):
+    with stand_in() as s:
+        out, message, _ = run(monkeypatch, capsys, s.url, problems, 'out')
+    assert message is None and 'tails are counted in characters, 4 to a token' in out
+    tails, prompts = whole[0]['tails'], [body['messages'][0]['content'] for body in s.requests[3:]]
+    assert sorted(tails) == sorted(thought(body)[-4 * 5:] for body in s.requests[:3])
+    for i, j in whole[1]['draws']:
+        assert any(f'--- 1 ---\n{tails[i]}\n--- 2 ---\n{tails[j]}\n' in prompt for prompt in prompts)
 
 
 def test_cost_is_what_the_server_counted(whole, problems, monkeypatch, capsys):
