@@ -311,12 +311,12 @@ def test_a_killed_run_asks_for_the_missing_replies_only(whole, problems, monkeyp
 
 
 def test_replies_of_a_run_that_is_begun_anew_are_not_used(whole, problems, monkeypatch, capsys):
-    with stand_in() as s:
-        for count in 6, 12:
-            _, message, path = run(monkeypatch, capsys, s.url, problems, 'out')
-            assert message is None and rows_of(path) == whole and len(s.requests) == count
-            path.unlink()
-            assert path.with_name('out.replies').exists()
+    with stand_in(lambda number, body: 401 if number == 3 else None) as s:
+        _, message, path = run(monkeypatch, capsys, s.url, problems, 'out', '--parallel=1')
+        assert '401' in message and path.with_name('out.replies').read_text().count('\n') == 2
+        path.unlink()
+        _, message, path = run(monkeypatch, capsys, s.url, problems, 'out')
+    assert message is None and rows_of(path) == whole and len(s.requests) == 3 + 6
 
 
 def test_a_silent_server_is_given_up_in_one_line(problems, monkeypatch, capsys):
