@@ -93,7 +93,7 @@ def only_model(url):
     openai = package('openai')
     try:
         with openai.OpenAI(base_url=url, api_key=key(), max_retries=0, timeout=10) as client:
-            names = [model.id for model in client.models.list()]
+            names = [str(model.id) for model in client.models.list()]
     except Exception as error:                                  # whatever a network can do
         raise ValueError(f'{url} does not say which models it has ({describe(error)}); is it running? Else name one '
                          'with --model') from None
@@ -219,4 +219,4 @@ async def read(client, request, stream):
         raise ValueError('the reply broke off' + ' before its usage was told' * (reason is not None))
     text = thought + '</think>' * bool(thought and (said or reason == 'stop')) + said
     return {'text': text.encode('utf-8', 'replace').decode(), 'ended': reason == 'stop',
-            'tokens': usage.completion_tokens, 'prompt': usage.prompt_tokens}
+            'tokens': int(usage.completion_tokens), 'prompt': int(usage.prompt_tokens)}
