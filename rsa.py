@@ -19,7 +19,7 @@ Use: `python rsa.py --ckpt=FOLDER --question=...`; without one, a loops model ge
 import itertools
 import random
 import sys
-from collections import Counter, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ import checkpoint
 import configurator
 import decode
 import sample
-from data import problems
+from data import problems, server
 from data.loops import task
 
 
@@ -127,7 +127,10 @@ def sampler(speaker, config, stream=None, first=0):
 
 @dataclass
 class RSAConfig:
-    ckpt: str = 'runs/loops'        # a run folder of train.py, trained on the loops task; or a released folder
+    ckpt: str = ''                  # a run folder of train.py, or a released folder; '': runs/loops
+    server: str = ''                # the URL of an OpenAI API (data/server.py); ckpt is for the tokenizer then
+    model: str = ''                 # on that server; '': the only one it has
+    parallel: int = 16              # requests to it at once
     question: str = '-'             # '-': the first held-out 'hard' problem, for a model trained on the loops task
     show: bool = False              # print what every candidate says, round by round
     problems: str = ''              # a file of problems (data/problems.py), in place of a question
@@ -150,13 +153,17 @@ class RSAConfig:
     def __post_init__(self):
         configurator.check_ranges(self, population=(1, None), candidates=(1, None), rounds=(-1, None), budget=(0, None),
                                   tail=(0, None), final_budget=(0, None), compact=('tail', 'answer'),
-                                  temperature=(0, None), top_p=(0, 1), min_p=(0, 1), seed=(0, None))
+                                  temperature=(0, None), top_p=(0, 1), min_p=(0, 1), seed=(0, None), parallel=(1, 1024))
+        self.ckpt = self.ckpt or ('' if self.server else 'runs/loops')
 
 
 def main(config):
     words = problems.read_words(config.aggregation_prompt) if config.aggregation_prompt else None
     listed = problems.read_problems(config.problems) if config.problems else None
-    speaker = load_speaker(config.ckpt, configurator.pick_device(config.device), words, config.compact)
+    path = listed and (config.out or config.problems.removesuffix('.jsonl') + '.rsa.jsonl')
+    speaker = server.speaker(config, words, path) if config.server else load_speaker(
+        config.ckpt, configurator.pick_device(config.device), words, config.compact)
+    draw = server.sampler if config.server else sampler
     question, extras, loops = config.question, (), speaker.build_prompt is task.build_prompt
     budget, tail, rounds, last = 16_384, 4096, 2, config.budget or 40_960       # the report's
     if loops and not listed:
@@ -166,29 +173,22 @@ def main(config):
         last = config.budget or budget
         print(f'{question}   {steps} steps, the answer is {task.solve(question)}')
     elif loops or question == '-' and not listed:
-        raise ValueError(f'{config.ckpt} ' + ('was trained on the loops task: data.loops.evaluate has its problems' if
-                                              loops else 'needs a --question or a file of --problems'))
+        raise ValueError(f'{config.server or config.ckpt} ' + (
+            'was trained on the loops task: data.loops.evaluate has its problems' if loops else
+            'needs a --question or a file of --problems'))
     settings = dict(population=config.population, candidates=config.candidates, budget=config.budget or budget,
                     rounds=rounds if config.rounds < 0 else config.rounds, tail=config.tail or tail,
                     final_budget=config.final_budget or last, compact=config.compact, seed=config.seed)
     problems.check_room(speaker, [text + problems.INSTRUCTION for text, _ in listed or ()] or [question], **settings)
     functions = dict(answer_of=speaker.answer_of, thought_of=speaker.thought_of)
-    if listed:
-        if config.dry_run:
-            return print(problems.forecast(speaker, listed, **settings))
-        think = lambda k, question, done, stream: rounds_of(
-            [question], sampler(speaker, config, stream, 1000 * k + len(done)), speaker.build_prompt, done=done,
-            **settings, **functions)
-        path = config.out or config.problems.removesuffix('.jsonl') + '.rsa.jsonl'
-        also = {key: getattr(config, key) for key in 'ckpt problems temperature top_p min_p aggregation_prompt'.split()}
-        return print(problems.table(listed, problems.run(listed, speaker, think, path, settings | also)))
-    result, = markovian_rsa([speaker.encode(question)], sampler(speaker, config), speaker.build_prompt, **settings,
-                            **functions)
-    if config.show:
-        problems.print_population(result, question, speaker.decode, *extras)
-    votes = Counter(speaker.decode(answer).strip() for answer in result['answers'] if answer is not None)
-    said = ', '.join(f'{answer} ({n})' for answer, n in votes.most_common()) or 'none'
-    print(f'answers: {said}; {result["tokens"]:,} tokens generated')
+    if not listed:
+        result, = markovian_rsa([speaker.encode(question)], draw(speaker, config), speaker.build_prompt, **settings,
+                                **functions)
+        return problems.print_result(result, question, speaker.decode, config.show, *extras)
+    think = lambda k, question, done, stream: rounds_of(
+        [question], draw(speaker, config, stream, 1000 * k + len(done)), speaker.build_prompt, done=done, **settings,
+        **functions)
+    problems.solve(listed, speaker, think, path, settings, config)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ import re
 import statistics
 import time
 import zlib
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -201,7 +202,25 @@ def print_population(result, question, decode, judge=lambda question, text: '', 
     print()
 
 
+def print_result(result, question, decode, show, *extras):
+    """Print what came of one question, with the rounds if `show` says so. The rest as in print_population."""
+    if show:
+        print_population(result, question, decode, *extras)
+    votes = Counter(decode(answer).strip() for answer in result['answers'] if answer is not None)
+    said = ', '.join(f'{answer} ({n})' for answer, n in votes.most_common()) or 'none'
+    print(f'answers: {said}; {result["tokens"]:,} tokens generated')
+
+
 # ---- the run ----
+
+def solve(problems, speaker, think, path, settings, config):
+    """Run, and print the table; or only what it will take, if config, that of rsa.py, wants a dry run. The rest as in
+    run."""
+    if config.dry_run:
+        return print(forecast(speaker, problems, **settings))
+    names = 'ckpt problems temperature top_p min_p aggregation_prompt'.split() + ['model'] * bool(config.server)
+    print(table(problems, run(problems, speaker, think, path, settings | {key: getattr(config, key) for key in names})))
+
 
 def run(problems, speaker, think, path, settings):
     """Solve the problems, and write every round down as it ends: a run that was killed repeats no round that had ended.
@@ -245,9 +264,9 @@ def write(file, row):
     os.fsync(file.fileno())
 
 
-COUNT = range(2 ** 50)
+COUNT, TOKEN = range(2 ** 50), range(2 ** 130)                  # a server without a tokenizer: pieces (data/server.py)
 ROW = {'problem': COUNT, 'round': COUNT, 'answers': [(None, str)], 'right': [bool], 'tokens': COUNT,
-       'longest_prompt': COUNT, 'seconds': float, 'tail_tokens': [[COUNT]], 'answer_tokens': [(None, [COUNT])]}
+       'longest_prompt': COUNT, 'seconds': float, 'tail_tokens': [[TOKEN]], 'answer_tokens': [(None, [TOKEN])]}
 
 
 def take_up(path, settings):
@@ -304,7 +323,9 @@ def table(problems, written):
 
 def check_room(speaker, questions, *, candidates, rounds, budget, tail, final_budget, **_):
     """Raise ValueError if a prompt and what is written after it will not fit the context: now, not rounds later.
-    questions: texts."""
+    questions: texts. The context of a server is known to nobody but the server, which will say so."""
+    if speaker.model is None:
+        return
     question, tails = max(map(speaker.encode, questions), key=len), [[0] * tail] * candidates
     first, between, last = ([], budget if rounds else final_budget), (tails, budget), (tails, final_budget)
     for tails, limit in (first, *[between] * (rounds > 1), *[last] * (rounds > 0)):
@@ -315,12 +336,17 @@ def check_room(speaker, questions, *, candidates, rounds, budget, tail, final_bu
 
 
 def forecast(speaker, problems, *, population, candidates, rounds, budget, tail, final_budget, **_):
-    """Say what a run will take, after a second of measurement. Return it as text."""
+    """Say what a run will take, after a second of measurement unless a server does it. Return it as text."""
     model, prompts = speaker.model, []
+    plan = (f'{len(problems)} problems, N={population}, C={candidates}, T={rounds}, budget {budget:,}, tail {tail:,}, '
+            f'last budget {final_budget:,}')
+    tokens = population * (rounds * budget + final_budget)      # of a problem
+    cost = f'tokens: at most {tokens:,} a problem, {tokens * len(problems):,} in all'
+    if model is None:
+        return f'{plan}\n{cost}'
     for problem, _ in problems:
         question = speaker.encode(problem + INSTRUCTION)
         prompts.append(len(speaker.build_prompt(question, [[0] * tail] * candidates if rounds else [])))
-    tokens = population * (rounds * budget + final_budget)      # of a problem
     cache = model.make_cache(population, 1)
     place = sum(t.nbytes for t in cache.k + cache.v) / 2        # of a position, all rows: there are two
     weights = sum(p.nbytes for p in model.parameters())
@@ -332,10 +358,9 @@ def forecast(speaker, problems, *, population, candidates, rounds, budget, tail,
     rate = steps * population / (time.perf_counter() - began)
     GB = 2 ** 30
     return '\n'.join([
-        f'{len(problems)} problems, N={population}, C={candidates}, T={rounds}, budget {budget:,}, tail {tail:,}, '
-        f'last budget {final_budget:,}; prompts of at most {max(prompts):,} tokens',
+        f'{plan}; prompts of at most {max(prompts):,} tokens',
         f'memory: weights {weights / GB:.2f} GiB, and at most {place * (max(prompts) + final_budget) / GB:.2f} GiB of '
         'cache',
-        f'tokens: at most {tokens:,} a problem, {tokens * len(problems):,} in all',
+        cost,
         f'time: {tokens * len(problems) / rate / 3600:,.2f} hours for so many at {rate:,.1f} tokens/s, the speed of '
         f'{population} rows at the start; reading prompts comes on top, and long rows are slower'])

@@ -48,8 +48,8 @@ class TableConfig(RSAConfig):       # all settings of rsa.py but `question` and 
         unknown = [name for name in self.split.split() if name not in task.LENGTHS]
         if unknown or not self.split.split():
             raise ValueError(f'split is {self.split!r}, choose from {", ".join(task.LENGTHS)}')
-        if self.question != '-' or self.show:
-            raise ValueError('question and show are settings of rsa.py: it asks one problem, a table many')
+        if self.question != '-' or self.show or self.server:
+            raise ValueError('question, show and server are settings of rsa.py: a table is of many problems, made here')
         self.budget, self.tail = self.budget or 41, self.tail or 10             # as in rsa.py
         if self.tail > self.budget:
             raise ValueError(f'tail is {self.tail}, more than the budget of {self.budget} that it is the end of')
