@@ -72,8 +72,8 @@ EXERCISES = [
     Exercise('attention', 'cca.CCA.forward', """
         The seven steps at the top of this file; self.mix is steps 2 to 5. [CCA] II-B.
         1  W_Q x and W_K x side by side are qk (B, S, C); v is W_V1 x, v_delayed is W_V2 x, (B, S, Hk d / 2) each.
-        6  Put what came before in front of v_delayed: zeros, or cache.v_last[layer]. Then v_t = [v_t; v_delayed_{t-1}];
-           the second half is 0 where a document starts. Cut into Hk heads.
+        6  Put what came before in front of v_delayed: zeros, or cache.v_last[layer]. Values are v at t beside
+           v_delayed at t - 1, which is 0 where a document starts; cut into Hk heads.
         7  With a cache, cache.update(layer, [past; qk], [before; v_delayed], k, v) gives all keys and values; past is
            cache.qk[layer], which mix wants, too. Attend causally, or by the mask; then W_O.""",
              'F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True).',
