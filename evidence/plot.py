@@ -85,7 +85,10 @@ def main(arguments):
     config, = configurator.read([argument for argument in arguments if argument.startswith('--')], PlotConfig)
     if not folders:
         raise ValueError('name a run folder of train.py, or several')
-    logs = {folder: read_log(folder) for folder in folders}
+    try:
+        logs = {folder: read_log(folder) for folder in folders}
+    except csv.Error as error:
+        raise ValueError(f'a log.csv was not written by train.py: {error}') from None
     configurator.package('matplotlib').use('svg')
     out = Path(config.out or Path(folders[0], 'log.svg'))
     draw(configurator.package('matplotlib.pyplot'), logs).savefig(out)          # the ending says which kind
