@@ -119,7 +119,7 @@ def run_tests(exercise, folder, file):
     results = {}
     for case in cases:
         claim = case.get('name').partition('[')[0].removeprefix('test_').replace('_', ' ')
-        claim = claim if case.get('classname') else f'{file} can be imported'   # where pytest failed to read a test file
+        claim = claim if case.get('classname') else f'{file} can be imported'   # or pytest could read no test
         bad = next((child for child in case if child.tag in ('failure', 'error', 'skipped')), None)
         problem = '' if bad is None else results.get(claim) or one_line(bad, file)
         results[claim] = results.get(claim) or problem
