@@ -210,6 +210,13 @@ def test_rope_keeps_norms_and_the_unrotated_dims(position, seed):
     assert not torch.equal(x[:, :, 1:, :8], y[:, :, 1:, :8])
 
 
+@given(st.integers(0, 500), seeds)
+def test_rope_turns_dims_i_and_i_plus_n_by_the_angle(position, seed):
+    x, table = random(2, 1, 3, 12, seed=seed), rope_table(position + torch.arange(3)[None], 8, 10_000.0)
+    points = lambda x: torch.complex(x[..., :4], x[..., 4:8])                   # a turn is a product
+    torch.testing.assert_close(points(rope(x, *table)), points(x) * torch.complex(*table))
+
+
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500), seeds)
 def test_rope_depends_on_distance_only(m, n, shift, seed):
     q, k = random(1, 1, 1, 8, seed=seed), random(1, 1, 1, 8, seed=seed + 1)

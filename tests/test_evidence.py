@@ -4,7 +4,7 @@ import torch
 
 import bench
 from common import run_script
-from evidence import pictures, scaling
+from evidence import pictures, plot, scaling
 
 CPU = torch.device('cpu')
 
@@ -58,3 +58,30 @@ def test_the_committed_pictures_are_those_of_the_committed_tables(tmp_path, monk
     monkeypatch.setattr(pictures, 'RESULTS', tmp_path)
     pictures.main()
     assert {path.name for path in tmp_path.glob('*.svg')} == committed
+
+
+HEAD = 'step,tokens,loss,val_loss,grad_norm,lr,tokens_per_s,mfu,entropy,entropy_0,entropy_1,residual_0,residual_1\n'
+EVALUATION, STEP = '0,0,,8.3,,,,,,,,0.1,0.2\n', '10,640,{},,2.4,0.005,1805,,0.8,0.9,0.7,,\n'
+
+
+def test_a_run_s_log_is_drawn_even_if_its_last_line_was_cut_short(tmp_path, monkeypatch, capsys):
+    log = EVALUATION + STEP.format(7.5) + STEP.format('nan') + STEP.format(7.2).replace('10', '30', 1)
+    (tmp_path / 'log.csv').write_text(HEAD + log + '40,2560,7.1,,2')
+    read = plot.read_log(tmp_path)
+    assert read['val_loss'] == ([0], [8.3]) and read['loss'][0] == [10, 10, 30] and read['loss'][1][::2] == [7.5, 7.2]
+    assert plot.by_layer(read, 'residual') == [([0], [0.1]), ([0], [0.2])] and len(plot.by_layer(read, 'entropy')) == 2
+    pytest.importorskip('matplotlib')
+    for folders, out in ([tmp_path], 'log.png'), ([tmp_path] * 2, 'log.svg'):
+        _, message = run_script(monkeypatch, capsys, 'evidence.plot', *folders, f'--out={tmp_path / out}')
+        assert message is None and (tmp_path / out).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize('log, message', [
+    (None, 'has no log.csv'), ('', 'no column'), ('step,accuracy\n1,2\n', 'no column'), (HEAD, 'holds no step yet'),
+    (HEAD + EVALUATION, 'holds no step yet'), (HEAD + 'step\n' + '1' * 200_000, 'field larger')])
+def test_a_folder_without_a_log_of_train_py_gets_one_line(log, message, tmp_path, monkeypatch, capsys):
+    if log is not None:
+        (tmp_path / 'log.csv').write_text(log)
+    assert message in run_script(monkeypatch, capsys, 'evidence.plot', tmp_path)[1]
+    assert 'ends in .svg or .png' in run_script(monkeypatch, capsys, 'evidence.plot', tmp_path, '--out=log.jpg')[1]
+    assert 'name a run folder' in run_script(monkeypatch, capsys, 'evidence.plot')[1]

@@ -18,7 +18,7 @@ LINES = {'layers': 60, 'cca': 210, 'cache': 98, 'router': 109, 'model': 307, 'sa
 
 def module_files():
     """{module: path} of all that users run or import."""
-    folders = [ROOT / folder for folder in ('data', 'kernels', 'evidence')]
+    folders = [ROOT / folder for folder in ('data', 'kernels', 'evidence', 'exercises')]
     files = [*ROOT.glob('*.py'), *(path for folder in folders for path in folder.glob('**/*.py'))]
     names = {path: '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__') for path in files}
     return {name: path for path, name in names.items()}

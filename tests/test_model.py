@@ -103,7 +103,14 @@ def test_rms_norm_has_unit_rms_and_forgets_the_scale(seed, scale):
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
     y = RMSNorm(64, 1e-12)(x * scale)
     torch.testing.assert_close(y.square().mean(-1), torch.ones(5))
-    torch.testing.assert_close(y, F.rms_norm(x, (64,), eps=1e-12), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(y, RMSNorm(64, 1e-12)(x), atol=1e-4, rtol=1e-4)
+
+
+@given(seeds, st.sampled_from([1e-12, 0.1]))
+def test_rms_norm_is_torch_s_own(seed, eps):
+    x, norm = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed)), randomize(RMSNorm(64, eps), seed)
+    x[0] = 0
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (64,), norm.weight, eps))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
 from common import randomize, tiny_config, tiny_model, tokens
@@ -24,19 +25,18 @@ def inputs(seed, config=tiny_config()):
 @given(seeds, st.booleans())
 def test_probabilities_sum_to_one_and_the_weight_is_the_chosen_one_s(seed, skip):
     r, (x, below) = router(seed=seed, skip_expert=skip), inputs(seed)
-    seen = {}
-    r.out_proj.register_forward_hook(lambda module, args, out: seen.update(probs=out.softmax(-1)))
-    expert, weight, _ = r(x, below)
-    torch.testing.assert_close(seen['probs'].sum(-1), torch.ones(2, 9))
-    torch.testing.assert_close(weight, seen['probs'].gather(-1, expert[..., None])[..., 0])
-    assert torch.equal(expert, (seen['probs'] + r.balancing_bias).argmax(-1))
+    expert, weight, state = r(x, below)
+    probs = r.out_proj(F.gelu(r.fc2(F.gelu(r.fc1(r.norm(state)))))).softmax(-1)        # eqs. 2-4
+    torch.testing.assert_close(probs.sum(-1), torch.ones(2, 9))
+    torch.testing.assert_close(weight, probs.gather(-1, expert[..., None])[..., 0])
+    assert torch.equal(expert, (probs + r.balancing_bias).argmax(-1))
 
 
 @given(seeds)
 def test_the_bias_changes_the_choice_but_never_the_weight(seed):
     probs = torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)).softmax(-1)
     for e in range(4):
-        expert, weight = choose(probs, torch.nn.functional.one_hot(torch.tensor(e), 4) * 2.0)
+        expert, weight = choose(probs, F.one_hot(torch.tensor(e), 4) * 2.0)
         assert (expert == e).all() and torch.equal(weight, probs[:, e])
 
 

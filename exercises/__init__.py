@@ -1,0 +1,1 @@
+"""Exercises: functions of the project to write anew, see __main__.py."""
