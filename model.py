@@ -118,9 +118,9 @@ class Experts(nn.Module):
         room = (count + (R - 1)) // R * R
         ends = room.cumsum(0)                                   # where the slices end
         order = expert.sort(stable=True).indices                # expert 0's tokens first, skipped ones last
-        first = ends - room - (count.cumsum(0) - count)         # how far zeros before it move a slice; place: (T)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(T, device=x.device) + first[expert[order]])
-        skipped, ends = (expert == N)[:, None], ends[:N].int()                  # (T, 1): their rows are in no slice
+        moved = ends - room - (count.cumsum(0) - count)         # how far the zeros before a slice move it
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(T, device=x.device) + moved[expert[order]])
+        skipped, ends = (expert == N)[:, None], ends[:N].int()  # place (T): a token's row, if skipped behind all slices
         x = x.to(dtype).masked_fill(skipped, 0)                 # backward: the gradient of such rows is not defined
         x = x.new_zeros(T + N * (R - 1), x.shape[1]).index_copy(0, place, x)
         h = swiglu(grouped_mm(x, gate_up.mT, offs=ends))        # (rows, F)

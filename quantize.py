@@ -122,7 +122,7 @@ class Matrix(nn.Module):
                     self.codes = self.scale = self.offset = None
 
     @staticmethod
-    def lie_together(matrices):
+    def lay_together(matrices):
         """Put what they have packed into two tensors, of which each has its part."""
         for name in 'packed', 'scales':
             for matrix, part in zip(matrices, torch.stack([getattr(matrix, name) for matrix in matrices])):
@@ -185,7 +185,7 @@ def pack(model):
                 for matrix in matrices:
                     matrix.pack(model.dtype, keep=False)
                 if matrices[0].codes is None:                   # small tensors would leave large holes in memory
-                    matrices[0].lie_together(matrices)
+                    Matrix.lay_together(matrices)
         elif isinstance(module, Matrix) and module.packed is None:
             module.pack(model.dtype, keep=True)
 

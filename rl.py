@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import configurator
 import decode
-from checkpoint import load_checkpoint, save_checkpoint, write_log
+from checkpoint import load_checkpoint, restore, save_checkpoint, write_log
 from data.loops import task
 from data.loops.evaluate import TableConfig, measure
 from data.problems import repeats
@@ -196,6 +196,7 @@ def learn(model, optimizers, pairs, config, lr):
 
 
 # ---- prompts and rewards ----
+
 def draw_prompts(rng, n, level, populations, config):
     """Draw n prompts: [(question, tails, is it a round?)]. Rounds are the next of populations, which are taken out, or
     the first of a problem of any length: in all of them a round has as many steps to write."""
@@ -254,8 +255,7 @@ def begin(config):
         os.makedirs(config.out_dir, exist_ok=True)
         shutil.copy(os.path.join(config.init_from, 'bpe.json'), config.out_dir)            # found with the weights
         return speaker, optimizers, balancer, 0, config.level, []
-    for thing, state in zip([*optimizers, balancer.adamw], saved['states']):    # momenta, not the old settings
-        thing.load_state_dict(thing.state_dict() | {'state': state['state']})
+    restore([*optimizers, balancer.adamw], saved['states'], config.out_dir)
     return speaker, optimizers, balancer, saved['step'], saved['level'], saved['populations']
 
 
