@@ -5,6 +5,9 @@ Two kinds of folder hold a model:
     released    config.json, *.safetensors, tokenizer.json      the layout of ZAYA1-8B, which `transformers` reads, too
     a run       ckpt.pt, ckpt_previous.pt, bpe.json, log.csv    what train.py writes
 
+A checkpoint of `train.py --shard=True` is a folder of that name, which any number of processes can read, one as well
+(data/shards.py).
+
 Nothing in a file is ever executed. A file that cannot be used is a ValueError that names it.
 """
 import csv
@@ -15,7 +18,7 @@ import pickle                                                   # for the name o
 import re
 import sys
 import zipfile
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import torch
 
@@ -24,6 +27,8 @@ from configurator import package
 from data.folder import weight_files
 from data.gate import check, read_bytes, read_json, reading
 from data.language import released_language, run_language
+from data.shards import checksum_of, file_of, is_sharded, laid_out, own_part, read_shards, remove, write, write_shards
+from data.tokenizer import digest, load_tokenizer
 from model import Zaya, ZayaConfig
 
 # This project's names -> the released names: each rule in turn replaces what it finds in a name.
@@ -166,52 +171,57 @@ def config_to_json(config):
 
 def save_checkpoint(folder, state):
     """Write `state` (tensors, numbers, strings, lists and dicts of them) so that a crash at any moment leaves a whole
-    checkpoint behind: into a temporary file, onto the disk (fsync), and only then under its name. Raises OSError if
-    the disk is full, say, ValueError if a weight is not finite; the checkpoints already there are then untouched."""
+    checkpoint behind: under a temporary name, onto the disk (fsync), and only then under its own. All processes call
+    this where tensors are sharded. Raises OSError if the disk is full, say, ValueError if a weight is not finite; the
+    checkpoints already there are then untouched."""
     for name, tensor in state.get('model', {}).items():
-        if not tensor.isfinite().all():
+        if not own_part(tensor).isfinite().all():
             raise ValueError(f'{name} is not finite after step {state["step"]}, and not saved; try a smaller lr')
     new, current, previous = (os.path.join(folder, name) for name in ('ckpt.tmp', 'ckpt.pt', 'ckpt_previous.pt'))
     try:
-        with open(new, 'wb') as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        alone = write_shards(new, state) if any(map(is_sharded, state.get('model', {}).values())) else write(new, state)
     except BaseException as error:                              # a full disk, Ctrl-C: leave no half file behind
-        if os.path.exists(new):
-            os.remove(new)
+        remove(new)
         if isinstance(error, (OSError, RuntimeError)):          # torch reports a failed write as either of them
             cause = error if isinstance(error, OSError) else error.__context__
             raise OSError(f'{new}: cannot be written ({getattr(cause, "strerror", None) or error})') from None
         raise
-    if os.path.exists(current) and damage(current) is None:     # a damaged one must not push out a good one
-        os.replace(current, previous)
-    os.replace(new, current)                                    # killed before this line: ckpt_previous.pt is whole
+    if alone:                                                   # without others, or the first of them
+        if os.path.exists(current) and damage(current) is None:     # a damaged one must not push out a good one
+            remove(previous)
+            os.rename(current, previous)
+        remove(current)
+        os.rename(new, current)                                 # killed before this line: ckpt_previous.pt is whole
 
 
 def damage(path):
-    """What is wrong with a file that save_checkpoint wrote, or None. torch.save writes a zip archive with a checksum
-    for each part; torch.load ignores them."""
+    """What is wrong with a file or folder that save_checkpoint wrote, or None. torch.save writes a zip archive with a
+    checksum for each part; torch.load ignores them."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            part = archive.testzip()
-            return part and f'its part {part} is corrupt'
+        with zipfile.ZipFile(file_of(path)) as archive:
+            if part := archive.testzip():
+                return f'its part {part} is corrupt'
+        if os.path.isdir(path):
+            for name, checksum in torch.load(file_of(path), weights_only=True)['checksums'].items():
+                if checksum_of(os.path.join(path, name)) != checksum:
+                    return f'its {name} is corrupt'
     except Exception as error:                                  # whatever a damaged file makes zipfile say
         return str(error)
 
 
-def load_checkpoint(folder, kind=WEIGHTS):
-    """The newest undamaged checkpoint of a run, on the CPU, or None if it has none at all. A damaged file, or one that
-    is not of that kind, is reported and its predecessor used. Raises ValueError if every one there is damaged."""
+def load_checkpoint(folder, kind=WEIGHTS, like=None):
+    """The newest undamaged checkpoint of a run, on the CPU, or None if it has none at all. like: see read_shards. A
+    damaged one, or one that is not of that kind, is reported and its predecessor used. Raises ValueError if every one
+    there is damaged."""
     paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt_previous.pt')]
     paths = [path for path in paths if os.path.exists(path)]
     for path in paths:
         what = damage(path)
         try:
             if what is None:
-                state = torch.load(path, map_location='cpu', weights_only=True)
+                state = torch.load(file_of(path), map_location='cpu', weights_only=True, mmap=like is not None)
                 check(state, kind, 'it is no checkpoint of train.py')
-                return state
+                return read_shards(path, state, kind, like) if os.path.isdir(path) else state
         except MemoryError:
             raise
         except pickle.UnpicklingError:                          # weights_only: nothing in the file is ever executed
@@ -236,7 +246,7 @@ def compare(model, tensors, folder):
 def fill(model, tensors, folder):
     """Copy a checkpoint's weights into the model. Raises ValueError as compare does."""
     compare(model, tensors, folder)
-    model.load_state_dict(tensors)
+    model.load_state_dict({name: laid_out(tensors[name], own) for name, own in model.state_dict().items()})
 
 
 def restore(optimizers, states, folder):
@@ -248,7 +258,48 @@ def restore(optimizers, states, folder):
             if len(state) != len(parameters) or i not in range(len(parameters)) or any(
                     t.shape != (() if name == 'step' else parameters[i].shape) for name, t in momenta.items()):
                 raise ValueError(f"{folder}: the checkpoint's optimizers are not those of its model")
+        state = {i: {name: t if name == 'step' else laid_out(t, parameters[i]) for name, t in momenta.items()}
+                 for i, momenta in state.items()}
         optimizer.load_state_dict(optimizer.state_dict() | {'state': state})
+
+
+def take_up(config, model, optimizers, balancer, tokenizer, say):
+    """Continue the run in config.out_dir; or begin with the weights of config.init_from; or begin anew. Return the step
+    to go on from. Raises ValueError if the model or the tokenizer of that run is another."""
+    like = None
+    if config.shard:                                            # each process reads its part only
+        like = {f'model/{name}': tensor for name, tensor in model.state_dict().items()}
+        for o, optimizer in enumerate(optimizers):
+            parameters = [p for group in optimizer.param_groups for p in group['params']]
+            like |= {f'optimizers/{o}/state/{i}': p for i, p in enumerate(parameters)}
+    checkpoint = load_checkpoint(config.out_dir, RESUMABLE, like)
+    folder = config.out_dir if checkpoint else config.init_from
+    if not folder:
+        return 0
+    saved = checkpoint or load_checkpoint(folder, like=like)
+    if saved is None:
+        raise ValueError(f'init_from: {folder} holds no checkpoint of train.py')
+    free = () if checkpoint else ('context', 'rope_base', 'init_std')           # what weights do not depend on
+    for key, value in asdict(model.config).items():
+        if key not in free and saved['model_config'].get(key) != value:
+            raise ValueError(f"{key} is {value}, but {folder} was trained with {saved['model_config'].get(key)}: "
+                             'use it, or another folder')
+    used = digest(load_tokenizer(os.path.join(folder, 'bpe.json')))
+    if {used, saved.get('tokenizer', used)} != {digest(tokenizer)}:
+        raise ValueError(f'{folder} was trained with another tokenizer than that of {config.dataset}: '
+                         'use the dataset it was trained on, or another out_dir')
+    fill(model, saved['model'], folder)
+    if not checkpoint:
+        say(f"starting from the weights of {folder} after {saved['step']} steps")
+        return 0
+    restore([*optimizers, balancer.adamw], [*saved['optimizers'], saved['balancer']], folder)
+    if config.dtype == 'auto':                                  # measured once, for all of the run
+        config.dtype = saved['config'].get('dtype', 'auto')
+    changed = [f'{key} {saved["config"].get(key)} -> {value}' for key, value in asdict(config).items()
+               if saved['config'].get(key) != value]
+    say(f'continuing {folder} at step {saved["step"]} of {config.max_steps}'
+        + (f'; changed: {", ".join(changed)}' if changed else ''))
+    return saved['step']
 
 
 def write_log(folder, row, columns, keep_until=None):

@@ -175,17 +175,16 @@ class Zaya(nn.Module):
         self.initialize()
 
     @torch.no_grad()
-    def initialize(self):
+    def initialize(self, put=torch.Tensor.copy_):
         """All initialisation: matrices and convolutions normal(0, init_std), biases 0, scales and temperatures 1,
         balancing biases 0 except 'skip', whose -1 makes it lose against any probability. The router's matrices are
-        larger, so that its first probabilities differ from token to token: else all tokens choose alike."""
+        larger, so that its first probabilities differ from token to token: else all tokens choose alike.
+        put(p, value) stores the whole value of p, of which a process may hold a part only (checkpoint.py: put)."""
         for name, p in self.named_parameters():
+            value = torch.full(p.shape, 0.0 if name.endswith('bias') else 1.0)  # norms, scales, temperature: 1
             if p.ndim > 1:
-                nn.init.normal_(p, std=p.shape[-1] ** -0.5 if 'router' in name else self.config.init_std)
-            elif name.endswith('bias'):
-                nn.init.zeros_(p)
-            else:
-                nn.init.ones_(p)                                # norms, residual scales, eda_scale, temperature
+                value.normal_(std=p.shape[-1] ** -0.5 if 'router' in name else self.config.init_std)
+            put(p, value)
         for router in self.routers:
             router.balancing_bias.zero_()
             router.balancing_bias[self.config.n_expert:] = -1.0

@@ -9,9 +9,11 @@ and the tokenizer. Run the same command again, after a crash or a kill, and trai
 was; on a CPU its losses are bit for bit those of a run that was never interrupted.
 
 Several GPUs: `torchrun --nproc_per_node=8 train.py config/NAME.py`. Every process runs all of this file, on its share
-of the micro-batches; the one of rank 0 alone speaks and writes.
+of the micro-batches; the one of rank 0 alone speaks and writes. A model too large for one GPU: --shard=True as well,
+and each holds a part of every tensor (data/shards.py).
 """
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -20,16 +22,18 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import configurator
 import kernels
-from checkpoint import RESUMABLE, fill, load_checkpoint, restore, save_checkpoint, write_log
+from checkpoint import save_checkpoint, take_up, write_log
 from data.folder import alone
 from data.loader import open_dataset
-from data.tokenizer import digest, load_tokenizer, save_tokenizer
-from model import Zaya, ZayaConfig, sizes
+from data.shards import put, shard
+from data.tokenizer import digest, save_tokenizer
+from model import Block, Zaya, ZayaConfig, sizes
 from optim import make_optimizers
 from router import Balancer, load_entropy
 from sample import generate
@@ -64,6 +68,8 @@ class TrainConfig:
     dtype: str = 'auto'             # of the matrix products: 'auto' is bfloat16 where it is faster, else float32
     compile: bool = False           # torch.compile: half a minute to start, faster after
     kernel: str = 'torch'           # 'hip' or 'auto': CCA's own kernel, see kernels/README.md
+    shard: bool = False             # under torchrun: each process holds a part of every tensor
+    recompute: bool = False         # keep of each layer only what goes into it, and compute the rest again in backward
     wandb: bool = False             # also log to Weights & Biases (pip install wandb)
 
     def __post_init__(self):
@@ -93,7 +99,9 @@ def start_processes(config):
     if world > 1 and torch.cuda.is_available():                 # first of all, or each would put something on GPU 0
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     device = configurator.pick_device(config.device)
-    if world > 1:
+    if config.shard and 'RANK' not in os.environ:
+        raise ValueError('shard spreads a model over processes: start it by torchrun --nproc_per_node=8 train.py ...')
+    if world > 1 or config.shard:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     if config.grad_accum % world:
         raise ValueError(f'grad_accum ({config.grad_accum}) must be a multiple of the {world} processes')
@@ -112,37 +120,19 @@ def open_data(config, model_config):
     return loader, val_loader, tokenizer, replace(model_config, vocab_size=V)
 
 
-def take_up(config, model, optimizers, balancer, tokenizer, say):
-    """Continue the run in config.out_dir; or begin with the weights of config.init_from; or begin anew. Return the step
-    to go on from. Raises ValueError if the model or the tokenizer of that run is another."""
-    checkpoint = load_checkpoint(config.out_dir, RESUMABLE)
-    folder = config.out_dir if checkpoint else config.init_from
-    if not folder:
-        return 0
-    saved = checkpoint or load_checkpoint(folder)
-    if saved is None:
-        raise ValueError(f'init_from: {folder} holds no checkpoint of train.py')
-    free = () if checkpoint else ('context', 'rope_base', 'init_std')           # what weights do not depend on
-    for key, value in asdict(model.config).items():
-        if key not in free and saved['model_config'].get(key) != value:
-            raise ValueError(f"{key} is {value}, but {folder} was trained with {saved['model_config'].get(key)}: "
-                             'use it, or another folder')
-    used = digest(load_tokenizer(os.path.join(folder, 'bpe.json')))
-    if {used, saved.get('tokenizer', used)} != {digest(tokenizer)}:
-        raise ValueError(f'{folder} was trained with another tokenizer than that of {config.dataset}: '
-                         'use the dataset it was trained on, or another out_dir')
-    fill(model, saved['model'], folder)
-    if not checkpoint:
-        say(f"starting from the weights of {folder} after {saved['step']} steps")
-        return 0
-    restore([*optimizers, balancer.adamw], [*saved['optimizers'], saved['balancer']], folder)
-    if config.dtype == 'auto':                                  # measured once, for all of the run
-        config.dtype = saved['config'].get('dtype', 'auto')
-    changed = [f'{key} {saved["config"].get(key)} -> {value}' for key, value in asdict(config).items()
-               if saved['config'].get(key) != value]
-    say(f'continuing {folder} at step {saved["step"]} of {config.max_steps}'
-        + (f'; changed: {", ".join(changed)}' if changed else ''))
-    return saved['step']
+def build(config, model_config, device):
+    """A new Zaya on device, all of it or, with --shard, this process's part, with the same weights."""
+    torch.manual_seed(config.seed)                              # the same weights in every process
+    if not config.shard:
+        return Zaya(model_config).to(device)
+    nn.Embedding(model_config.vocab_size, model_config.n_embd)  # torch's modules draw weights, before initialize() does
+    for layer in range(model_config.n_layer):
+        Block(model_config, layer)
+    with torch.device('meta'):                                  # the whole model is nowhere
+        model = Zaya(model_config)
+    shard(model, device, configurator.pick_dtype(config.dtype, device) if device.type == 'cuda' else torch.float32)
+    model.initialize(put)
+    return model
 
 
 # ---- running ----
@@ -158,8 +148,8 @@ def train_step(step, config, forward, optimizers, balancer, loader, autocast, ra
     if world > 1:
         dist.all_reduce(n)
     for micro, (x, y, start) in enumerate(batches):
-        last = micro == len(batches) - 1                        # DDP averages gradients over ranks in the last backward
-        with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
+        last = micro == len(batches) - 1        # DDP averages gradients over ranks in the last backward, FSDP in each
+        with contextlib.nullcontext() if last or world == 1 or config.shard else forward.no_sync():
             with autocast:
                 _, micro_loss = forward(x, y, start)
             weight = scored[micro] / n.clamp_min(1)             # the loss is the mean over all the step's targets
@@ -167,7 +157,8 @@ def train_step(step, config, forward, optimizers, balancer, loader, autocast, ra
         loss += micro_loss.detach() * weight
     if world > 1:
         dist.all_reduce(loss)
-    norm = torch.nn.utils.clip_grad_norm_(forward.parameters(), config.grad_clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(forward.parameters(), config.grad_clip or math.inf)
+    norm = norm.full_tensor() if config.shard else norm         # of the whole gradient
     finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -219,8 +210,9 @@ def train(config, model_config):
 def run(config, rank, world, device, loader, val_loader, tokenizer, model_config):
     """Train, alone in the run folder. See train."""
     say = tqdm.write if rank == 0 else lambda text: None        # tqdm's print keeps the progress bar in one piece
-    torch.manual_seed(config.seed)                              # the same weights in every process
-    model = Zaya(model_config).to(device)
+    model = build(config, model_config, device)
+    for layer in model.layers if config.recompute else ():
+        layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     balancer = Balancer(model.routers, config.balancer, config.balancer_lr)
     step = take_up(config, model, optimizers, balancer, tokenizer, say)
@@ -253,7 +245,8 @@ def run(config, rank, world, device, loader, val_loader, tokenizer, model_config
             'balancer': balancer.adamw.state_dict(), 'step': step, 'config': asdict(config),
             'model_config': asdict(model_config), 'tokenizer': digest(tokenizer)})
 
-    evaluation = lambda: evaluate(step, config, model, val_loader, autocast, tokenizer if rank == 0 else None, say)
+    speaks = rank == 0 and not config.shard                     # of a sharded model, sample.py shows what it writes
+    evaluation = lambda: evaluate(step, config, model, val_loader, autocast, tokenizer if speaks else None, say)
     log(None, keep_until=step or -1)                            # a new run begins with a new log
     if step == 0:                                               # before any learning: val loss is near ln(vocab_size)
         log({'step': 0, 'tokens': 0} | evaluation())
@@ -261,7 +254,7 @@ def run(config, rank, world, device, loader, val_loader, tokenizer, model_config
     for layer in model.layers if config.compile else ():        # layers that are alike share one program
         layer.compile()
     # With DDP, buffers are the balancer's business: it sums the loads over ranks and moves all biases alike.
-    forward = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    forward = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 and not config.shard else model
 
     history, bad_in_a_row, steps, seconds = {}, 0, 0, 0.0       # steps and seconds since the last line of the log
     with tqdm(total=config.max_steps, initial=step, disable=rank != 0, dynamic_ncols=True, mininterval=1,
@@ -291,9 +284,9 @@ def run(config, rank, world, device, loader, val_loader, tokenizer, model_config
                 bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tok/s, load entropy {row["entropy"]:.3f}')
             bar.update()
             # Not after a skipped step, unless it is the last: a run that goes on counts those in a row from 0.
-            if (step % config.checkpoint_every == 0 and finite or done) and rank == 0:
+            if (step % config.checkpoint_every == 0 and finite or done) and (rank == 0 or config.shard):
                 save()
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
     return history
 

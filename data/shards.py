@@ -1,0 +1,140 @@
+"""Tensors in parts: how `train.py --shard=True` spreads a model over processes, and its checkpoints over files.
+
+torch's own engines do the work. fully_shard (FSDP2) makes each parameter a DTensor: of its first dim, rows or experts,
+a process holds 1 / W, and with it gradient and momentum. Before a layer runs, forward or backward, its parts are
+gathered from all processes, and let go of after; gradients are added up and each process keeps the sum of its part.
+torch.distributed.checkpoint writes the parts, as safetensors, and reads those that a process wants, on however many
+processes: a folder of them and run.pt, which holds all that is not in parts.
+
+Legend:  W processes
+"""
+import os
+import shutil
+import zlib
+
+import torch
+
+from configurator import package
+from data.gate import reading
+
+
+def shard(model, device, dtype):
+    """Give each process its part of a Zaya that was made on 'meta', without values yet. The experts, 96 % of the 8B
+    model, are gathered in dtype, that of their products; all else in float32, where much of it is used so."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard        # here and below: takes a second
+    in_dtype = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.layers:
+        fully_shard(layer.moe.experts, mp_policy=in_dtype)
+        fully_shard(layer)
+    fully_shard(model)
+    model.to_empty(device=device)
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, 'placements')
+
+
+def own_part(tensor):
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def laid_out(value, like):
+    """A whole tensor in the way in which `like` is there: as it is, or this process's part of it."""
+    if not is_sharded(like) or is_sharded(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def put(p, value):
+    p.copy_(laid_out(value, p))
+
+
+def walk(state, visit, path=''):
+    """`state` with visit(path, tensor) in place of each tensor; a path is its keys, joined by '/'."""
+    if isinstance(state, torch.Tensor):
+        return visit(path, state)
+    if isinstance(state, (dict, list)):
+        pairs = state.items() if isinstance(state, dict) else enumerate(state)
+        new = {key: walk(value, visit, f'{path}/{key}'.lstrip('/')) for key, value in pairs}
+        return new if isinstance(state, dict) else list(new.values())
+    return state
+
+
+def file_of(path):
+    """Where the values of a checkpoint are that are not sharded."""
+    return os.path.join(path, 'run.pt') if os.path.isdir(path) else path
+
+
+def checksum_of(path):
+    checksum = 0
+    with open(path, 'rb') as file:
+        while piece := file.read(2 ** 24):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
+
+
+def write_shards(path, state):
+    """Write the sharded tensors as safetensors, each process its parts, and run.pt: all else, with the checksums of
+    those files, and in place of each sharded tensor one without memory, on 'meta'. Return whether this is process 0."""
+    import torch.distributed as dist
+    from torch.distributed import checkpoint as dcp
+    package('safetensors')
+    rank, tensors = dist.get_rank(), {}
+
+    def shape_of(path, tensor):
+        if is_sharded(tensor):
+            tensors[path] = tensor
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device='meta')
+        return tensor
+    rest = walk(state, shape_of)
+    if rank == 0:
+        remove(path)
+        os.makedirs(path)
+    dist.barrier()
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(path, save_distributed=True))         # with fsync
+    names, checksums = sorted(os.listdir(path)), [None] * dist.get_world_size()
+    dist.all_gather_object(checksums, {name: checksum_of(os.path.join(path, name))
+                                       for name in names[rank::len(checksums)]})
+    if rank == 0:
+        write(os.path.join(path, 'run.pt'), rest | {'checksums': {k: v for part in checksums for k, v in part.items()}})
+    return rank == 0
+
+
+def read_shards(path, state, kind, like):
+    """Fill in the tensors that run.pt left out, of the keys in `kind`. like: {path: tensor} says which parts of them
+    this process wants; a tensor whose path is not there is wanted like that of the path above it. None: all of each."""
+    from torch.distributed import checkpoint as dcp
+    package('safetensors')
+    tensors, wanted = {}, {key.removesuffix('?') for key in kind}
+
+    def room(name, tensor):
+        if tensor.is_meta:
+            other = torch.empty(tensor.shape, dtype=tensor.dtype) if like is None else \
+                like.get(name, like.get(name.rpartition('/')[0]))
+            if other is None or other.shape != tensor.shape:
+                raise ValueError(f'its {name} has no place in this model')
+            tensors[name] = torch.zeros_like(other)
+        return tensors.get(name, tensor)
+    state = walk({key: value for key, value in state.items() if key in wanted}, room)
+    with reading(path):
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=like is None)
+    return state
+
+
+def write(path, state):
+    with open(path, 'wb') as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return True
+
+
+def remove(path):
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
