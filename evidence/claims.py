@@ -4,7 +4,7 @@ A claim is tested by a table whose rows are runs, `setting, seed, figures`. Each
 ablated part takes the place of a step from outside, by `replaced`. Two settings are compared seed by seed: runs of one
 seed see the same data in the same order, and begin alike where their shapes are. For n seeds and the differences d_i,
 
-    d +- t s / sqrt(n)           d, s their mean and standard deviation, t the 97.5 % point of Student's t, n - 1 degrees
+    d +- t s / sqrt(n)           d, s: their mean and standard deviation; t: 97.5 % point of Student's t, n - 1 degrees
 
 is the interval that holds the true difference with 95 % confidence. If it does not hold 0, the sign is told.
 """
@@ -98,6 +98,6 @@ def verdict(claim, a, b):
 
 
 def seeds_needed(a, b):
-    """How many seeds it takes until an interval as wide as these show no longer holds 0."""
+    """How many seeds it takes until the interval holds 0 no longer, if mean and deviation stay as they are."""
     mean, s = statistics.fmean(x - y for x, y in zip(a, b)), statistics.stdev(x - y for x, y in zip(a, b))
-    return math.ceil((2 * s / mean) ** 2) + 1 if mean else math.inf
+    return next((n for n in range(2, 10_000) if (*T, 2.0)[min(n - 2, len(T))] * s < abs(mean) * math.sqrt(n)), math.inf)
