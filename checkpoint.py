@@ -27,7 +27,8 @@ from configurator import package
 from data.folder import weight_files
 from data.gate import check, read_bytes, read_json, reading
 from data.language import released_language, run_language
-from data.shards import checksum_of, file_of, is_sharded, laid_out, own_part, read_shards, remove, write, write_shards
+from data.shards import (checksum_of, file_of, gathered, is_first, is_sharded, laid_out, own_part, read_shards, remove,
+                         write, write_shards)
 from data.tokenizer import digest, load_tokenizer
 from model import Zaya, ZayaConfig
 
@@ -68,6 +69,7 @@ WEIGHTS = {'model': {str: torch.Tensor}, 'step': range(2 ** 63), 'tokenizer?': s
 ADAMW = {'step': torch.Tensor, 'exp_avg': torch.Tensor, 'exp_avg_sq': torch.Tensor}
 RESUMABLE = WEIGHTS | {'config': {str: (bool, int, float, str)}, 'balancer': {'state': {int: ADAMW}},
                        'optimizers': [{'state': {int: {'momentum': torch.Tensor}}}, {'state': {int: ADAMW}}]}
+FILE_BYTES = 5 * 2 ** 30         # of weights in one file of a released folder
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -126,15 +128,32 @@ def from_pretrained(folder, device='cpu', dtype=None):
 
 
 def save_pretrained(model, folder):
-    """Write a Zaya as config.json and model.safetensors in the released layout, tensors bit for bit. Other keys of the
+    """Write a Zaya as config.json and model.safetensors in the released layout, tensors bit for bit, a large one in
+    several files with an index. Of a sharded model all processes call this, and the first writes. Other keys of the
     config.json that it came from are kept. Raises ValueError for a model without the skip class."""
     config, safetensors = config_to_json(model.config), package('safetensors.torch')
-    os.makedirs(folder, exist_ok=True)
-    tensors = {released_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
-    safetensors.save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
+    files, size, weight_map, tensors = [[]], 0, {}, model.state_dict()          # files: the names in each
+    for name, tensor in tensors.items():
+        size += tensor.numel() * tensor.element_size()
+        if size > FILE_BYTES and files[-1]:
+            files, size = [*files, []], tensor.numel() * tensor.element_size()
+        files[-1].append(name)
+    writes = is_first()
+    if writes:
+        os.makedirs(folder, exist_ok=True)
+    for i, names in enumerate(files):
+        file = 'model.safetensors' if len(files) == 1 else f'model-{i + 1:05}-of-{len(files):05}.safetensors'
+        whole = {released_name(name): gathered(tensors[name], writes) for name in names}
+        weight_map |= dict.fromkeys(whole, file)
+        if writes:
+            safetensors.save_file(whole, os.path.join(folder, file), metadata={'format': 'pt'})
     dtype = {'dtype': str(model.dtype).removeprefix('torch.')}
-    with open(os.path.join(folder, 'config.json'), 'w') as file:
-        json.dump(getattr(model, 'released_config', {}) | config | dtype, file, indent=2, sort_keys=True)
+    contents = {'config.json': getattr(model, 'released_config', {}) | config | dtype}
+    if len(files) > 1:
+        contents['model.safetensors.index.json'] = {'metadata': {}, 'weight_map': weight_map}
+    for name, content in contents.items() if writes else ():
+        with open(os.path.join(folder, name), 'w') as file:
+            json.dump(content, file, indent=2, sort_keys=True)
 
 
 def config_from_json(folder):

@@ -38,25 +38,12 @@ def orthogonalize(G, rounds=5):
     return (X.mT if tall else X).to(G.dtype)
 
 
-def orthogonalize_shards(G):
-    """The same where a process holds some rows of each matrix, G (k, m, n), or some of the matrices, (1, N, m, n): G is
-    a DTensor, sharded in its second dim. Rows come together in one all-to-all, so that every process works on k / W of
-    the k matrices, and go back in another. An expert never leaves the process that holds it.
-
-    Bytes that each of W processes sends a step: twice 4 m n k (W - 1) / W^2, next to nothing beside the weights that
-    FSDP gathers for every forward and backward."""
-    from torch.distributed.tensor import DTensor, Shard
-    whole = G.redistribute(placements=[Shard(0)]) if G.ndim == 3 else G
-    X = DTensor.from_local(orthogonalize(whole.to_local()), G.device_mesh, whole.placements, run_check=False,
-                           shape=G.shape, stride=G.stride())
-    return X.redistribute(placements=G.placements)
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Parameters: matrices (m, n), or stacks of them (N, m, n)."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.1):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.orthogonalize = orthogonalize      # train.py puts another in its place where matrices are in parts
 
     @torch.no_grad()
     def step(self):
@@ -76,8 +63,7 @@ class Muon(torch.optim.Optimizer):
                     average = state['momentum'].lerp_(p.grad, 1 - momentum)
                     updates.append(p.grad.lerp_(average, momentum))             # Nesterov: look one step ahead
                 updates = torch.stack(updates) if len(updates) > 1 else updates[0][None]
-                orthogonal = (orthogonalize_shards if hasattr(updates, 'placements') else orthogonalize)(updates)
-                for p, update in zip(params, orthogonal):
+                for p, update in zip(params, self.orthogonalize(updates)):
                     p.mul_(1 - lr * group['weight_decay'])
                     p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
 

@@ -31,10 +31,10 @@ import kernels
 from checkpoint import save_checkpoint, take_up, write_log
 from data.folder import alone
 from data.loader import open_dataset
-from data.shards import put, shard
+from data.shards import orthogonalize_shards, put, shard
 from data.tokenizer import digest, save_tokenizer
 from model import Block, Zaya, ZayaConfig, sizes
-from optim import make_optimizers
+from optim import make_optimizers, orthogonalize
 from router import Balancer, load_entropy
 from sample import generate
 
@@ -45,15 +45,13 @@ class TrainConfig:
     out_dir: str = 'runs/small'     # the run folder
     dataset: str = 'data/stdlib'    # a folder that data/*/prepare.py wrote, or several: 'data/stdlib:0.3 data/chat:0.7'
     init_from: str = ''             # a run folder whose weights to begin with, say to go on at a longer context
-    # one optimizer step sees batch_size * context * grad_accum tokens
-    batch_size: int = 16            # sequences in a micro-batch
+    batch_size: int = 16            # sequences in a micro-batch; a step sees batch_size * context * grad_accum tokens
     grad_accum: int = 1             # micro-batches a step, over all processes; the loss is the mean over all targets
     max_steps: int = 1000
-    # learning rate: up in warmup_steps, flat, then linearly down to min_lr over the last decay_fraction of the steps
-    lr: float = 6e-3             # for Muon and AdamW alike, vectors a tenth (optim.py says why)
+    lr: float = 6e-3                # for Muon and AdamW alike, vectors a tenth (optim.py says why)
     min_lr: float = 6e-4
-    warmup_steps: int = 50
-    decay_fraction: float = 0.5
+    warmup_steps: int = 50          # in which the learning rate rises linearly to lr
+    decay_fraction: float = 0.5     # of the steps, the last ones: there it falls linearly to min_lr
     weight_decay: float = 0.1
     grad_clip: float = 1.0          # largest norm of the whole gradient; 0: never clip
     balancer: str = 'pid'           # 'pid' (ZAYA1), 'sign' (DeepSeek's), 'none': see router.py
@@ -214,6 +212,8 @@ def run(config, rank, world, device, loader, val_loader, tokenizer, model_config
     for layer in model.layers if config.recompute else ():
         layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
+    if config.shard:
+        optimizers[0].orthogonalize = functools.partial(orthogonalize_shards, orthogonalize)
     balancer = Balancer(model.routers, config.balancer, config.balancer_lr)
     step = take_up(config, model, optimizers, balancer, tokenizer, say)
     dtype = configurator.pick_dtype(config.dtype, device, model_config.n_embd)         # the same in every process
@@ -221,7 +221,6 @@ def run(config, rank, world, device, loader, val_loader, tokenizer, model_config
     kernels.use(model, config.kernel, torch.float32 if device.type == 'cpu' else dtype)
     if rank == 0 and step == 0:                                 # sample.py finds it with the weights
         save_tokenizer(os.path.join(config.out_dir, 'bpe.json'), tokenizer)
-
     name, peak = configurator.name_and_peak(device, dtype)
     n, tokens_per_step = sizes(model_config), config.batch_size * model_config.context * config.grad_accum
     say(f'{n["total"]:,} parameters, {n["active"]:,} active a token (without the embedding), on {name} in '
@@ -229,6 +228,8 @@ def run(config, rank, world, device, loader, val_loader, tokenizer, model_config
         f'{tokens_per_step:,} a step, {config.max_steps * tokens_per_step / loader.n_tokens:.2f} epochs')
     columns = ['step', 'tokens', 'loss', 'val_loss', 'grad_norm', 'lr', 'tokens_per_s', 'mfu', 'entropy',
                *(f'{kind}_{layer}' for kind in ('entropy', 'residual') for layer in range(model_config.n_layer))]
+    columns += (experts := [f'{kind}_{layer}_{e}' for kind in ('load', 'bias') for layer in range(model_config.n_layer)
+                            for e in range(model_config.n_expert)])             # the bias: after the step of that load
     wandb = configurator.package('wandb') if config.wandb and rank == 0 else None
     if wandb:
         wandb.init(project='nanozaya', name=config.out_dir, config=asdict(config) | asdict(model_config))
@@ -279,13 +280,14 @@ def run(config, rank, world, device, loader, val_loader, tokenizer, model_config
                         'lr': lr_at(step - 1, config), 'tokens_per_s': round(speed),
                         'mfu': peak and speed * n['train_flops'] / peak / world,
                         'entropy': entropy.mean().item()} | {f'entropy_{i}': e.item() for i, e in enumerate(entropy)}
-                log(row)
+                log(row | dict(zip(experts, torch.cat([fractions.flatten(), *balancer.biases]).tolist())))
                 history[step], steps, seconds = loss, 0, 0.0
                 bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tok/s, load entropy {row["entropy"]:.3f}')
             bar.update()
             # Not after a skipped step, unless it is the last: a run that goes on counts those in a row from 0.
             if (step % config.checkpoint_every == 0 and finite or done) and (rank == 0 or config.shard):
                 save()
+    say(f'python -m evidence.plot {config.out_dir}   draws its log')
     if dist.is_initialized():
         dist.destroy_process_group()
     return history

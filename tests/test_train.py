@@ -27,6 +27,7 @@ from checkpoint import load_checkpoint, save_checkpoint, write_log
 from data.loader import TokenLoader
 from data.prepare import prepare
 from model import Zaya, ZayaConfig
+from router import load_entropy
 from train import TrainConfig, lr_at
 
 
@@ -229,19 +230,25 @@ def test_log_holds_all_that_a_plot_needs(dataset, tmp_path):
     run(dataset, tmp_path, max_steps=6, eval_every=3, log_every=2)
     rows = log(tmp_path)
     layers = [f'{kind}_{layer}' for kind in ('entropy', 'residual') for layer in range(2)]
-    assert list(rows[0]) == ['step', 'tokens', 'loss', 'val_loss', 'grad_norm', 'lr', 'mfu', 'entropy', *layers]
+    experts = [f'{kind}_{layer}_{e}' for kind in ('load', 'bias') for layer in range(2) for e in range(4)]
+    assert list(rows[0]) == ['step', 'tokens', 'loss', 'val_loss', 'grad_norm', 'lr', 'mfu', 'entropy', *layers,
+                             *experts]
     assert [row['step'] for row in rows] == ['0', '2', '3', '4', '6']
     for row in rows:
         evaluated, trained = row['step'] in '036', row['step'] != '0'
         for key in 'val_loss', 'residual_0', 'residual_1':
             assert bool(row[key]) == evaluated, key
-        for key in 'loss', 'grad_norm', 'lr', 'entropy', 'entropy_0', 'entropy_1':
+        for key in 'loss', 'grad_norm', 'lr', 'entropy', 'entropy_0', 'entropy_1', *experts:
             assert bool(row[key]) == trained, key
         assert int(row['tokens']) == int(row['step']) * 64
         if trained:
             assert 0 <= float(row['entropy']) <= 1
             mean = (float(row['entropy_0']) + float(row['entropy_1'])) / 2
             assert float(row['entropy']) == pytest.approx(mean, rel=1e-5)
+            loads = torch.tensor([[float(row[f'load_{layer}_{e}']) for e in range(4)] for layer in range(2)])
+            assert load_entropy(loads).tolist() == pytest.approx([float(row['entropy_0']), float(row['entropy_1'])])
+    biases = load_checkpoint(tmp_path)['model']
+    assert [float(rows[-1][f'bias_1_{e}']) for e in range(4)] == biases['layers.1.moe.router.balancing_bias'].tolist()
 
 
 def test_logged_val_loss_is_that_of_the_saved_weights_on_held_out_data(dataset, tmp_path):
