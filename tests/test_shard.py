@@ -1,0 +1,228 @@
+"""train.py --shard=True: in parts on any number of processes, a run is the run of one process, up to rounding."""
+import glob
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import checkpoint
+import configurator
+from checkpoint import RESUMABLE, from_pretrained, load_checkpoint, save_checkpoint, save_pretrained
+from common import ENV, ROOT, tiny_model
+from evidence import paper
+from model import ZayaConfig
+from sample import generate
+from test_train import flags, log, run
+from train import TrainConfig
+
+UNEVEN = dict(n_expert=3, grad_accum=4, balancer_lr=0.01, max_steps=20, checkpoint_every=5, log_every=1, eval_every=10,
+              sample_tokens=0)      # neither 2 nor 4 processes hold equally many experts, or rows of some matrices
+
+
+def torchrun(processes, *arguments, wait=True):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    started = subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    if wait:
+        out = started.communicate()[0]
+        assert started.returncode == 0, out
+    return started
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """As under torchrun, with one process."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    for key, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR='127.0.0.1', MASTER_PORT=port).items():
+        monkeypatch.setenv(key, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def assert_equal_runs(a, b):
+    """Losses, gradient norms, weights and momenta are equal within 1e-5."""
+    for one, two in zip(log(a), log(b), strict=True):
+        for key in one:
+            assert float(one[key] or 0) == pytest.approx(float(two[key] or 0), rel=1e-5, abs=1e-6), key
+    assert_equal_states(load_checkpoint(a, RESUMABLE), load_checkpoint(b, RESUMABLE))
+
+
+def assert_equal_states(one, two):
+    assert one['step'] == two['step'] and one['model'].keys() == two['model'].keys()
+    for name, tensor in one['model'].items():
+        assert (tensor - two['model'][name]).abs().max() < 1e-5, name
+    for mine, others in zip(one['optimizers'], two['optimizers']):
+        for i, momenta in mine['state'].items():
+            for name, tensor in momenta.items():
+                assert (tensor - others['state'][i][name]).abs().max() < 1e-5, (i, name)
+
+
+def ranks(out_dir):
+    """{rank: process} of the processes that train into out_dir."""
+    found = {}
+    for path in glob.glob('/proc/[0-9]*/environ'):
+        try:
+            with open(path, 'rb') as file, open(path.replace('environ', 'cmdline'), 'rb') as line:
+                environ, command = file.read().split(b'\0'), line.read()
+        except OSError:
+            continue
+        if os.fsencode(f'--out_dir={out_dir}') in command.split(b'\0') and b'torch.distributed.run' not in command:
+            found |= {int(entry[5:]): int(path.split('/')[2]) for entry in environ if entry.startswith(b'RANK=')}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='finds the process to kill in /proc')
+def test_a_sharded_run_of_two_whose_process_was_killed_goes_on_with_four_and_equals_a_run_of_one(dataset, tmp_path):
+    run(dataset, tmp_path / 'one', **UNEVEN)
+    out, arguments = tmp_path / 'many', ['train.py', *flags(dataset, tmp_path / 'many', shard=True, **UNEVEN)]
+    two = torchrun(2, *arguments, wait=False)
+    while two.poll() is None and not (out / 'ckpt_previous.pt').exists():       # step 10's checkpoint is on the disk
+        time.sleep(0.02)
+    os.kill(ranks(out)[1], signal.SIGKILL)
+    assert two.communicate()[0] and two.returncode != 0
+    held = load_checkpoint(out, RESUMABLE)
+    assert 5 <= held['step'] < 20
+    torchrun(4, *arguments, '--recompute=True')
+    assert_equal_runs(tmp_path / 'one', out)
+    sizes = [os.path.getsize(out / 'ckpt.pt' / name) for name in sorted(os.listdir(out / 'ckpt.pt')) if 'shard' in name]
+    assert len(sizes) == 4 and max(sizes) < 0.5 * sum(sizes)
+    model, language = checkpoint.load(out)
+    assert generate(model, [language.encode('def')], 5)
+
+
+def test_a_run_may_be_sharded_and_whole_in_turns(dataset, tmp_path, alone):
+    changes = UNEVEN | dict(checkpoint_every=2, lr=1e-3, min_lr=1e-3)           # the same rate, however long the run
+    run(dataset, tmp_path / 'one', **changes | dict(max_steps=6))
+    for stop, shard in (2, False), (4, True), (6, False):
+        run(dataset, tmp_path / 'turns', shard=shard, recompute=shard, **changes | dict(max_steps=stop))
+    one, two = (load_checkpoint(tmp_path / name, RESUMABLE) for name in ('one', 'turns'))
+    assert_equal_states(one, two)
+
+
+def test_weights_of_a_whole_run_begin_a_sharded_one(dataset, tmp_path, alone):
+    changes = UNEVEN | dict(max_steps=2)
+    run(dataset, tmp_path / 'first', **changes)
+    for shard in False, True:
+        run(dataset, tmp_path / str(shard), init_from=tmp_path / 'first', shard=shard, **changes)
+    one, two = (load_checkpoint(tmp_path / name)['model'] for name in ('False', 'True'))
+    assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
+
+
+def state(step):
+    mesh = torch.distributed.init_device_mesh('cpu', (1,))
+    return {'model': {'w': distribute_tensor(torch.full((5, 3), float(step)), mesh, [Shard(0)]), 'b': torch.ones(2)},
+            'step': step, 'model_config': {'vocab_size': 5}}
+
+
+@pytest.fixture
+def sharded(tmp_path, alone):
+    """A run folder whose checkpoint of step 4 is in parts, and that of step 2 before it."""
+    torch.distributed.init_process_group('gloo')
+    for step in 2, 4:
+        save_checkpoint(tmp_path, state(step))
+        assert (load_checkpoint(tmp_path)['model']['w'] == step).all()
+    return tmp_path
+
+
+def test_a_damaged_part_is_noticed_and_the_checkpoint_before_it_used(sharded, capsys):
+    part, = (sharded / 'ckpt.pt').glob('*.safetensors')
+    content = bytearray(part.read_bytes())
+    content[-5] ^= 1
+    part.write_bytes(content)
+    assert load_checkpoint(sharded)['step'] == 2
+    assert f'its {part.name} is corrupt' in capsys.readouterr().err
+    part.unlink()
+    assert load_checkpoint(sharded)['step'] == 2
+
+
+def test_a_sharded_checkpoint_holds_nothing_that_could_be_executed(sharded):
+    for path in (sharded / 'ckpt.pt').iterdir():
+        assert path.suffix == '.safetensors' or path.name == 'run.pt'           # which is read with weights_only
+
+
+def test_a_sharded_checkpoint_refuses_a_model_of_another_shape(sharded):
+    with pytest.raises(ValueError, match='every checkpoint is damaged'):
+        load_checkpoint(sharded, like={'model/w': torch.zeros(4, 3)})
+
+
+def test_a_weight_that_is_not_finite_is_not_saved_in_parts(sharded):
+    bad = state(6)
+    bad['model']['w'].to_local()[0, 0] = float('nan')
+    with pytest.raises(ValueError, match='w is not finite after step 6'):
+        save_checkpoint(sharded, bad)
+    assert load_checkpoint(sharded)['step'] == 4
+
+
+def test_a_save_stopped_at_any_rename_leaves_a_whole_checkpoint(sharded, monkeypatch):
+    for moment in range(4):
+        calls = []
+
+        def stopped(name, real):
+            def call(*arguments):
+                calls.append(name)
+                if len(calls) > moment:
+                    raise KeyboardInterrupt
+                return real(*arguments)
+            return call
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoint, 'remove', stopped('remove', checkpoint.remove))
+            patch.setattr(checkpoint.os, 'rename', stopped('rename', os.rename))
+            save_checkpoint(sharded, state(6 + moment))
+        assert calls == ['remove', 'rename', 'remove', 'rename'][:moment + 1]
+        assert load_checkpoint(sharded)['step'] == 4
+    save_checkpoint(sharded, state(10))                         # what was left behind is no hindrance
+    assert load_checkpoint(sharded)['step'] == 10
+
+
+def test_save_pretrained_writes_large_models_in_several_files_that_are_the_model(tmp_path, monkeypatch):
+    model = tiny_model(skip_expert=True)
+    save_pretrained(model, tmp_path / 'one')
+    monkeypatch.setattr(checkpoint, 'FILE_BYTES', 20_000)
+    save_pretrained(model, tmp_path / 'many')
+    assert len(list((tmp_path / 'many').glob('model-*-of-*.safetensors'))) > 2
+    one, many = (from_pretrained(tmp_path / name).state_dict() for name in ('one', 'many'))
+    assert all(one[name].equal(many[name]) for name in one)
+
+
+def test_save_pretrained_of_a_sharded_model_is_that_of_the_whole_one(tmp_path, alone):
+    torch.distributed.init_process_group('gloo')
+    config = tiny_model(skip_expert=True).config
+    for shard in False, True:
+        model = paper.build(TrainConfig(shard=shard), config, torch.device('cpu'))
+        save_pretrained(model, tmp_path / str(shard))
+    one, two = (from_pretrained(tmp_path / name).state_dict() for name in ('False', 'True'))
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_the_memory_of_a_process_is_what_the_paper_says_and_falls_with_their_number(alone):
+    torch.distributed.init_process_group('gloo')
+    held, computed = paper.measure()
+    assert held == computed
+    one, eight = (sum(paper.memory(ZayaConfig.zaya1_8b(), W).values()) for W in (1, 8))
+    assert one / 8 == eight
+
+
+def test_the_recipe_of_the_8b_shape_fits_its_gpus():
+    config, sizes = configurator.read(['config/8b.py'], TrainConfig, ZayaConfig)
+    released = ZayaConfig.zaya1_8b()
+    assert all(getattr(sizes, key) == getattr(released, key) for key in ('n_layer', 'n_embd', 'n_expert', 'expert_dim'))
+    tokens = config.batch_size * sizes.context
+    assert config.shard and config.recompute
+    held = paper.memory(released, 8, tokens)
+    assert sum(held.values()) < 80e9 < sum(paper.memory(released, 1).values())
+    assert sum(held.values()) + 7 * held['activations'] < 192e9                 # what its comment says of larger ones
+
+
+def test_shard_without_torchrun_says_how(dataset, tmp_path):
+    with pytest.raises(ValueError, match='start it by torchrun'):
+        run(dataset, tmp_path, shard=True)
