@@ -208,9 +208,9 @@ def save_checkpoint(folder, state):
     if alone:                                                   # without others, or the first of them
         if os.path.exists(current) and damage(current) is None:     # a damaged one must not push out a good one
             remove(previous)
-            os.rename(current, previous)
+            os.replace(current, previous)
         remove(current)
-        os.rename(new, current)                                 # killed before this line: ckpt_previous.pt is whole
+        os.replace(new, current)                                # killed before this line: ckpt_previous.pt is whole
 
 
 def damage(path):

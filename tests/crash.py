@@ -24,7 +24,7 @@ import torch._dynamo      # the optimizers need it; here, so that not every chil
 
 import configurator
 import train
-from checkpoint import load_checkpoint, save_checkpoint, write_log
+from checkpoint import load_checkpoint, save_checkpoint, write, write_log
 from common import ENV, ROOT, TINY_RUN
 from data.prepare import prepare
 from model import ZayaConfig
@@ -83,7 +83,8 @@ def kill_saving(folder):
             if 'damaged' in before:
                 path = os.path.join(folder, 'ckpt.pt')
                 os.truncate(path, os.path.getsize(path) // 2)
-            died = killed(line, (save_checkpoint, torch.serialization._save), lambda: save_checkpoint(folder, state(3)))
+            functions = save_checkpoint, write, torch.serialization._save
+            died = killed(line, functions, lambda: save_checkpoint(folder, state(3)))
             found = load_checkpoint(folder)
             newest = max((version for version in before if version != 'damaged'), default=None)
             expected = [newest, 3] if died else [3]

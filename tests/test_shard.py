@@ -178,9 +178,9 @@ def test_a_save_stopped_at_any_rename_leaves_a_whole_checkpoint(sharded, monkeyp
             return call
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(checkpoint, 'remove', stopped('remove', checkpoint.remove))
-            patch.setattr(checkpoint.os, 'rename', stopped('rename', os.rename))
+            patch.setattr(checkpoint.os, 'replace', stopped('replace', os.replace))
             save_checkpoint(sharded, state(6))
-        assert calls == ['remove', 'rename', 'remove', 'rename'][:moment + 1]
+        assert calls == ['remove', 'replace', 'remove', 'replace'][:moment + 1]
         assert load_checkpoint(sharded)['step'] == 4
     save_checkpoint(sharded, state(10))                         # what was left behind is no hindrance
     assert load_checkpoint(sharded)['step'] == 10
