@@ -6,7 +6,10 @@ gathered from all processes, and let go of after; gradients are added up and eac
 torch.distributed.checkpoint writes the parts, as safetensors, and reads those that a process wants, on however many
 processes: a folder of them and run.pt, which holds all that is not in parts.
 
-Legend:  W processes
+A checkpoint is as safe as that of one process: files with checksums, a name only when all are on the disk, the one
+before kept. No file holds code: torch's usual format for this would (its index is a pickle), safetensors cannot.
+
+Legend:  W processes   k matrices of one shape, m x n each   N experts
 """
 import os
 import shutil
@@ -20,7 +23,7 @@ from data.gate import reading
 
 
 def shard(model, device, dtype):
-    """Give each process its part of a Zaya that was made on 'meta', without values yet. The experts, 96 % of the 8B
+    """Give each process its part of a Zaya that was made on 'meta', without values yet. The experts, 91 % of the 8B
     model, are gathered in dtype, that of their products; all else in float32, where much of it is used so."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard        # here and below: takes a second
     warnings.filterwarnings('ignore', '.*returned a view tensor')               # nothing here adds to it in place
@@ -34,19 +37,7 @@ def shard(model, device, dtype):
         buffer.zero_()
 
 
-def orthogonalize_shards(orthogonalize, G):
-    """orthogonalize (optim.py) for a DTensor that is in parts in its second dim: G (k, m, n), of which a process holds
-    some rows of each matrix, or G (1, N, m, n), some experts. Rows come together by one all-to-all, so that every
-    process works on k / W of the matrices, and go back by another; an expert is whole where it is.
-
-    A process sends about 8 k m n / W bytes a step: of the 8B model on 8, 0.3 GB, beside 33 GB of weights that it
-    receives in forward and backward."""
-    from torch.distributed.tensor import DTensor, Shard
-    whole = G.redistribute(placements=[Shard(0)]) if G.ndim == 3 else G
-    X = DTensor.from_local(orthogonalize(whole.to_local()), G.device_mesh, whole.placements, run_check=False,
-                           shape=G.shape, stride=G.stride())
-    return X.redistribute(placements=G.placements)
-
+# ---- a tensor, whole or in parts ----
 
 def is_sharded(tensor):
     return hasattr(tensor, 'placements')
@@ -78,7 +69,40 @@ def is_first():
 
 
 def put(p, value):
+    """Store a whole value in p, or this process's part of it."""
     p.copy_(laid_out(value, p))
+
+
+def orthogonalize_shards(orthogonalize, G):
+    """orthogonalize (optim.py) for a DTensor that is in parts in its second dim: G (k, m, n), of which a process holds
+    some rows of each matrix, or G (1, N, m, n), some experts. Rows come together by one all-to-all, so that every
+    process works on k / W of the matrices, and go back by another; an expert is whole where it is.
+
+    A process sends about 8 k m n / W bytes a step: of the 8B model on 8, 0.2 GB, beside 32 GB of weights that it
+    receives in forward and backward (evidence/paper.py)."""
+    from torch.distributed.tensor import DTensor, Shard
+    whole = G.redistribute(placements=[Shard(0)]) if G.ndim == 3 else G
+    X = DTensor.from_local(orthogonalize(whole.to_local()), G.device_mesh, whole.placements, run_check=False,
+                           shape=G.shape, stride=G.stride())
+    return X.redistribute(placements=G.placements)
+
+
+# ---- checkpoints in files ----
+
+def write(path, state):
+    with open(path, 'wb') as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return True
+
+
+def remove(path):
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
 
 
 def walk(state, visit, path=''):
@@ -143,8 +167,8 @@ def read_shards(path, state, kind, like):
         if tensor.is_meta:
             other = torch.empty(tensor.shape, dtype=tensor.dtype) if like is None else \
                 like.get(name, like.get(name.rpartition('/')[0]))
-            if other is None or other.shape != tensor.shape:
-                raise ValueError(f'its {name} has no place in this model')
+            if other is None or other.shape != tensor.shape:    # of another model: take_up will say so
+                return tensor
             tensors[name] = torch.zeros_like(other)
         return tensors.get(name, tensor)
     state = walk({key: value for key, value in state.items() if key in wanted}, room)
@@ -152,19 +176,3 @@ def read_shards(path, state, kind, like):
         warnings.simplefilter('ignore')                         # 'assuming the intent is to load in a single process'
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=like is None)
     return state
-
-
-def write(path, state):
-    with open(path, 'wb') as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    return True
-
-
-def remove(path):
-    """Remove a file, or a folder with all that is in it, if it is there."""
-    if os.path.isdir(path):
-        shutil.rmtree(path)
-    elif os.path.exists(path):
-        os.remove(path)
