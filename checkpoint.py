@@ -27,8 +27,8 @@ from configurator import package
 from data.folder import weight_files
 from data.gate import check, read_bytes, read_json, reading
 from data.language import released_language, run_language
-from data.shards import (checksum_of, file_of, gathered, is_first, is_sharded, laid_out, own_part, read_shards, remove,
-                         write, write_shards)
+from data.shards import (by_first, checksum_of, file_of, gathered, is_first, is_sharded, laid_out, own_part,
+                         read_shards, remove, together, write, write_shards)
 from data.tokenizer import digest, load_tokenizer
 from model import Zaya, ZayaConfig
 
@@ -193,23 +193,30 @@ def save_checkpoint(folder, state):
     checkpoint behind: under a temporary name, onto the disk (fsync), and only then under its own. All processes call
     this where tensors are sharded. Raises OSError if the disk is full, say, ValueError if a weight is not finite; the
     checkpoints already there are then untouched."""
-    for name, tensor in state.get('model', {}).items():
-        if not own_part(tensor).isfinite().all():
-            raise ValueError(f'{name} is not finite after step {state["step"]}, and not saved; try a smaller lr')
+    weights = state.get('model', {})
+    sharded = any(map(is_sharded, weights.values()))
+    bad = [name for name, tensor in weights.items() if not own_part(tensor).isfinite().all()]
+    if bad := together(bad) if sharded else bad:
+        raise ValueError(f'{bad[0]} is not finite after step {state["step"]}, and not saved; try a smaller lr')
     new, current, previous = (os.path.join(folder, name) for name in ('ckpt.tmp', 'ckpt.pt', 'ckpt_previous.pt'))
     try:
-        alone = write_shards(new, state) if any(map(is_sharded, state.get('model', {}).values())) else write(new, state)
+        if is_first():
+            remove(new)
+        (write_shards if sharded else write)(new, state)
     except BaseException as error:                              # a full disk, Ctrl-C: leave no half file behind
-        remove(new)
+        if is_first():
+            remove(new)
         if isinstance(error, (OSError, RuntimeError)):          # torch reports a failed write as either of them
             cause = error if isinstance(error, OSError) else error.__context__
             raise OSError(f'{new}: cannot be written ({getattr(cause, "strerror", None) or error})') from None
         raise
-    if alone:                                                   # without others, or the first of them
-        if os.path.exists(current) and damage(current) is None:     # a damaged one must not push out a good one
+    if not sharded or is_first():
+        # A damaged one must not push out a good one; a folder is not read again for that, it would take minutes.
+        if os.path.isdir(current) or os.path.exists(current) and damage(current) is None:
             remove(previous)
             os.replace(current, previous)
-        remove(current)
+        if sharded:                                             # a folder cannot take the place of a file
+            remove(current)
         os.replace(new, current)                                # killed before this line: ckpt_previous.pt is whole
 
 
@@ -222,20 +229,20 @@ def damage(path):
                 return f'its part {part} is corrupt'
         if os.path.isdir(path):
             for name, checksum in torch.load(file_of(path), weights_only=True)['checksums'].items():
-                if checksum_of(os.path.join(path, name)) != checksum:
+                if os.path.basename(name) != name or checksum_of(os.path.join(path, name)) != checksum:
                     return f'its {name} is corrupt'
     except Exception as error:                                  # whatever a damaged file makes zipfile say
         return str(error)
 
 
 def load_checkpoint(folder, kind=WEIGHTS, like=None):
-    """The newest undamaged checkpoint of a run, on the CPU, or None if it has none at all. like: see read_shards. A
-    damaged one, or one that is not of that kind, is reported and its predecessor used. Raises ValueError if every one
-    there is damaged."""
+    """The newest undamaged checkpoint of a run, on the CPU, or None if it has none at all. A damaged one, or one that
+    is not of that kind, is reported and its predecessor used. like: see read_shards; all processes call this then, and
+    the first looks for damage. Raises ValueError if every one there is damaged."""
     paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt_previous.pt')]
     paths = [path for path in paths if os.path.exists(path)]
     for path in paths:
-        what = damage(path)
+        what = damage(path) if like is None else by_first(lambda: damage(path))
         try:
             if what is None:
                 state = torch.load(file_of(path), map_location='cpu', weights_only=True, mmap=like is not None)
@@ -247,7 +254,8 @@ def load_checkpoint(folder, kind=WEIGHTS, like=None):
             what = 'it holds more than tensors and plain values'
         except Exception as error:                              # whatever else a damaged file makes torch say
             what = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f'{path} is damaged ({what}): not used', file=sys.stderr)
+        if like is None or is_first():
+            print(f'{path} is damaged ({what}): not used', file=sys.stderr)
     if paths:
         raise ValueError(f'{folder}: every checkpoint is damaged ({", ".join(paths)}); remove them to start anew')
 
@@ -312,7 +320,7 @@ def take_up(config, model, optimizers, balancer, tokenizer, say):
         say(f"starting from the weights of {folder} after {saved['step']} steps")
         return 0
     restore([*optimizers, balancer.adamw], [*saved['optimizers'], saved['balancer']], folder)
-    if config.dtype == 'auto':                                  # measured once, for all of the run
+    if config.dtype == 'auto' and not config.shard:             # measured once, for all of the run
         config.dtype = saved['config'].get('dtype', 'auto')
     changed = [f'{key} {saved["config"].get(key)} -> {value}' for key, value in asdict(config).items()
                if saved['config'].get(key) != value]

@@ -179,7 +179,7 @@ class Zaya(nn.Module):
         """All initialisation: matrices and convolutions normal(0, init_std), biases 0, scales and temperatures 1,
         balancing biases 0 except 'skip', whose -1 makes it lose against any probability. The router's matrices are
         larger, so that its first probabilities differ from token to token: else all tokens choose alike.
-        put(p, value) stores the whole value of p, of which a process may hold a part only (checkpoint.py: put)."""
+        put(p, value) stores the whole value of p, of which a process may hold a part only (data/shards.py: put)."""
         for name, p in self.named_parameters():
             value = torch.full(p.shape, 0.0 if name.endswith('bias') else 1.0)  # norms, scales, temperature: 1
             if p.ndim > 1:

@@ -123,10 +123,13 @@ def build(config, model_config, device):
     torch.manual_seed(config.seed)                              # the same weights in every process
     if not config.shard:
         return Zaya(model_config).to(device)
-    nn.Embedding(model_config.vocab_size, model_config.n_embd)  # torch's modules draw weights, before initialize() does
+    if dist.get_world_size() > model_config.n_expert:           # others would hold a copy: FSDP splits by whole experts
+        raise ValueError(f'shard splits the {model_config.n_expert} experts: take at most n_expert processes')
+    # A Zaya draws numbers twice, in the constructors of torch's modules and in initialize(): the first are thrown away.
+    nn.Embedding(model_config.vocab_size, model_config.n_embd)
     for layer in range(model_config.n_layer):
         Block(model_config, layer)
-    with torch.device('meta'):                                  # the whole model is nowhere
+    with torch.device('meta'):                                  # without memory
         model = Zaya(model_config)
     shard(model, device, configurator.pick_dtype(config.dtype, device) if device.type == 'cuda' else torch.float32)
     model.initialize(put)
@@ -209,7 +212,7 @@ def run(config, rank, world, device, loader, val_loader, tokenizer, model_config
     """Train, alone in the run folder. See train."""
     say = tqdm.write if rank == 0 else lambda text: None        # tqdm's print keeps the progress bar in one piece
     model = build(config, model_config, device)
-    for layer in model.layers if config.recompute else ():
+    for layer in model.layers if config.recompute else ():      # routers count each token twice then, in all alike
         layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     if config.shard:

@@ -1,6 +1,6 @@
 # ZAYA1-8B's own shape, on 8 GPUs of 80 GB or more: torchrun --nproc_per_node=8 train.py config/8b.py
-# `python -m evidence.paper` works out what it takes: 28 GB on each of 8 GPUs (123 GB on one), 17 more for every further
-# 32K tokens in a micro-batch. On 192 GB, batch_size = 32 with grad_accum = 8 fits. Nobody has run it yet.
+# evidence/paper.py works out what it takes: 25 GB on each of 8 GPUs (113 GB on one), 17 more for every further 32K
+# tokens in a micro-batch. On 192 GB, batch_size = 32 with grad_accum = 8 fits. Nobody has run it yet.
 # Prepare a corpus of your own first: python -m data.text.prepare FILES_OR_FOLDERS --vocab_size=50304
 out_dir = 'runs/8b'
 dataset = 'data/text'
@@ -24,4 +24,4 @@ lr = 1e-3
 min_lr = 1e-4
 balancer_lr = 1e-3
 eval_every = 500
-checkpoint_every = 500  # 108 GB each, of which two are kept
+checkpoint_every = 500  # 68 GB each, of which two are kept, and three are there while one is written

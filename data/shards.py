@@ -1,8 +1,9 @@
 """Tensors in parts: how `train.py --shard=True` spreads a model over processes, and its checkpoints over files.
 
-torch's own engines do the work. fully_shard (FSDP2) makes each parameter a DTensor: of its first dim, rows or experts,
-a process holds 1 / W, and with it gradient and momentum. Before a layer runs, forward or backward, its parts are
-gathered from all processes, and let go of after; gradients are added up and each process keeps the sum of its part.
+torch's own engines do the work. fully_shard (FSDP2) makes each parameter a DTensor: each process holds 1 / W of its
+rows, or of its experts, and the same part of gradient and momentum. Before a layer runs, forward or backward, its parts
+are gathered from all processes, and let go of after; gradients are added up, and each process keeps its part of the
+sum.
 torch.distributed.checkpoint writes the parts, as safetensors, and reads those that a process wants, on however many
 processes: a folder of them and run.pt, which holds all that is not in parts.
 
@@ -24,9 +25,11 @@ from data.gate import reading
 
 def shard(model, device, dtype):
     """Give each process its part of a Zaya that was made on 'meta', without values yet. The experts, 91 % of the 8B
-    model, are gathered in dtype, that of their products; all else in float32, where much of it is used so."""
+    model, are gathered in dtype, that of their products, and so apart from the rest of their layer, which is gathered
+    in float32, since much of it is used so. The embedding, which belongs to no layer, is whole until a step is over."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard        # here and below: takes a second
-    warnings.filterwarnings('ignore', '.*returned a view tensor')               # nothing here adds to it in place
+    # FSDP warns of a layer whose output is a view, as a router's state may be: nothing here changes it in place.
+    warnings.filterwarnings('ignore', '.*returned a view tensor')
     in_dtype = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.layers:
         fully_shard(layer.moe.experts, mp_policy=in_dtype)
@@ -68,18 +71,32 @@ def is_first():
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
+def together(items):
+    """All processes' lists in one, the same in each."""
+    lists = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def by_first(function):
+    """What function() returns in the first process, in all of them."""
+    result = [function() if is_first() else None]
+    torch.distributed.broadcast_object_list(result)
+    return result[0]
+
+
 def put(p, value):
     """Store a whole value in p, or this process's part of it."""
     p.copy_(laid_out(value, p))
 
 
 def orthogonalize_shards(orthogonalize, G):
-    """orthogonalize (optim.py) for a DTensor that is in parts in its second dim: G (k, m, n), of which a process holds
-    some rows of each matrix, or G (1, N, m, n), some experts. Rows come together by one all-to-all, so that every
-    process works on k / W of the matrices, and go back by another; an expert is whole where it is.
+    """orthogonalize (optim.py) for stacks in parts, so that it is the second dim that is split: G (k, m, n), of which a
+    process holds some rows of each matrix, or G (1, N, m, n), some experts. Rows come together by one all-to-all, so
+    that every process works on k / W of the matrices, and go back by another; an expert is whole where it is.
 
     A process sends about 8 k m n / W bytes a step: of the 8B model on 8, 0.2 GB, beside 32 GB of weights that it
-    receives in forward and backward (evidence/paper.py)."""
+    receives in forward and backward of each micro-batch (evidence/paper.py)."""
     from torch.distributed.tensor import DTensor, Shard
     whole = G.redistribute(placements=[Shard(0)]) if G.ndim == 3 else G
     X = DTensor.from_local(orthogonalize(whole.to_local()), G.device_mesh, whole.placements, run_check=False,
@@ -94,7 +111,6 @@ def write(path, state):
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    return True
 
 
 def remove(path):
@@ -131,11 +147,12 @@ def checksum_of(path):
 
 def write_shards(path, state):
     """Write the sharded tensors as safetensors, each process its parts, and run.pt: all else, with the checksums of
-    those files, and in place of each sharded tensor one without memory, on 'meta'. Return whether this is process 0."""
+    those files, and in place of each sharded tensor one without memory, on 'meta'. All processes must see one disk.
+    Raises OSError if it cannot be written."""
     import torch.distributed as dist
     from torch.distributed import checkpoint as dcp
     package('safetensors')
-    rank, tensors = dist.get_rank(), {}
+    rank, world, tensors = dist.get_rank(), dist.get_world_size(), {}
 
     def shape_of(path, tensor):
         if is_sharded(tensor):
@@ -143,17 +160,15 @@ def write_shards(path, state):
             return torch.empty(tensor.shape, dtype=tensor.dtype, device='meta')
         return tensor
     rest = walk(state, shape_of)
+    by_first(lambda: os.makedirs(path))
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(path, save_distributed=True))     # with fsync
+    except dcp.api.CheckpointException as error:                # no Exception, to torch
+        raise OSError(str(next(iter(error.failures.values()))[0])) from None
+    names = by_first(lambda: sorted(os.listdir(path)))
+    checksums = together([(name, checksum_of(os.path.join(path, name))) for name in names[rank::world]])
     if rank == 0:
-        remove(path)
-        os.makedirs(path)
-    dist.barrier()
-    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(path, save_distributed=True))         # with fsync
-    names, checksums = sorted(os.listdir(path)), [None] * dist.get_world_size()
-    dist.all_gather_object(checksums, {name: checksum_of(os.path.join(path, name))
-                                       for name in names[rank::len(checksums)]})
-    if rank == 0:
-        write(os.path.join(path, 'run.pt'), rest | {'checksums': {k: v for part in checksums for k, v in part.items()}})
-    return rank == 0
+        write(os.path.join(path, 'run.pt'), rest | {'checksums': dict(checksums)})
 
 
 def read_shards(path, state, kind, like):
@@ -166,7 +181,7 @@ def read_shards(path, state, kind, like):
     def room(name, tensor):
         if tensor.is_meta:
             other = torch.empty(tensor.shape, dtype=tensor.dtype) if like is None else \
-                like.get(name, like.get(name.rpartition('/')[0]))
+                like.get(name, like.get(name.rpartition('/')[0]))               # a momentum is split as its parameter
             if other is None or other.shape != tensor.shape:    # of another model: take_up will say so
                 return tensor
             tensors[name] = torch.zeros_like(other)

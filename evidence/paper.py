@@ -14,6 +14,7 @@ trainers of large dense models report (PaLM, arXiv 2204.02311: 46 %), and is her
 
 Legend:  W processes, one a GPU   E width   V vocabulary   L layers   N experts
 """
+import math
 import os
 import sys
 from dataclasses import replace
@@ -53,10 +54,11 @@ def memory(config, W, tokens=0):
             'optimizers': (4 * matrices + 8 * others) / W}
     if not tokens:
         return held
-    # Whole at a time: the embedding and its gradient, float32; of two layers, the next being fetched meanwhile, the
-    # experts in bf16 and the rest in float32; and one layer's gradient. Kept: a float32 row of each layer's input and
-    # router state, and what one layer, computed again, keeps for its backward.
-    whole = 2 * 4 * embedding + 3 * (2 * experts + 4 * rest)
+    # Whole at a time, at the least: the embedding, its gradient and that times the loss's, float32; of two layers, the
+    # next being fetched meanwhile, the experts in bf16 and the rest in float32; one layer's gradient, and the experts'
+    # once more in float32, to be added up. Kept: a float32 row of each layer's input and router state, and what one
+    # layer, computed again, keeps for its backward.
+    whole = 3 * 4 * embedding + 3 * (2 * experts + 4 * rest) + 4 * experts
     kept = tokens * (4 * config.n_layer * (config.n_embd + config.router_dim) + kept_by_a_layer(config))
     return held | {'gathered': whole, 'activations': kept}
 
@@ -67,8 +69,11 @@ def kept_by_a_layer(config):
     layer, counts = Block(config, 0), []
     for S in 128, 256:
         saved = {}                                              # by where it lies: views of one tensor count once
-        with torch.autograd.graph.saved_tensors_hooks(
-                lambda t: [t, saved.setdefault(t.untyped_storage().data_ptr(), t)][0], lambda t: t):
+
+        def keep(t):
+            saved[t.untyped_storage().data_ptr()] = t
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             angles = torch.zeros(1, S, config.rope_dim // 2)
             layer(torch.zeros(1, S, config.n_embd, requires_grad=True), None, angles, angles)
         counts.append(sum(t.untyped_storage().nbytes() for t in saved.values()))
@@ -76,8 +81,8 @@ def kept_by_a_layer(config):
 
 
 def traffic(config, W):
-    """Bytes that one process receives in a step of one micro-batch: weights for forward and backward, gradients, and
-    Muon's rows, there and back."""
+    """Bytes that one process receives: for each micro-batch, weights for forward and backward, and gradients; once a
+    step, Muon's rows, there and back."""
     model, part = meta(config), (W - 1) / W
     total = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for layer in model.layers for p in layer.moe.experts.parameters())
@@ -88,14 +93,14 @@ def traffic(config, W):
 
 
 def training(tokens, context, W, peak, mfu):
-    """Hours to train the 8B model on so many tokens."""
+    """Hours to train the 8B model on so many tokens. mfu: without --recompute, which adds a third to the FLOPs."""
     return tokens * sizes(replace(ZayaConfig.zaya1_8b(), context=context))['train_flops'] / (W * peak * mfu) / 3600
 
 
 def thinking(tokens, rows, bandwidth, gpus=1, problems=30, length=24_000, bits=16):
     """Hours that AIME'25's problems take at `tokens` generated each, `rows` rollouts at a time a GPU, if reading memory
     were all: at every step the experts that `rows` tokens choose evenly, all other weights, and the rows' KV caches,
-    `length` tokens long on average. GPUs share the problems, and need at least one each."""
+    `length` tokens long on average. A GPU takes whole problems."""
     config = ZayaConfig.zaya1_8b()
     n, embedding = sizes(config), config.vocab_size * config.n_embd
     experts = 3 * config.n_embd * config.expert_dim * config.n_layer                     # one in each layer
@@ -112,18 +117,19 @@ def rows_that_fit(capacity, length=40_000, most=480):
 
 
 def hours(h):
-    return f'{h * 60:,.0f} minutes' if h < 2 else f'{h:,.0f} hours' if h < 48 else f'{h / 24:,.0f} days' \
-        if h < 24 * 730 else f'{h / 24 / 365.25:,.0f} years'
+    units = ('seconds', 1 / 3600), ('minutes', 1 / 60), ('hours', 1), ('days', 24), ('years', 24 * 365.25)
+    name, unit = max((pair for pair in units if h >= 2 * pair[1]), key=lambda pair: pair[1], default=units[0])
+    return f'{h / unit:,.0f} {name}'
 
 
 def main():
     config, GB = ZayaConfig.zaya1_8b(), 1e9
     print('| processes | parameters | gradients | optimizers | gathered | activations | sum, GB |')
     print('| --- | --- | --- | --- | --- | --- | --- |')
-    for W in 1, 8, 64:
+    for W in 1, 8, 16:
         held = memory(config, W, tokens=16_384).values()
         print(f'| {W} | ' + ' | '.join(f'{value / GB:,.1f}' for value in held) + f' | {sum(held) / GB:,.1f} |')
-    print(f'\na layer keeps {kept_by_a_layer(config) / 1024:,.0f} KiB a token; a process of 8 receives, in GB a step: '
+    print(f'\na layer keeps {kept_by_a_layer(config) / 1024:,.0f} KiB a token; a process of 8 receives, in GB: '
           + ', '.join(f'{name} {value / GB:.1f}' for name, value in traffic(config, 8).items()))
     print('\n| training, H100 | FLOPs | 1 | 8 | 1,024 | 1,024 at 40 % |')
     print('| --- | --- | --- | --- | --- | --- |')
@@ -137,7 +143,7 @@ def main():
     for tokens in 440e3, 740e3:
         for name, (_, bandwidth, capacity) in GPUS.items():
             rows = rows_that_fit(capacity)
-            times = [hours(thinking(tokens, min(rows, 16 * max(1, 30 // gpus)), bandwidth, gpus))
+            times = [hours(thinking(tokens, min(rows, 16 * math.ceil(30 / gpus)), bandwidth, gpus))
                      for gpus in (1, 8, 1024)]
             print(f'| {tokens / 1e3:.0f}K tokens each, {name}, bf16 | {rows} | ' + ' | '.join(times) + ' |')
         print(f'| {tokens / 1e3:.0f}K, a laptop of 100 GB/s, int4 | 16 | {hours(thinking(tokens, 16, 1e11, bits=4.5))} '
