@@ -107,20 +107,14 @@ def marked(problem, text, places):
     where it goes wrong, 'after' on all that comes of that, else ''. places: how many steps may be done at its begin."""
     step, K = r'[1-9][a-h][-+*]\d=\d', len(problem.operations)
     pieces = re.findall(rf'{step}|</think>\d?|<\|end\|>|[^<]+?(?={step}|<|$)|.', text, re.S)
-    first, marks = re.match(r'\d([1-9])([a-h])', text), []
-    done = (problem.loops - int(first[1])) * K + 'abcdefgh'.index(first[2]) if first else problem.steps
-    for i, piece in enumerate(pieces):
-        expected = f'{problem.loops - done // K}{"abcdefgh"[done % K]}{problem.operations[done % K]}=' \
-                   f'{value_at(problem, done + 1)}' if done < problem.steps else f'</think>{task.solve(problem.question)}'
-        if i == 0:
-            right = piece == str(value_at(problem, done))
-        elif piece == '<|end|>':
-            right = pieces[i - 1].startswith('</think>')
-        else:                                                   # the budget may end within the last piece
-            right = piece == expected or i == len(pieces) - 1 and expected.startswith(piece)
-            right, done = right and (i > 1 or done in places), done + 1
-        marks.append('after' if 'wrong' in marks else '' if right else 'wrong')
-    return [list(pair) for pair in zip(pieces, marks)]
+    first = re.match(r'\d([1-9])([a-h])', text)
+    begin = (problem.loops - int(first[1])) * K + 'abcdefgh'.index(first[2]) if first else problem.steps
+    true = [(done, value_at(problem, done)) for done in range(min(begin, problem.steps), problem.steps + 1)]
+    expected = [*task.texts_of(problem, true), f'</think>{true[-1][1]}', '<|end|>', *[''] * len(pieces)]
+    fits = lambda i: (pieces[i] == expected[i] or i == len(pieces) - 1 and expected[i].startswith(pieces[i])) and (
+        i != 1 or begin in places)                              # the budget may end within the last piece
+    wrong = next((i for i in range(len(pieces)) if not fits(i)), len(pieces))
+    return [[piece, 'wrong' if i == wrong else 'after' if i > wrong else ''] for i, piece in enumerate(pieces)]
 
 
 def telling(rounds):
@@ -186,11 +180,11 @@ def text_of(model, decode, tokens, n_prompt):
 
 
 def room_for(config, room):
-    """How many tokens of a text fit into so many bytes of a page, at most."""
-    L, M, S = config.n_layer, config.n_expert + config.skip_expert, 0
-    while (S + 1) * (L * (config.n_head * (S + 2) * 2 / 3 + 5 * M + 30) + 60) < room and S < config.context:
-        S += 1
-    return S
+    """How many tokens of a text fit into so many bytes of a page, at most: 4/3 bytes for each weight of attention, and
+    what else is shown of a token in each layer."""
+    L, M = config.n_layer, config.n_expert + config.skip_expert
+    size = lambda S: S * (L * (config.n_head * (S + 1) * 2 / 3 + 5 * M + 30) + 60)
+    return next((S for S in range(config.context, 0, -1) if size(S) < room), 0)
 
 
 def texts_of_rsa(model, decode, rounds, spoken, room):

@@ -235,9 +235,10 @@ def test_of_a_long_curve_few_points_are_kept_and_the_last():
 def test_the_command_writes_a_page_into_the_run_folder_and_opens_it(text_run, monkeypatch, capsys):
     opened = []
     monkeypatch.setattr('webbrowser.open', opened.append)
-    out, message = run_script(monkeypatch, capsys, 'evidence.view', f'--ckpt={text_run}', '--question=a b', '--open=True')
-    assert message is None and out.strip() == str(text_run / 'view.html') and opened == [(text_run / 'view.html').as_uri()]
-    assert read((text_run / 'view.html').read_text())['folder'] == str(text_run)
+    flags, page = [f'--ckpt={text_run}', '--question=a b', '--open=True'], text_run / 'view.html'
+    out, message = run_script(monkeypatch, capsys, 'evidence.view', *flags)
+    assert message is None and out.strip() == str(page) and opened == [page.as_uri()]
+    assert read(page.read_text())['folder'] == str(text_run)
 
 
 @pytest.mark.parametrize('run, argument, message', [
@@ -307,23 +308,24 @@ def browse(shown, folder):
         pytest.skip('no chromium here: apt-get install chromium')
     page = view.page(shown).replace('<head>', f'<head>{WATCH}').replace('</body>', f'{CLICK}</body>')
     (folder / 'page.html').write_text(page, encoding='utf-8')
-    done = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--window-size=390,900', '--dump-dom',
-                           f'--user-data-dir={folder / "profile"}', '--enable-logging=stderr', '--virtual-time-budget=9000',
-                           (folder / 'page.html').as_uri()], capture_output=True, timeout=120)
+    flags = ['--headless', '--no-sandbox', '--disable-gpu', '--window-size=390,900', '--virtual-time-budget=9000',
+             '--enable-logging=stderr', '--dump-dom', f'--user-data-dir={folder / "profile"}']
+    done = subprocess.run([CHROMIUM, *flags, (folder / 'page.html').as_uri()], capture_output=True, timeout=120)
     assert b'CONSOLE' not in done.stderr, done.stderr.decode()
     found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', done.stdout.decode())[1]))
-    assert found['errors'] == [] and found['wide'] <= 0 and found['tab'] == 'A window into a run' and found['scripts'] == 4
+    assert found['errors'] == [] and found['wide'] <= 0
+    assert found['tab'] == 'A window into a run' and found['scripts'] == 4
     return found
 
 
 def test_a_browser_clicks_through_a_population(loops_run, experts_err, tmp_path):
     shown = view.view(view.ViewConfig(str(loops_run), QUESTION))
-    found, (first, second) = browse(shown, tmp_path), shown['rsa']['rounds']
-    readers = [sum(i in one['reads'] for one in second) for i in range(16)]
+    found, rounds = browse(shown, tmp_path), shown['rsa']['rounds']
+    readers = [sum(i in one['reads'] for one in rounds[1]) for i in range(16)]
     assert found['lines'] == readers + [4] * 16
-    assert found['heads'] == [f'round {t}{sum(not one["wrong"] for one in now)}/16' for t, now in enumerate([first, second])]
+    assert found['heads'] == [f'round {t}{sum(not one["wrong"] for one in now)}/16' for t, now in enumerate(rounds)]
     assert found['said'] == [f'Candidate {i} in round {t}: ' + ('✗ wrong' if one['wrong'] else '✓ right')
-                             for t, now in enumerate([first, second]) for i, one in enumerate(now)]
+                             for t, now in enumerate(rounds) for i, one in enumerate(now)]
     assert (found['moved'], found['slid']) == ('1 3', '0 3')
     assert found['texts'] == [str(len(text['tokens']) - 1) for text in shown['texts']]
     last = shown['texts'][-1]
