@@ -94,7 +94,7 @@ def test_the_page_loads_nothing_and_lets_no_text_become_part_of_it(text_run):
     assert not re.search(r'https?:|src=|url\(|@import|fetch\(|innerHTML|outerHTML|document\.write|eval\(', template)
 
 
-@pytest.mark.parametrize('sizes', [{}, dict(n_layer=12, n_head=8), dict(n_layer=24, n_head=16)])
+@pytest.mark.parametrize('sizes', [{}, dict(n_layer=12, n_head=16)])
 def test_no_page_is_larger_than_its_limit_whatever_the_model(sizes, tmp_path, experts_err):
     shown = view.view(view.ViewConfig(str(make_run(tmp_path, task.ENC, **sizes)), '9x:a-2b*7c+3d+1e+2f+3g+4=5'))
     assert len(view.page(shown).encode()) <= 500_000
