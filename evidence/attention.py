@@ -1,0 +1,168 @@
+"""Is CCA as good as the attention it is cheaper than? `python -m evidence.attention [--seeds=N] [--quick=True]`.
+
+Claim. At equal parameters and equal cache, attention in the latent with grouped heads (CCGQA, which is ZAYA1's and
+cca.py's) is better than GQA and MLA, and about as good as full multi-head attention, at less cost (CCA paper, arXiv
+2510.04476). Published: loss of 1B dense models, CCGQA 2.286, MHA 2.297, GQA 2.297, CCA 2.307, MLA 2.321.
+
+Test. Two dense layers of width 128 (one expert, so that no router blurs the picture) learn Python's standard library in
+512 tokens (`python -m data.stdlib.prepare --out=runs/stdlib512 --vocab_size=512`). All have equally many parameters,
+which the SwiGLU's width evens out within 1 %, and but for MHA the same cache, 32 numbers a token and layer:
+
+    MHA     8 heads of 16, each with its own key and value                  256 numbers: nothing is compressed
+    GQA     8 query heads of 16 on one key and one value
+    MLA     8 heads whose keys and values come up from one latent c of 24, and a rotated key of 8 for all of them
+            (DeepSeek-V2, arXiv 2405.04434, II-A):  [c; k_R] = W_D x,  k_h = [k_R; W_UK RMSNorm(c)],  v_h = W_UV RMSNorm(c)
+    CCA     queries compressed as much as keys and values: 2 heads of 8 for each of them
+    CCGQA   4 query heads of 16 on one key and one value
+
+All have steps 4, 5 and 7 of cca.py (norm, RoPE, attend), so that none gains by the norm alone. Each takes the learning
+rate of a grid that is best with seed 0; then they are compared over seeds. CCGQA above GQA, MLA or MHA would refute.
+
+Legend:  B batch   S sequence   E residual width   Hq, Hk query / KV heads   d head dim   c width of MLA's latent
+"""
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import configurator
+from cca import CCA, norm, rope
+from evidence.claims import ClaimConfig, by_seed, picture, replaced, table, trained, verdict
+from layers import RMSNorm, wide
+from model import Zaya, ZayaConfig
+
+RATES = 2.5e-3, 5e-3, 1e-2, 2e-2
+BASE = ZayaConfig(vocab_size=512, context=256, n_layer=2, n_embd=128, n_head=4, n_kv_head=1, head_dim=16, n_expert=1,
+                  expert_dim=256, router_dim=8)
+SETTINGS = dict(dataset='runs/stdlib512', max_steps=300, batch_size=8, warmup_steps=30, eval_batches=40,
+                dtype='float32')
+
+
+def attend(q, k, v, temperature, cos, sin, mask):
+    """Steps 4, 5 and 7 of cca.py. q (Hq, B, S, d), k (Hk, B, S, d), v (B, Hk, S, d) -> (B, S, Hq d)."""
+    d = q.shape[-1]
+    q = rope(norm(wide(q), q.new_full((len(q),), d ** 0.5)), cos, sin).to(v.dtype).transpose(0, 1)
+    k = rope(norm(wide(k), d ** 0.5 * temperature), cos, sin).to(v.dtype).transpose(0, 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return y.transpose(1, 2).flatten(-2)
+
+
+class GQA(nn.Module):
+    """Grouped-query attention; with as many KV heads as query heads it is multi-head attention. See CCA.forward."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        E, d, self.Hq, self.Hk = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
+        self.qkv_proj = nn.Linear(E, (self.Hq + 2 * self.Hk) * d, bias=False)
+        self.o_proj = nn.Linear(self.Hq * d, E, bias=False)
+        self.temperature = nn.Parameter(torch.empty(self.Hk))
+
+    def forward(self, x, cos, sin, mask=None, start=None, cache=None):
+        heads = self.qkv_proj(x).unflatten(-1, (self.Hq + 2 * self.Hk, -1)).permute(2, 0, 1, 3)        # (H, B, S, d)
+        q, k, v = heads.split([self.Hq, self.Hk, self.Hk])
+        return self.o_proj(attend(q, k, v.transpose(0, 1), self.temperature, cos, sin, mask))
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention. n_kv_head says only how much is cached, 2 Hk d numbers. See CCA.forward."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        E, d, self.H, self.rotated = config.n_embd, config.head_dim, config.n_head, config.rope_dim
+        self.c = 2 * config.n_kv_head * d - self.rotated
+        self.q_proj = nn.Linear(E, self.H * d, bias=False)
+        self.down_proj = nn.Linear(E, self.c + self.rotated, bias=False)                               # W_D
+        self.latent_norm = RMSNorm(self.c, config.norm_eps)
+        self.up_k = nn.Linear(self.c, self.H * (d - self.rotated), bias=False)                         # W_UK
+        self.up_v = nn.Linear(self.c, self.H * d, bias=False)                                          # W_UV
+        self.o_proj = nn.Linear(self.H * d, E, bias=False)
+        self.temperature = nn.Parameter(torch.empty(self.H))
+
+    def forward(self, x, cos, sin, mask=None, start=None, cache=None):
+        heads = lambda t: t.unflatten(-1, (self.H, -1)).permute(2, 0, 1, 3)                            # (H, B, S, .)
+        c, k_R = self.down_proj(x).split([self.c, self.rotated], -1)
+        c = self.latent_norm(c)
+        k = torch.cat([k_R.expand(self.H, *k_R.shape), heads(self.up_k(c))], -1)                       # (H, B, S, d)
+        v = heads(self.up_v(c)).transpose(0, 1)                                                        # (B, H, S, d)
+        return self.o_proj(attend(heads(self.q_proj(x)), k, v, self.temperature, cos, sin, mask))
+
+
+def count(config, module):
+    with replaced('model', CCA=module), torch.device('meta'):
+        return sum(p.numel() for p in Zaya(config).parameters())
+
+
+def matched(module, **heads):
+    """(module, config): the base with these heads, and with the SwiGLU's width that gives the base's parameters."""
+    config = replace(BASE, **heads)
+    each = BASE.n_layer * 3 * BASE.n_embd * 8                   # parameters of eight more dims
+    eights = round((count(BASE, CCA) - count(config, module)) / each)
+    return module, replace(config, expert_dim=BASE.expert_dim + 8 * eights)
+
+
+MODELS = {'MHA': matched(GQA, n_head=8, n_kv_head=8), 'GQA': matched(GQA, n_head=8), 'MLA': matched(MLA, n_head=8),
+          'CCA': matched(CCA, n_head=2, n_kv_head=2, head_dim=8), 'CCGQA': matched(CCA)}
+
+
+def run(config, setting, seed):
+    """One run. setting: 'NAME at LR'. Return its figures."""
+    name, _, lr = setting.split()
+    module, sizes = MODELS[name]
+    began, steps = time.perf_counter(), {'max_steps': 2, 'eval_batches': 1} if config.quick else {}
+    with replaced('model', CCA=module):
+        log = trained(Path(config.out, f'{"quick_" * config.quick}attention', setting.replace(' ', '_'), str(seed)),
+                      sizes, lr=float(lr), min_lr=float(lr) / 10, seed=seed, **SETTINGS | steps)
+    attention = sum(p.numel() for p in module(sizes, 0).parameters())
+    return {'val_loss': log['val_loss'][1][-1], 'parameters': count(sizes, module),
+            'cache': 2 * sizes.n_kv_head * sizes.head_dim,      # numbers a token and layer
+            'attention_flops': 2 * attention + 2 * sizes.n_head * sizes.head_dim * sizes.context,  # of a layer, forward
+            'tokens': int(log['tokens'][1][-1]),
+            'seconds': time.perf_counter() - began}
+
+
+def best(rows):
+    """{name: its setting with the lowest loss of seed 0}."""
+    loss = {row['setting']: float(row['val_loss']) for row in rows if row['seed'] == '0'}
+    return {name: min((s for s in loss if s.split()[0] == name), key=loss.get) for name in MODELS}
+
+
+def main(config):
+    rows = table('attention', config, [f'{name} at {lr:g}' for lr in RATES for name in MODELS], lambda setting, seed:
+                 run(config, setting, seed), seeds=[0])
+    chosen = best(rows)
+    rows = table('attention', config, list(chosen.values()), lambda setting, seed: run(config, setting, seed))
+    losses = {name: by_seed(rows, setting, 'val_loss') for name, setting in chosen.items()}
+    print('| attention | parameters | cache, numbers | attention, FLOPs a token | learning rate | val loss (seeds) |')
+    print('| --- | --- | --- | --- | --- | --- |')
+    for name, setting in chosen.items():
+        row = next(row for row in rows if row['setting'] == setting)
+        seeds = ', '.join(f'{loss:.4f}' for loss in losses[name])
+        print(f'| {name} | {int(row["parameters"]):,} | {row["cache"]} | {int(row["attention_flops"]):,} '
+              f'| {setting.split()[-1]} | {statistics.fmean(losses[name]):.4f} ({seeds}) |')
+    for other in 'GQA', 'MLA', 'MHA', 'CCA':
+        verdict(f'CCGQA below {other}', losses['CCGQA'], losses[other])
+
+
+def draw(plt, rows):
+    """At equal parameters: the loss of each kind of attention, a dot a seed."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    for x, (name, setting) in enumerate(best(rows).items()):
+        losses = by_seed(rows, setting, 'val_loss')
+        axis.plot([x] * len(losses), losses, 'o', color='tab:blue' if name == 'CCGQA' else 'tab:gray', markersize=5)
+        axis.plot([x - 0.2, x + 0.2], [statistics.fmean(losses)] * 2, color='black')
+    labels = [f'{name}\ncache {2 * sizes.n_kv_head * sizes.head_dim}' for name, (_, sizes) in MODELS.items()]
+    axis.set(xticks=range(len(MODELS)), xticklabels=labels, ylabel='loss on held-out files, nats a token')
+    return figure
+
+
+if __name__ == '__main__':
+    with configurator.one_line_errors('evidence.attention'):
+        config, = configurator.read(sys.argv[1:], ClaimConfig)
+        main(config)
+        if not config.quick:
+            picture('attention', draw)
