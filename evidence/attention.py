@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ from model import Zaya, ZayaConfig
 RATES = 2.5e-3, 5e-3, 1e-2, 2e-2
 BASE = ZayaConfig(vocab_size=512, context=256, n_layer=2, n_embd=128, n_head=4, n_kv_head=1, head_dim=16, n_expert=1,
                   expert_dim=256, router_dim=8)
-SETTINGS = dict(dataset='runs/stdlib512', max_steps=300, batch_size=8, warmup_steps=30, eval_batches=40,
+SETTINGS = dict(dataset='runs/stdlib512', batch_size=8, warmup_steps=30, eval_batches=40,
                 dtype='float32')
 
 
@@ -109,20 +110,17 @@ MODELS = {'MHA': matched(GQA, n_head=8, n_kv_head=8), 'GQA': matched(GQA, n_head
           'CCA': matched(CCA, n_head=2, n_kv_head=2, head_dim=8), 'CCGQA': matched(CCA)}
 
 
-def run(config, setting, seed):
-    """One run. setting: 'NAME at LR'. Return its figures."""
-    name, _, lr = setting.split()
-    module, sizes = MODELS[name]
-    began, steps = time.perf_counter(), {'max_steps': 2, 'eval_batches': 1} if config.quick else {}
+def run(config, script, setting, seed, module, sizes, lr, steps=300):
+    """One run of a table: a model of these sizes with `module` in CCA's place. Return its figures."""
+    began, length = time.perf_counter(), {'max_steps': 2, 'eval_batches': 1} if config.quick else {'max_steps': steps}
+    folder = Path(config.out, f'{"quick_" * config.quick}{script}', setting.replace(' ', '_'), str(seed))
     with replaced('model', CCA=module):
-        log = trained(Path(config.out, f'{"quick_" * config.quick}attention', setting.replace(' ', '_'), str(seed)),
-                      sizes, lr=float(lr), min_lr=float(lr) / 10, seed=seed, **SETTINGS | steps)
+        log = trained(folder, sizes, lr=lr, min_lr=lr / 10, seed=seed, **SETTINGS | length)
     attention = sum(p.numel() for p in module(sizes, 0).parameters())
     return {'val_loss': log['val_loss'][1][-1], 'parameters': count(sizes, module),
             'cache': 2 * sizes.n_kv_head * sizes.head_dim,      # numbers a token and layer
             'attention_flops': 2 * attention + 2 * sizes.n_head * sizes.head_dim * sizes.context,  # of a layer, forward
-            'tokens': int(log['tokens'][1][-1]),
-            'seconds': time.perf_counter() - began}
+            'tokens': int(log['tokens'][1][-1]), 'seconds': time.perf_counter() - began}
 
 
 def best(rows):
@@ -131,11 +129,15 @@ def best(rows):
     return {name: min((s for s in loss if s.split()[0] == name), key=loss.get) for name in MODELS}
 
 
+def measure(config, setting, seed):
+    name, _, lr = setting.split()
+    return run(config, 'attention', setting, seed, *MODELS[name], float(lr))
+
+
 def main(config):
-    rows = table('attention', config, [f'{name} at {lr:g}' for lr in RATES for name in MODELS], lambda setting, seed:
-                 run(config, setting, seed), seeds=[0])
-    chosen = best(rows)
-    rows = table('attention', config, list(chosen.values()), lambda setting, seed: run(config, setting, seed))
+    grid = [f'{name} at {lr:g}' for lr in RATES for name in MODELS]
+    chosen = best(table('attention', config, grid, partial(measure, config), seeds=[0]))
+    rows = table('attention', config, list(chosen.values()), partial(measure, config))
     losses = {name: by_seed(rows, setting, 'val_loss') for name, setting in chosen.items()}
     print('| attention | parameters | cache, numbers | attention, FLOPs a token | learning rate | val loss (seeds) |')
     print('| --- | --- | --- | --- | --- | --- |')
