@@ -8,17 +8,14 @@ Test. Two dense layers of width 128 (one expert, so that no router blurs the pic
 512 tokens (`python -m data.stdlib.prepare --out=runs/stdlib512 --vocab_size=512`). All have equally many parameters,
 which the SwiGLU's width evens out within 1 %, and but for MHA the same cache, 32 numbers a token and layer:
 
-    MHA     8 heads of 16, each with its own key and value                  256 numbers: nothing is compressed
+    MHA     8 heads of 16, each with its own key and value: nothing is compressed, 256 numbers
     GQA     8 query heads of 16 on one key and one value
-    MLA     8 heads whose keys and values come up from one latent c of 24, and a rotated key of 8 for all of them
-            (DeepSeek-V2, arXiv 2405.04434, II-A):  [c; k_R] = W_D x,  k_h = [k_R; W_UK RMSNorm(c)],  v_h = W_UV RMSNorm(c)
+    MLA     8 heads of 16 whose keys and values come up from one latent of 24 numbers and a rotated key of 8
     CCA     queries compressed as much as keys and values: 2 heads of 8 for each of them
     CCGQA   4 query heads of 16 on one key and one value
 
-All have steps 4, 5 and 7 of cca.py (norm, RoPE, attend), so that none gains by the norm alone. Each takes the learning
-rate of a grid that is best with seed 0; then they are compared over seeds. CCGQA above GQA, MLA or MHA would refute.
-
-Legend:  B batch   S sequence   E residual width   Hq, Hk query / KV heads   d head dim   c width of MLA's latent
+Each takes the learning rate of a grid that is best with seed 0; then they are compared over seeds. CCGQA above GQA, MLA
+or MHA would refute.
 """
 import statistics
 import sys
@@ -28,13 +25,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import configurator
-from cca import CCA, norm, rope
+from cca import CCA
+from evidence.baselines import GQA, MLA
 from evidence.claims import ClaimConfig, by_seed, picture, replaced, table, trained, verdict
-from layers import RMSNorm, wide
 from model import Zaya, ZayaConfig
 
 RATES = 2.5e-3, 5e-3, 1e-2, 2e-2
@@ -42,55 +37,6 @@ BASE = ZayaConfig(vocab_size=512, context=256, n_layer=2, n_embd=128, n_head=4, 
                   expert_dim=256, router_dim=8)
 SETTINGS = dict(dataset='runs/stdlib512', batch_size=8, warmup_steps=30, eval_batches=40,
                 dtype='float32')
-
-
-def attend(q, k, v, temperature, cos, sin, mask):
-    """Steps 4, 5 and 7 of cca.py. q (Hq, B, S, d), k (Hk, B, S, d), v (B, Hk, S, d) -> (B, S, Hq d)."""
-    d = q.shape[-1]
-    q = rope(norm(wide(q), q.new_full((len(q),), d ** 0.5)), cos, sin).to(v.dtype).transpose(0, 1)
-    k = rope(norm(wide(k), d ** 0.5 * temperature), cos, sin).to(v.dtype).transpose(0, 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return y.transpose(1, 2).flatten(-2)
-
-
-class GQA(nn.Module):
-    """Grouped-query attention; with as many KV heads as query heads it is multi-head attention. See CCA.forward."""
-
-    def __init__(self, config, layer):
-        super().__init__()
-        E, d, self.Hq, self.Hk = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
-        self.qkv_proj = nn.Linear(E, (self.Hq + 2 * self.Hk) * d, bias=False)
-        self.o_proj = nn.Linear(self.Hq * d, E, bias=False)
-        self.temperature = nn.Parameter(torch.empty(self.Hk))
-
-    def forward(self, x, cos, sin, mask=None, start=None, cache=None):
-        heads = self.qkv_proj(x).unflatten(-1, (self.Hq + 2 * self.Hk, -1)).permute(2, 0, 1, 3)        # (H, B, S, d)
-        q, k, v = heads.split([self.Hq, self.Hk, self.Hk])
-        return self.o_proj(attend(q, k, v.transpose(0, 1), self.temperature, cos, sin, mask))
-
-
-class MLA(nn.Module):
-    """Multi-head latent attention. n_kv_head says only how much is cached, 2 Hk d numbers. See CCA.forward."""
-
-    def __init__(self, config, layer):
-        super().__init__()
-        E, d, self.H, self.rotated = config.n_embd, config.head_dim, config.n_head, config.rope_dim
-        self.c = 2 * config.n_kv_head * d - self.rotated
-        self.q_proj = nn.Linear(E, self.H * d, bias=False)
-        self.down_proj = nn.Linear(E, self.c + self.rotated, bias=False)                               # W_D
-        self.latent_norm = RMSNorm(self.c, config.norm_eps)
-        self.up_k = nn.Linear(self.c, self.H * (d - self.rotated), bias=False)                         # W_UK
-        self.up_v = nn.Linear(self.c, self.H * d, bias=False)                                          # W_UV
-        self.o_proj = nn.Linear(self.H * d, E, bias=False)
-        self.temperature = nn.Parameter(torch.empty(self.H))
-
-    def forward(self, x, cos, sin, mask=None, start=None, cache=None):
-        heads = lambda t: t.unflatten(-1, (self.H, -1)).permute(2, 0, 1, 3)                            # (H, B, S, .)
-        c, k_R = self.down_proj(x).split([self.c, self.rotated], -1)
-        c = self.latent_norm(c)
-        k = torch.cat([k_R.expand(self.H, *k_R.shape), heads(self.up_k(c))], -1)                       # (H, B, S, d)
-        v = heads(self.up_v(c)).transpose(0, 1)                                                        # (B, H, S, d)
-        return self.o_proj(attend(heads(self.q_proj(x)), k, v, self.temperature, cos, sin, mask))
 
 
 def count(config, module):
@@ -124,7 +70,7 @@ def run(config, script, setting, seed, module, sizes, lr, steps=300):
 
 
 def best(rows):
-    """{name: its setting with the lowest loss of seed 0}."""
+    """{name: its setting 'NAME at LR' with the lowest loss of seed 0}."""
     loss = {row['setting']: float(row['val_loss']) for row in rows if row['seed'] == '0'}
     return {name: min((s for s in loss if s.split()[0] == name), key=loss.get) for name in MODELS}
 

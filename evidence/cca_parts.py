@@ -5,8 +5,8 @@ little (CCA paper, arXiv 2510.04476, ablation). Published: loss of 350M/1.5B mix
 
     none 2.280    one convolution 2.264    two 2.252    + value shift 2.248    + QK-mean 2.241
 
-Test. The same ladder with the model of evidence/attention.py: 200 steps over the same data, at the learning rate that is
-best for all parts together. From rung to rung a step of cca.py is replaced from outside. What is left out:
+Test. The same ladder with the model of evidence/attention.py: 200 steps over the same data, at the learning rate that
+is best for all parts together. From rung to rung a step of cca.py is replaced from outside. What is left out:
 
     a convolution   looks at the newer of its two tokens alone, by an identity; the first to come is the depthwise one
     value shift     W_V1 and W_V2 both see this token

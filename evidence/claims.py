@@ -104,7 +104,7 @@ def seeds_needed(a, b):
 
 
 def picture(name, draw):
-    """Write results/NAME.svg from results/NAME.csv: draw(plt, rows) -> the figure. The same table gives the same file."""
+    """Write results/NAME.svg, the figure draw(plt, rows) of results/NAME.csv. The same table gives the same file."""
     configurator.package('matplotlib').use('svg')
     plt, path = configurator.package('matplotlib.pyplot'), RESULTS / f'{name}.svg'
     plt.rcParams['svg.hashsalt'] = 'nanozaya'

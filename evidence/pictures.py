@@ -4,14 +4,16 @@
     results/rsa_lengths.csv     `python -m data.loops.evaluate main`: a row for each length, method and training seed
     results/rl.csv              `python -m evidence.rl main`: a row for each length and method, before RL and after
 
-and, of each script in CLAIMS, results/NAME.csv, by its function draw. Each picture says one thing. Needs matplotlib (extra `plot`).
+and, of each script in CLAIMS, results/NAME.csv, by its function draw. Each picture says one thing.
+
+Needs matplotlib (extra `plot`).
 """
 import importlib
 import statistics
 
 from evidence.claims import picture
 
-CLAIMS = ('attention',)
+CLAIMS = 'kv_cache', 'attention', 'cca_parts', 'residual'
 
 
 def training(plt, rows):
