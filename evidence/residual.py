@@ -8,7 +8,7 @@ Test. 40 thin dense layers (width 32, one expert) learn Python's standard librar
 and with the plain sum in its place: the same steps, data and learning rate. Of each layer, as training goes on:
 
     RMS             of the residual stream after it, on held-out data
-    gradient norm   of all its parameters
+    gradient norm   of what both kinds of layer have, which is all parameters but those of the scaling
 
 Growth is the RMS after the last layer divided by that after the first, at the end. More growth with the scaling than
 without, or a higher loss, would refute. 8 vectors of 32 a layer are 3 % more parameters; they are not made up for.
@@ -31,7 +31,7 @@ from model import Zaya, ZayaConfig
 
 SIZES = ZayaConfig(vocab_size=512, context=64, n_layer=40, n_embd=32, n_head=2, n_kv_head=1, head_dim=8, n_expert=1,
                    expert_dim=64, router_dim=8)
-STEPS, PARTS = 160, 4                                           # the stream is looked at that often after the start
+STEPS, PARTS = 100, 4                                           # the stream is looked at that often after the start
 
 
 class PlainSum(nn.Module):
@@ -49,7 +49,7 @@ SCALINGS = {'plain sum': PlainSum, 'residual scaling': ResidualScaling}
 
 def watching(path, every):
     """optim.make_optimizers, whose Muon adds a line to the file at the first and at each `every`-th step: the gradient
-    norm of each layer's parameters (after clipping, which scales all layers alike)."""
+    norm of each layer (after clipping, which scales all layers alike)."""
     def make_optimizers(model, *args):
         optimizers, steps = original(model, *args), []
         path.unlink(missing_ok=True)
@@ -57,7 +57,8 @@ def watching(path, every):
         def look(*_):
             steps.append(len(steps) + 1)
             if steps[-1] == 1 or steps[-1] % every == 0:
-                norms = [torch.stack([p.grad.norm() for p in layer.parameters() if p.grad is not None]).norm().item()
+                norms = [torch.stack([p.grad.norm() for name, p in layer.named_parameters()
+                                      if 'residual' not in name and p.grad is not None]).norm().item()
                          for layer in model.layers]
                 with open(path, 'a') as file:
                     print(*(f'{norm:.4g}' for norm in norms), file=file)
@@ -75,7 +76,7 @@ def measure(config, setting, seed):
     with replaced('model', ResidualScaling=SCALINGS[setting]), \
             replaced('train', make_optimizers=watching(gradients, steps // PARTS)):
         log = trained(folder, SIZES, seed=seed, lr=1e-2, min_lr=1e-3, max_steps=steps, eval_every=steps // PARTS,
-                      **SETTINGS | {'batch_size': 16, 'eval_batches': 1 if config.quick else 20})
+                      **SETTINGS | {'batch_size': 16, 'eval_batches': 1 if config.quick else 10})
         parameters = sum(p.numel() for p in Zaya(SIZES).parameters())
     layers = [values for _, values in by_layer(log, 'residual')]                # (layer, part)
     rms = {f'rms_{i}': ' '.join(f'{value:.4g}' for value in column) for i, column in enumerate(zip(*layers))}

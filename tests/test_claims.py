@@ -150,8 +150,8 @@ def test_gradient_norms_are_looked_at_layer_by_layer_at_the_first_and_every_so_m
     assert list(map(type, optimizers)) == list(map(type, make_optimizers(model, 1e-2)))
     for step in range(1, 7):
         for i, module in enumerate(model.layers):
-            for p in module.parameters():
-                p.grad = torch.zeros_like(p)
+            for name, p in module.named_parameters():           # what only one kind of layer has does not count
+                p.grad = torch.full_like(p, 9.0 * ('residual' in name))
             module.attn.o_proj.weight.grad.view(-1)[:2] = step * torch.tensor([3.0, 4.0]) * (i + 1)
         for optimizer in optimizers:
             optimizer.step()
