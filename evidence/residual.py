@@ -10,8 +10,9 @@ and with the plain sum in its place: the same steps, data and learning rate. Of 
     RMS             of the residual stream after it, on held-out data
     gradient norm   of what both kinds of layer have, which is all parameters but those of the scaling
 
-Growth is the RMS after the last layer divided by that after the first, at the end. More growth with the scaling than
-without, or a higher loss, would refute. 8 vectors of 32 a layer are 3 % more parameters; they are not made up for.
+Growth is the RMS after the last layer divided by that after the first, when training ends. More growth with the scaling
+than without, a larger RMS after the last layer, or a higher loss would refute. 8 vectors of 32 a layer are 3 % more
+parameters; they are not made up for.
 """
 import statistics
 import sys
@@ -76,7 +77,7 @@ def measure(config, setting, seed):
     with replaced('model', ResidualScaling=SCALINGS[setting]), \
             replaced('train', make_optimizers=watching(gradients, steps // PARTS)):
         log = trained(folder, SIZES, seed=seed, lr=1e-2, min_lr=1e-3, max_steps=steps, eval_every=steps // PARTS,
-                      **SETTINGS | {'batch_size': 16, 'eval_batches': 1 if config.quick else 10})
+                      **SETTINGS | {'eval_batches': 1 if config.quick else 20})
         parameters = sum(p.numel() for p in Zaya(SIZES).parameters())
     layers = [values for _, values in by_layer(log, 'residual')]                # (layer, part)
     rms = {f'rms_{i}': ' '.join(f'{value:.4g}' for value in column) for i, column in enumerate(zip(*layers))}
@@ -87,24 +88,27 @@ def measure(config, setting, seed):
 
 def main(config):
     rows = table('residual', config, list(SCALINGS), lambda setting, seed: measure(config, setting, seed))
-    print('| 40 layers | parameters | growth (seeds) | val loss (seeds) |')
-    print('| --- | --- | --- | --- |')
+    rows = [row | {'rms': row[f'rms_{PARTS}'].split()[-1]} for row in rows]     # after the last layer, at the end
+    print('| 40 layers | parameters | growth (seeds) | RMS after the last layer (seeds) | val loss (seeds) |')
+    print('| --- | --- | --- | --- | --- |')
     for setting in SCALINGS:
-        growth, loss = by_seed(rows, setting, 'growth'), by_seed(rows, setting, 'val_loss')
+        growth, last, loss = (by_seed(rows, setting, column) for column in ('growth', 'rms', 'val_loss'))
         parameters = next(row['parameters'] for row in rows if row['setting'] == setting)
         print(f'| {setting} | {int(parameters):,} '
               f'| {statistics.fmean(growth):.2f} ({", ".join(f"{value:.2f}" for value in growth)}) '
+              f'| {statistics.fmean(last):.2f} ({", ".join(f"{value:.2f}" for value in last)}) '
               f'| {statistics.fmean(loss):.4f} ({", ".join(f"{value:.4f}" for value in loss)}) |')
-    for column, claim in ('growth', 'less growth with residual scaling'), ('val_loss', 'a lower loss with it'):
+    for column, claim in (('growth', 'less growth with residual scaling'), ('rms', 'a smaller stream at its end'),
+                          ('val_loss', 'a lower loss')):
         verdict(claim, by_seed(rows, 'residual scaling', column), by_seed(rows, 'plain sum', column))
 
 
 def draw(plt, rows):
-    """Layer by layer, from the start of training (light) to its end (dark): the stream, and the gradient."""
+    """Layer by layer, at the start of training (light), halfway and at its end (dark): the stream, and the gradient."""
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.4), layout='constrained')
     for axis, kind, label in zip(axes, ('rms', 'gradient'), ('RMS of the residual stream', 'gradient norm')):
         for setting, colors in ('plain sum', plt.cm.Greys), ('residual scaling', plt.cm.Blues):
-            for part in range(PARTS + 1):
+            for part in range(0, PARTS + 1, 2):
                 of_seeds = [list(map(float, row[f'{kind}_{part}'].split())) for row in rows
                             if row['setting'] == setting]
                 axis.plot([statistics.fmean(values) for values in zip(*of_seeds)], linewidth=1.2,
