@@ -8,7 +8,7 @@ Test. 40 thin dense layers (width 32, one expert) learn Python's standard librar
 and with the plain sum in its place: the same steps, data and learning rate. Of each layer, as training goes on:
 
     RMS             of the residual stream after it, on held-out data
-    gradient norm   of what both kinds of layer have, which is all parameters but those of the scaling
+    gradient norm   of what both kinds of layer have, all but the scaling; clipped, so look at its shape, not its size
 
 Growth is the RMS after the last layer divided by that after the first, when training ends. More growth with the scaling
 than without, a larger RMS after the last layer, or a higher loss would refute. 8 vectors of 32 a layer are 3 % more
