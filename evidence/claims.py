@@ -101,3 +101,13 @@ def seeds_needed(a, b):
     """How many seeds it takes until the interval holds 0 no longer, if mean and deviation stay as they are."""
     mean, s = statistics.fmean(x - y for x, y in zip(a, b)), statistics.stdev(x - y for x, y in zip(a, b))
     return next((n for n in range(2, 10_000) if (*T, 2.0)[min(n - 2, len(T))] * s < abs(mean) * math.sqrt(n)), math.inf)
+
+
+def picture(name, draw):
+    """Write results/NAME.svg, the figure draw(plt, rows) of results/NAME.csv. The same table gives the same file."""
+    configurator.package('matplotlib').use('svg')
+    plt, path = configurator.package('matplotlib.pyplot'), RESULTS / f'{name}.svg'
+    plt.rcParams['svg.hashsalt'] = 'nanozaya'
+    draw(plt, read_table(RESULTS / f'{name}.csv')).savefig(path, metadata={'Date': None})
+    plt.close()
+    print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -4,24 +4,20 @@
     results/rsa_lengths.csv     `python -m data.loops.evaluate main`: a row for each length, method and training seed
     results/rl.csv              `python -m evidence.rl main`: a row for each length and method, before RL and after
 
-Each picture says one thing. Needs matplotlib (extra `plot`).
+and, of each script in CLAIMS, results/NAME.csv, by its function draw. Each picture says one thing.
+
+Needs matplotlib (extra `plot`).
 """
-import csv
+import importlib
 import statistics
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / 'results'
+from evidence.claims import picture
 
-
-def table(name):
-    """The rows of a table, as dicts of strings."""
-    with open(RESULTS / f'{name}.csv', newline='') as file:
-        return list(csv.DictReader(file))
+CLAIMS = 'kv_cache', 'attention', 'cca_parts', 'residual'
 
 
-def training(plt):
+def training(plt, rows):
     """While the loss falls, the balancer brings the load of the experts to almost perfect evenness."""
-    rows = table('training')
     figure, left = plt.subplots(figsize=(7, 3.2), layout='constrained')
     right = left.twinx()
     for axis, column, label, color, style in ((left, 'loss', 'loss', 'tab:blue', '-'),
@@ -35,9 +31,8 @@ def training(plt):
     return figure
 
 
-def rsa_lengths(plt):
+def rsa_lengths(plt, rows):
     """Reading four tails instead of one keeps a population right, however long the problem is."""
-    rows = table('rsa_lengths')
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
     steps = list(dict.fromkeys(row['steps'] for row in rows))
     for method, style in ('C=4', 'o-'), ('C=1', 's-'), ('one unbounded rollout', '^--'), ('one bounded rollout', 'v:'):
@@ -54,9 +49,8 @@ def rsa_lengths(plt):
     return figure
 
 
-def rl(plt):
+def rl(plt, rows):
     """Rewards for answers unlearn the errors of the data, at every length and in every way to think."""
-    rows = table('rl')
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
     lengths = list(dict.fromkeys(row['steps'] for row in rows))
     for method, color, mark in ('one rollout', 'tab:green', '^'), ('C=1', 'tab:orange', 's'), ('C=4', 'tab:blue', 'o'):
@@ -74,14 +68,10 @@ def rl(plt):
 
 
 def main():
-    import matplotlib
-    matplotlib.use('svg')
-    matplotlib.rcParams['svg.hashsalt'] = 'nanozaya'            # the same table gives the same file
-    import matplotlib.pyplot as plt
     for draw in training, rsa_lengths, rl:
-        path = RESULTS / f'{draw.__name__}.svg'
-        draw(plt).savefig(path, metadata={'Date': None})
-        print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+        picture(draw.__name__, draw)
+    for name in CLAIMS:
+        picture(name, importlib.import_module(f'evidence.{name}').draw)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,67 @@
+"""The attention that CCA is compared with, to be put in its place: `replaced('model', CCA=GQA)`.
+
+    GQA     grouped queries (arXiv 2305.13245): q, k, v = W x, each key and value for Hq / Hk queries. Hk = Hq: MHA
+    MLA     multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads come up from one
+            latent c, and k_R is a rotated key that all heads share. Only these two need be cached:
+            [c; k_R] = W_D x,    k = [k_R; W_UK RMSNorm(c)],    v = W_UV RMSNorm(c)
+
+Both norm queries and keys as CCA does, so that none gains by the norm alone. They are called like CCA.forward, mask and
+rotation tell packed documents apart, but they keep no cache.
+
+Legend:  B batch   S sequence   E residual width   Hq, Hk query / KV heads   d head dim
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cca import norm, rope
+from layers import RMSNorm, wide
+
+
+def attend(q, k, v, temperature, cos, sin, mask):
+    """Steps 4, 5 and 7 of cca.py. q (Hq, B, S, d), k (Hk, B, S, d), v (B, Hk, S, d) -> (B, S, Hq d)."""
+    d = q.shape[-1]
+    q = rope(norm(wide(q), q.new_full((len(q),), d ** 0.5)), cos, sin).to(v.dtype).transpose(0, 1)
+    k = rope(norm(wide(k), d ** 0.5 * temperature), cos, sin).to(v.dtype).transpose(0, 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return y.transpose(1, 2).flatten(-2)
+
+
+class GQA(nn.Module):
+    """The attention of one layer. forward: x (B, S, E) -> (B, S, E), causal; see CCA.forward."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        E, d, self.Hq, self.Hk = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
+        self.qkv_proj = nn.Linear(E, (self.Hq + 2 * self.Hk) * d, bias=False)
+        self.o_proj = nn.Linear(self.Hq * d, E, bias=False)
+        self.temperature = nn.Parameter(torch.empty(self.Hk))
+
+    def forward(self, x, cos, sin, mask=None, start=None, cache=None):
+        heads = self.qkv_proj(x).unflatten(-1, (self.Hq + 2 * self.Hk, -1)).permute(2, 0, 1, 3)        # (H, B, S, d)
+        q, k, v = heads.split([self.Hq, self.Hk, self.Hk])
+        return self.o_proj(attend(q, k, v.transpose(0, 1), self.temperature, cos, sin, mask))
+
+
+class MLA(nn.Module):
+    """The same. n_kv_head says only how much would be cached, 2 Hk d numbers: those of c and k_R."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        E, d, self.H, self.rotated = config.n_embd, config.head_dim, config.n_head, config.rope_dim
+        self.c = 2 * config.n_kv_head * d - self.rotated
+        self.q_proj = nn.Linear(E, self.H * d, bias=False)
+        self.down_proj = nn.Linear(E, self.c + self.rotated, bias=False)                               # W_D
+        self.latent_norm = RMSNorm(self.c, config.norm_eps)
+        self.up_k = nn.Linear(self.c, self.H * (d - self.rotated), bias=False)                         # W_UK
+        self.up_v = nn.Linear(self.c, self.H * d, bias=False)                                          # W_UV
+        self.o_proj = nn.Linear(self.H * d, E, bias=False)
+        self.temperature = nn.Parameter(torch.empty(self.H))
+
+    def forward(self, x, cos, sin, mask=None, start=None, cache=None):
+        heads = lambda t: t.unflatten(-1, (self.H, -1)).permute(2, 0, 1, 3)                            # (H, B, S, .)
+        c, k_R = self.down_proj(x).split([self.c, self.rotated], -1)
+        c = self.latent_norm(c)
+        k = torch.cat([k_R.expand(self.H, *k_R.shape), heads(self.up_k(c))], -1)                       # (H, B, S, d)
+        v = heads(self.up_v(c)).transpose(0, 1)                                                        # (B, H, S, d)
+        return self.o_proj(attend(heads(self.q_proj(x)), k, v, self.temperature, cos, sin, mask))
