@@ -80,6 +80,11 @@ def by_seed(rows, setting, column):
     return [found[seed] for seed in sorted(found)]
 
 
+def with_seeds(values, form, shown=True):
+    """The mean and, in brackets, the figures of the seeds one by one."""
+    return f'{statistics.fmean(values):{form}}' + (f' ({", ".join(f"{value:{form}}" for value in values)})' if shown else '')
+
+
 def paired(a, b):
     """(mean, half of the 95 % interval) of a - b, seed by seed. With one seed the half is infinite."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
