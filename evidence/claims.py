@@ -82,7 +82,8 @@ def by_seed(rows, setting, column):
 
 def with_seeds(values, form, shown=True):
     """The mean and, in brackets, the figures of the seeds one by one."""
-    return f'{statistics.fmean(values):{form}}' + (f' ({", ".join(f"{value:{form}}" for value in values)})' if shown else '')
+    one_by_one = ', '.join(f'{value:{form}}' for value in values)
+    return f'{statistics.fmean(values):{form}}' + (f' ({one_by_one})' if shown else '')
 
 
 def paired(a, b):

@@ -11,16 +11,16 @@ Test. Three routers, in the place of model.py's, each with the balancer and, to 
     mlp          router.py without EDA: r_l = W_down h_l + b_down
     mlp + eda    router.py as it is
 
-and the last two once more in a model of 12 thin layers, where EDA has more depth to average over. The learning rate
-does not decay, as in the first steps of a long run. For each run: the first step with a load entropy of 0.99 (the run's
-length if there is none), the lowest entropy on the way, and the loss on held-out files.
+and the last two once more in 12 thin layers, where EDA has more depth to average over. 400 steps of 768 tokens (150 in
+12 layers), of which Fig. 4 has many more: so the line to pass is 0.95, which is within reach. The learning rate does
+not decay, as in the first steps of a long run. For each run, every 10 steps: the load entropy; of it the lowest value,
+the mean over the run, and the first step at the line (the run's length if it never is); at the end val loss.
 
-Refuted by: a linear router that is even no later, or whose lowest entropy is no lower, than MLP + EDA; EDA is
-not needed for it if the MLP alone does no worse.
+Refuted by: a linear router whose entropy falls no lower, or is no lower on average, than that of MLP + EDA.
 
 Legend:  N experts   h (B, S, E) normed x   s (B, S, N)
 """
-import math
+import statistics
 import sys
 
 import torch
@@ -29,11 +29,11 @@ from torch import nn
 
 import configurator
 import router
-from evidence.claims import RESULTS, ClaimConfig, by_seed, read_table, replaced, table, trained, verdict, with_seeds
+from evidence.claims import ClaimConfig, by_seed, replaced, table, trained, verdict, with_seeds
 from layers import wide
 from model import ZayaConfig, sizes
 
-STEPS, EVERY, EVEN = 400, 10, 0.99
+STEPS, DEEP_STEPS, EVERY, EVEN = 400, 150, 10, 0.95
 
 
 class Linear(nn.Module):
@@ -62,8 +62,8 @@ class NoEDA(router.Router):
 
 
 ROUTERS = {'linear': Linear, 'mlp': NoEDA, 'mlp + eda': router.Router}
-SETTINGS = [f'{name}, {rule}' for rule in ('pid', 'none') for name in ROUTERS] + [
-    f'{name}, pid, 12 layers' for name in ('mlp', 'mlp + eda')]
+SETTINGS = [f'{name}, {rule}' for rule in ('pid', 'none') for name in ROUTERS]
+DEEP = ['mlp, pid', 'mlp + eda, pid']                           # of 12 layers, a table of its own
 
 
 def small(n_layer=4, width=64, context=96):
@@ -74,62 +74,76 @@ def small(n_layer=4, width=64, context=96):
 QUICK = small(2, 32, 16)
 
 
-def recipe(config, seed):
+def recipe(steps, seed):
     """What all runs share, as settings of train.py."""
-    return dict(seed=seed, max_steps=20 if config.quick else STEPS, batch_size=8, lr=6e-3, warmup_steps=20,
-                decay_fraction=0.0, log_every=EVERY, dtype='float32')
+    return dict(seed=seed, max_steps=steps, batch_size=8, lr=6e-3, warmup_steps=20, decay_fraction=0.0, dtype='float32')
 
 
 def figures(log, model_config):
     """Of a run's log: what the table keeps of it."""
-    steps, entropy = log['entropy']
-    n, tokens = sizes(model_config), log['tokens'][1]
+    (steps, entropy), n, tokens = log['entropy'], sizes(model_config), log['tokens'][1]
     seconds = sum((b - a) / speed for a, b, speed in zip(tokens, tokens[1:], log['tokens_per_s'][1]))
-    return {'val_loss': log['val_loss'][1][-1], 'lowest': min(entropy), 'even_at': even_at(steps, entropy),
-            'parameters': n['total'], 'active': n['active'], 'tokens': int(tokens[-1]), 'seconds': round(seconds),
+    return {'val_loss': log['val_loss'][1][-1], 'lowest': min(entropy), 'parameters': n['total'],
+            'active': n['active'], 'tokens': int(tokens[-1]), 'seconds': round(seconds),
             **{f'entropy_{step:.0f}': value for step, value in zip(steps, entropy)}}
 
 
 def even_at(steps, entropy):
     """The first step with an even load; the last step of the run if there is none."""
-    return int(next((step for step, value in zip(steps, entropy) if value >= EVEN), steps[-1]))
+    return next((step for step, value in zip(steps, entropy) if value >= EVEN), steps[-1])
 
 
-def measure(config):
-    def one(setting, seed):
-        name, rule, *deep = setting.split(', ')
-        model_config = QUICK if config.quick else small(12) if deep else small()
-        with replaced('model', Router=ROUTERS[name]):
-            log = trained(f'{config.out}/router/{"quick " * config.quick}{setting} {seed}', model_config, balancer=rule,
-                          **recipe(config, seed))
-            return figures(log, model_config)
-    return one
+def measure(setting, seed, folder, model_config, steps):
+    form, rule = setting.split(', ')
+    with replaced('model', Router=ROUTERS[form]):
+        log = trained(f'{folder}/{setting} {seed}', model_config, balancer=rule, log_every=EVERY, **recipe(steps, seed))
+        return figures(log, model_config)
 
 
-def report(rows):
-    """Print the table and the verdicts."""
-    print('\n| router, balancer | lowest load entropy (seeds) | at the end | even at step (seeds) | val loss (seeds) |')
+def curve(row):
+    """(steps, entropies) of a row."""
+    return zip(*[(int(column[8:]), float(value)) for column, value in row.items() if column.startswith('entropy_')])
+
+
+def derived(rows):
+    """The rows, with two figures more, of their entropies."""
+    curves = [tuple(curve(row)) for row in rows]
+    return [row | {'mean': statistics.fmean(entropy), 'even_at': even_at(steps, entropy)}
+            for row, (steps, entropy) in zip(rows, curves)]
+
+
+def report(*tables):
+    """Print one table of both."""
+    print('\n| router, balancer | lowest entropy (seeds) | mean (seeds) | 0.95 at step (seeds) | val loss (seeds) |')
     print('| --- | --- | --- | --- | --- |')
-    last = max((column for column in rows[0] if column.startswith('entropy_')), key=lambda name: int(name[8:]))
-    get = lambda setting, column: by_seed(rows, setting, column)
-    for setting in SETTINGS:
-        never = ', none' in setting and min(get(setting, 'even_at')) == int(last[8:])
-        print(f'| {setting} | {with_seeds(get(setting, "lowest"), ".2f")} | {with_seeds(get(setting, last), ".3f", 0)} '
-              f'| {"never" if never else with_seeds(get(setting, "even_at"), ".0f")} '
-              f'| {with_seeds(get(setting, "val_loss"), ".3f")} |')
+    for rows, settings, label in zip(tables, (SETTINGS, DEEP), ('', ', 12 layers')):
+        for setting in settings:
+            cells = [with_seeds(by_seed(rows, setting, column), form) for column, form in (
+                ('lowest', '.2f'), ('mean', '.3f'), ('even_at', '.0f'), ('val_loss', '.3f'))]
+            print(f'| {setting}{label} | {" | ".join(cells)} |')
     print()
-    for column, words in (('even_at', 'is even sooner'), ('val_loss', 'has the lower val loss')):
-        verdict(f'mlp + eda {words} than linear, steps' if column == 'even_at' else f'mlp + eda {words} than linear',
-                get('mlp + eda, pid', column), get('linear, pid', column))
-        verdict(f'mlp + eda {words} than mlp', get('mlp + eda, pid', column), get('mlp, pid', column))
-        verdict(f'the same in 12 layers', *(get(f'{name}, pid, 12 layers', column) for name in ('mlp + eda', 'mlp')))
-    verdict('linear falls lower than mlp + eda, with the balancer', get('linear, pid', 'lowest'),
-            get('mlp + eda, pid', 'lowest'))
-    verdict('... and without it', get('linear, none', 'lowest'), get('mlp + eda, none', 'lowest'))
+
+
+def judge(rows, deep):
+    """Print the verdicts."""
+    get = lambda form, column, rule='pid': by_seed(rows, f'{form}, {rule}', column)
+    for form in 'linear', 'mlp':
+        for rule in 'pid', 'none':
+            for column, words in (('lowest', 'falls lower'), ('mean', 'is less even on average')):
+                verdict(f'balancer {rule}: {form} {words} than mlp + eda', get(form, column, rule),
+                        get('mlp + eda', column, rule))
+        verdict(f'val loss: mlp + eda below {form}', get('mlp + eda', 'val_loss'), get(form, 'val_loss'))
+    verdict('12 layers: mlp is less even on average than mlp + eda', *(by_seed(deep, name, 'mean') for name in DEEP))
+    verdict('12 layers, val loss: mlp + eda below mlp', *(by_seed(deep, name, 'val_loss') for name in DEEP[::-1]))
 
 
 def main(config):
-    report(table('router', config, SETTINGS, measure(config)))
+    tables = []
+    for name, settings, *rest in ('router', SETTINGS, small(), STEPS), ('router_deep', DEEP, small(12), DEEP_STEPS):
+        rest = (f'{config.out}/quick_{name}', QUICK, 20) if config.quick else (f'{config.out}/{name}', *rest)
+        tables += [derived(table(name, config, settings, lambda setting, seed: measure(setting, seed, *rest)))]
+    report(*tables)
+    judge(*tables)
 
 
 if __name__ == '__main__':
