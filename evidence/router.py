@@ -102,7 +102,7 @@ def measure(setting, seed, folder, model_config, steps):
 
 def curve(row):
     """(steps, entropies) of a row."""
-    return zip(*[(int(column[8:]), float(value)) for column, value in row.items() if column.startswith('entropy_')])
+    return zip(*[(int(key[8:]), float(value)) for key, value in row.items() if key.startswith('entropy_') and value])
 
 
 def derived(rows):
