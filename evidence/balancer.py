@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import configurator
 import router
 import train
+from evidence import pictures
 from evidence.claims import ClaimConfig, by_seed, replaced, table, trained, verdict, with_seeds
 from evidence.router import QUICK, even_at, recipe, small
 
@@ -110,7 +111,7 @@ def measure(setting, seed, folder, model_config, steps, change):
     form = with_auxiliary(float(size)) if rule == 'aux' else router.Router
     balancer = dict(balancer=rule, balancer_lr=float(size)) if rule in ('sign', 'pid') else dict(balancer='none')
     with replaced('model', Router=form), replaced('train', open_dataset=changing_at(change)):
-        return figures(trained(f'{folder}/{setting} {seed}', model_config, eval_every=change, log_every=EVERY,
+        return figures(trained(f'{folder}/balancer/{setting} {seed}', model_config, eval_every=change, log_every=EVERY,
                                **recipe(steps, seed), **balancer), change)
 
 
@@ -119,9 +120,9 @@ def report(rows):
     print('\n| rule, step | 0.95 at step (seeds) | level | swing | falls to | steps below (seeds) | val loss (seeds) |')
     print('| --- | --- | --- | --- | --- | --- | --- |')
     for setting in SETTINGS:
-        cells = (with_seeds(by_seed(rows, setting, column), form, shown) for column, form, shown in (
-            ('even_at', '.0f', True), ('level', '.3f', False), ('swing', '.3f', False), ('falls_to', '.3f', False),
-            ('uneven', '.0f', True), ('val_loss', '.3f', True)))
+        cells = (with_seeds(by_seed(rows, setting, column), *form) for column, *form in (
+            ('even_at', '.0f'), ('level', '.3f', 0), ('swing', '.3f', 0), ('falls_to', '.3f', 0), ('uneven', '.0f'),
+            ('val_loss', '.3f')))
         print(f'| {setting} | {" | ".join(cells)} |')
     print()
 
@@ -137,11 +138,11 @@ def judge(rows):
 
 
 def main(config):
-    rest = (f'{config.out}/quick_balancer', QUICK, 60, 50) if config.quick else (
-        f'{config.out}/balancer', small(), STEPS, CHANGE)
+    rest = (f'{config.out}/quick', QUICK, 60, 50) if config.quick else (config.out, small(), STEPS, CHANGE)
     rows = table('balancer', config, SETTINGS, lambda setting, seed: measure(setting, seed, *rest))
     report(rows)
     judge(rows)
+    config.quick or pictures.draw('balancer')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,9 @@
 """The pictures of README.md, from small tables that are committed beside them: `python -m evidence.pictures`.
 
     results/training.csv        columns step, loss, val_loss, entropy of runs/demo/log.csv, after `make demo`
-    results/rsa_lengths.csv     `python -m data.loops.evaluate main`: a row for each length, method and training seed
+    results/rsa_lengths.csv     `python -m evidence.rsa main`: a row for each length, method and training seed
+    results/rsa_aggregation.csv `python -m evidence.rsa aggregation`; those below are named like their scripts, too
+    results/rsa_cost.csv, trimming.csv, router.csv, balancer.csv
     results/rl.csv              `python -m evidence.rl main`: a row for each length and method, before RL and after
 
 Each picture says one thing. Needs matplotlib (extra `plot`).
@@ -9,6 +11,8 @@ Each picture says one thing. Needs matplotlib (extra `plot`).
 import csv
 import statistics
 from pathlib import Path
+
+import configurator
 
 RESULTS = Path(__file__).parent / 'results'
 
@@ -39,9 +43,9 @@ def rsa_lengths(plt):
     """Reading four tails instead of one keeps a population right, however long the problem is."""
     rows = table('rsa_lengths')
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
-    steps = list(dict.fromkeys(row['steps'] for row in rows))
+    steps = list(dict.fromkeys(row['setting'].split(': ')[0] for row in rows))
     for method, style in ('C=4', 'o-'), ('C=1', 's-'), ('one unbounded rollout', '^--'), ('one bounded rollout', 'v:'):
-        per_length = {s: [float(row['mean']) for row in rows if (row['steps'], row['method']) == (s, method)]
+        per_length = {s: [float(row['mean']) for row in rows if row['setting'].startswith(f'{s}: {method}')]
                       for s in steps}
         points = [(i, statistics.fmean(per_length[s]), min(per_length[s]), max(per_length[s]))
                   for i, s in enumerate(steps) if per_length[s]]
@@ -73,15 +77,106 @@ def rl(plt):
     return figure
 
 
-def main():
-    import matplotlib
-    matplotlib.use('svg')
-    matplotlib.rcParams['svg.hashsalt'] = 'nanozaya'            # the same table gives the same file
-    import matplotlib.pyplot as plt
-    for draw in training, rsa_lengths, rl:
-        path = RESULTS / f'{draw.__name__}.svg'
-        draw(plt).savefig(path, metadata={'Date': None})
+def bars(plt, rows, groups, kinds, label):
+    """A bar for the mean over the seeds of each setting 'group: kind', and a dot for each seed."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    for k, kind in enumerate(kinds):
+        x = [g + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for g in range(len(groups))]
+        values = [[float(row['mean']) for row in rows if row['setting'].startswith(f'{group}: {kind}')]
+                  for group in groups]
+        axis.bar(x, list(map(statistics.fmean, values)), 0.75 / len(kinds), label=kind)
+        axis.plot(*zip(*[(at, value) for at, found in zip(x, values) for value in found]), 'k.', markersize=3)
+    axis.set(xticks=range(len(groups)), xticklabels=groups, xlabel=label, ylim=(0, 103), ylabel='right answers, %')
+    figure.legend(loc='outside upper center', ncols=len(kinds), frameon=False)
+    return figure
+
+
+def rsa_aggregation(plt):
+    """Without aggregation examples a model reasons as well, but does not know what to do with tails."""
+    rows = [row | {'setting': ': '.join(row['setting'].split(', T=')[0].split(': ')[:0:-1])}
+            for row in table('rsa_aggregation')]
+    return bars(plt, rows, ['one unbounded rollout each', 'C=1', 'C=4'], ['with', 'without'],
+                'aggregation examples in the training: with them, without them')
+
+
+def trimming(plt):
+    """In one rollout, only who has learned from answers that were kept answers what does not fit into the context."""
+    rows = [row | {'setting': ': '.join([steps, f'{rule}, {way}'])} for row in table('trimming')
+            for steps, rule, way in [row['setting'].split(': ')]]
+    ways = [f'{rule}, {way}' for way in ('one rollout', 'C=4') for rule in ('ap', 'truncate', 'drop')]
+    return bars(plt, rows, ['3-7', '14-20', '25-32'], ways, 'steps of the problem')
+
+
+def rsa_cost(plt):
+    """What is bought with more tokens: one number changed at a time."""
+    rows = table('rsa_cost')
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout='constrained')
+    points = {}
+    for row in rows:
+        points.setdefault(row['setting'], []).append((float(row['tokens']), float(row['mean'])))
+    points = {name: tuple(map(statistics.fmean, zip(*found))) for name, found in points.items()}
+    base = 'N=16 C=4 T=4 tau=10'
+    for key, color, mark in ('C', 'tab:blue', 'o'), ('N', 'tab:orange', 's'), ('T', 'tab:green', '^'), \
+            ('tau', 'tab:red', 'v'):
+        rest = lambda name: [part for part in name.split() if not part.startswith(f'{key}=')]
+        line = sorted((int(name.split(f'{key}=')[1].split()[0]), *at) for name, at in points.items()
+                      if '=' in name and rest(name) == rest(base))
+        label = f'{key} = {", ".join(str(value) for value, *_ in line)}'
+        axis.plot(*zip(*[at for _, *at in line]), f'{mark}-', color=color, label=label)
+    axis.plot(*points['one long rollout'], 'k*', label='one long rollout')
+    axis.set(xscale='log', xlabel='generated tokens a problem', ylim=(-3, 103), ylabel='right answers, %')
+    figure.legend(loc='outside upper center', ncols=3, frameon=False)
+    return figure
+
+
+def entropies(axis, rows, setting, **style):
+    """The load entropy over the steps: the mean over the seeds, and all that lies between them."""
+    rows = [row for row in rows if row['setting'] == setting]
+    steps = [key for key in rows[0] if key.startswith('entropy_') and rows[0][key]]
+    x, y = [int(key[8:]) for key in steps], [[float(row[key]) for row in rows] for key in steps]
+    axis.plot(x, list(map(statistics.fmean, y)), **style)
+    axis.fill_between(x, list(map(min, y)), list(map(max, y)), color=style['color'], alpha=0.15, linewidth=0)
+
+
+def router(plt):
+    """By itself every router collapses; with the balancer none does."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    for form, color in ('linear', 'tab:orange'), ('mlp', 'tab:green'), ('mlp + eda', 'tab:blue'):
+        for rule, style in ('pid', '-'), ('none', '--'):
+            entropies(axis, table('router'), f'{form}, {rule}', color=color, linestyle=style,
+                      label=f'{form}, {"balancer" if rule == "pid" else "none"}')
+    axis.set(xlabel='step', ylabel='load entropy, 1: even', ylim=(0, 1.02))
+    figure.legend(loc='outside upper center', ncols=3, frameon=False)
+    return figure
+
+
+def balancer(plt):
+    """From no balancing to a steady one; at the dotted line the text changes from code to prose."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    rows = table('balancer')
+    for setting, color in zip(dict.fromkeys(row['setting'] for row in rows), plt.cm.tab10.colors):
+        entropies(axis, rows, setting, color=color, label=setting)
+    axis.axvline(140, color='black', linestyle=':', linewidth=1)
+    axis.set(xlabel='step', ylabel='load entropy, 1: even', ylim=(0, 1.02))
+    figure.legend(loc='outside upper center', ncols=3, frameon=False)
+    return figure
+
+
+def draw(*names):
+    """Draw results/NAME.svg of results/NAME.csv, each by the function of that name."""
+    configurator.package('matplotlib').use('svg')
+    plt = configurator.package('matplotlib.pyplot')
+    plt.rcParams['svg.hashsalt'] = 'nanozaya'                   # the same table gives the same file
+    for name in names:
+        path = RESULTS / f'{name}.svg'
+        figure = globals()[name](plt)
+        figure.savefig(path, metadata={'Date': None})
+        plt.close(figure)
         print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def main():
+    draw('training', 'rsa_lengths', 'rsa_aggregation', 'rsa_cost', 'trimming', 'rl', 'router', 'balancer')
 
 
 if __name__ == '__main__':

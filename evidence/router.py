@@ -1,9 +1,9 @@
 """Does the router's form keep the experts evenly busy? `python -m evidence.router`, then again after any stop.
 
 Claim (ZAYA1-8B report, arXiv 2605.05365, II-A2 and Fig. 4). A linear router first collapses; an MLP whose state is
-averaged over depth (EDA) is even early. Published, for a fresh model of 1.8B parameters: load entropy, the mean over
-the layers of H(p) / ln N, passes 0.99 by about step 400 with MLP + EDA; with a linear router it falls to about 0.1
-first, and takes about 900 steps. That it comes back shows that a balancer was at work.
+averaged over depth (EDA) is even early. Published, a fresh model of 1.8B parameters: load entropy, the layers' mean of
+H(p) / ln N, passes 0.99 by about step 400 with MLP + EDA; with a linear router it falls to about 0.1 first, and takes
+about 900 steps. That it comes back shows that a balancer was at work.
 
 Test. Three routers, in the place of model.py's, each with the balancer and, to see what they do by themselves, without:
 
@@ -11,10 +11,9 @@ Test. Three routers, in the place of model.py's, each with the balancer and, to 
     mlp          router.py without EDA: r_l = W_down h_l + b_down
     mlp + eda    router.py as it is
 
-and the last two once more in 12 thin layers, where EDA has more depth to average over. 400 steps of 768 tokens (150 in
-12 layers), of which Fig. 4 has many more: so the line to pass is 0.95, which is within reach. The learning rate does
-not decay, as in the first steps of a long run. For each run, every 10 steps: the load entropy; of it the lowest value,
-the mean over the run, and the first step at the line (the run's length if it never is); at the end val loss.
+and the last two once more in 12 thin layers, where EDA has more depth to average over. 400 steps (150 in 12 layers) of
+768 tokens, so that 0.95 is the line within reach; no decay of the learning rate, as at the start of a long run. Of the
+entropy, every 10 steps: its lowest value, mean, first step at the line (else the run's length); at the end val loss.
 
 Refuted by: a linear router whose entropy falls no lower, or is no lower on average, than that of MLP + EDA.
 
@@ -29,6 +28,7 @@ from torch import nn
 
 import configurator
 import router
+from evidence import pictures
 from evidence.claims import ClaimConfig, by_seed, replaced, table, trained, verdict, with_seeds
 from layers import wide
 from model import ZayaConfig, sizes
@@ -56,7 +56,6 @@ class Linear(nn.Module):
 
 class NoEDA(router.Router):
     """The MLP, but every layer decides as the first does: from its own input alone."""
-
     def __init__(self, config, layer):
         super().__init__(config, 0)
 
@@ -96,8 +95,8 @@ def even_at(steps, entropy):
 def measure(setting, seed, folder, model_config, steps):
     form, rule = setting.split(', ')
     with replaced('model', Router=ROUTERS[form]):
-        log = trained(f'{folder}/{setting} {seed}', model_config, balancer=rule, log_every=EVERY, **recipe(steps, seed))
-        return figures(log, model_config)
+        return figures(trained(f'{folder}/{setting} {seed}', model_config, balancer=rule, log_every=EVERY,
+                               **recipe(steps, seed)), model_config)
 
 
 def curve(row):
@@ -107,9 +106,8 @@ def curve(row):
 
 def derived(rows):
     """The rows, with two figures more, of their entropies."""
-    curves = [tuple(curve(row)) for row in rows]
     return [row | {'mean': statistics.fmean(entropy), 'even_at': even_at(steps, entropy)}
-            for row, (steps, entropy) in zip(rows, curves)]
+            for row in rows for steps, entropy in [curve(row)]]
 
 
 def report(*tables):
@@ -144,6 +142,7 @@ def main(config):
         tables += [derived(table(name, config, settings, lambda setting, seed: measure(setting, seed, *rest)))]
     report(*tables)
     judge(*tables)
+    config.quick or pictures.draw('router')
 
 
 if __name__ == '__main__':

@@ -24,6 +24,7 @@ import train
 from data.loops import task
 from data.loops.evaluate import TableConfig, measure, steps
 from data.loops.prepare import LoopsConfig, prepare_loops
+from evidence import pictures
 from evidence.claims import ClaimConfig, by_seed, table, verdict, with_seeds
 from model import ZayaConfig
 from rsa import load_speaker
@@ -100,6 +101,12 @@ def main_table(config):
     rows = table('rsa_lengths', config, settings, one)
     report(rows)
     judge(rows, ('C=1', 'C=4'), ('one unbounded rollout each', 'C=4'))
+    for split, T in ('hard', 4), ('deep', 8):
+        if not config.quick:
+            verdict(f"{steps(split)} steps: the majority of C=1 below the mean of C=4",
+                    by_seed(rows, f'{steps(split)}: C=1, T={T}', 'majority'),
+                    by_seed(rows, f'{steps(split)}: C=4, T={T}', 'mean'))
+    config.quick or pictures.draw('rsa_lengths')
 
 
 def aggregation(config):
@@ -117,6 +124,7 @@ def aggregation(config):
     rows = table('rsa_aggregation', config, settings, one)
     report(rows)
     judge(rows, ('without: C=1', 'with: C=1'), ('without: C=4', 'with: C=4'))
+    config.quick or pictures.draw('rsa_aggregation')
 
 
 EXPERIMENTS = {'main': main_table, 'aggregation': aggregation}

@@ -5,14 +5,14 @@ beta are. (2) N = 8, C = 4, T = 2 took 0.4 of the wall clock of one long rollout
 longer tail need not help: at 40K, tau = 8K gives 90.8 on AIME'25, tau = 4K 91.9.
 
 Test. The model of runs/loops, problems of 25 to 32 steps, one of N, C, T, tau changed at a time. A seed is that of the
-draws, and has 20 other held-out problems. One problem at a time, for the clock's sake; one long rollout writes the whole
-solution, N = 1. tau = 41 is the whole budget: whole outputs are carried on, which is full-chain RSA as far as one output
+draws, and has 20 other held-out problems. One problem at a time, for the clock's sake; one long rollout writes the
+whole solution, N = 1. tau = 41 is the whole budget: whole outputs are carried on, full-chain RSA as far as one output
 goes. Chains of several outputs do not fit: four of them, each of 5 rounds, are 820 tokens, the context is 256.
 
 Refuted by: prompts that grow with T; RSA slower than the one rollout; a longer tail that does better than tau = 10.
 
-The model was trained on tails of 10 tokens: other settings may ask of it what it has not seen. Without a GPU rows are not
-free, so the clock shows less of what batching gives.
+The model was trained on tails of 10 tokens: other settings may ask of it what it has not seen. Without a GPU rows are
+not free, so the clock shows less of what batching gives.
 
 Legend:  N population   C candidates   T rounds after round 0   tau tail   beta budget, 41 tokens
 """
@@ -21,6 +21,7 @@ import time
 
 import configurator
 from data.loops import task
+from evidence import pictures
 from evidence.claims import ClaimConfig, by_seed, table, verdict, with_seeds
 from evidence.rsa import UNBOUNDED, figures
 from rsa import load_speaker
@@ -73,6 +74,7 @@ def main(config):
     rows = table('rsa_cost', config, SETTINGS, measure)
     report(rows)
     judge(rows)
+    config.quick or pictures.draw('rsa_cost')
 
 
 if __name__ == '__main__':

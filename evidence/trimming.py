@@ -19,6 +19,7 @@ import sys
 import configurator
 from data.loops import task
 from data.loops.evaluate import steps
+from evidence import pictures
 from evidence.claims import ClaimConfig, table
 from evidence.rsa import BOUNDS, UNBOUNDED, figures, judge, prepare_once, report, speaker_of
 
@@ -52,6 +53,7 @@ def main(config):
     rows = table('trimming', config, settings, one)
     report(rows)
     judge(rows, *((f'{rule}: {way}', f'ap: {way}') for way in ('one rollout', 'C=4') for rule in RULES[1:]))
+    config.quick or pictures.draw('trimming')
 
 
 if __name__ == '__main__':
