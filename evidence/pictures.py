@@ -82,12 +82,12 @@ def bars(plt, rows, groups, kinds, label):
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
     for k, kind in enumerate(kinds):
         x = [g + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for g in range(len(groups))]
-        values = [[float(row['mean']) for row in rows if row['setting'].startswith(f'{group}: {kind}')]
+        values = [[float(row['mean']) for row in rows if row['setting'] == f'{group}: {kind}']
                   for group in groups]
         axis.bar(x, list(map(statistics.fmean, values)), 0.75 / len(kinds), label=kind)
         axis.plot(*zip(*[(at, value) for at, found in zip(x, values) for value in found]), 'k.', markersize=3)
     axis.set(xticks=range(len(groups)), xticklabels=groups, xlabel=label, ylim=(0, 103), ylabel='right answers, %')
-    figure.legend(loc='outside upper center', ncols=len(kinds), frameon=False)
+    figure.legend(loc='outside upper center', ncols=3, frameon=False)
     return figure
 
 
@@ -101,7 +101,7 @@ def rsa_aggregation(plt):
 
 def trimming(plt):
     """In one rollout, only who has learned from answers that were kept answers what does not fit into the context."""
-    rows = [row | {'setting': ': '.join([steps, f'{rule}, {way}'])} for row in table('trimming')
+    rows = [row | {'setting': f'{steps}: {rule}, {way.split(", ")[0]}'} for row in table('trimming')
             for steps, rule, way in [row['setting'].split(': ')]]
     ways = [f'{rule}, {way}' for way in ('one rollout', 'C=4') for rule in ('ap', 'truncate', 'drop')]
     return bars(plt, rows, ['3-7', '14-20', '25-32'], ways, 'steps of the problem')

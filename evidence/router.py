@@ -11,7 +11,7 @@ Test. Three routers, in the place of model.py's, each with the balancer and, to 
     mlp          router.py without EDA: r_l = W_down h_l + b_down
     mlp + eda    router.py as it is
 
-and the last two once more in 12 thin layers, where EDA has more depth to average over. 400 steps (150 in 12 layers) of
+and the last two once more in 12 thin layers, where EDA has more depth to average over. 400 steps (100 in 12 layers) of
 768 tokens, so that 0.95 is the line within reach; no decay of the learning rate, as at the start of a long run. Of the
 entropy, every 10 steps: its lowest value, mean, first step at the line (else the run's length); at the end val loss.
 
@@ -33,7 +33,7 @@ from evidence.claims import ClaimConfig, by_seed, replaced, table, trained, verd
 from layers import wide
 from model import ZayaConfig, sizes
 
-STEPS, DEEP_STEPS, EVERY, EVEN = 400, 150, 10, 0.95
+STEPS, DEEP_STEPS, EVERY, EVEN = 400, 100, 10, 0.95
 
 
 class Linear(nn.Module):
@@ -70,7 +70,7 @@ def small(n_layer=4, width=64, context=96):
                       expert_dim=width, router_dim=width // 2, context=context)
 
 
-QUICK = small(2, 32, 16)
+QUICK = small(1, 32, 16)
 
 
 def recipe(steps, seed):
@@ -138,7 +138,7 @@ def judge(rows, deep):
 def main(config):
     tables = []
     for name, settings, *rest in ('router', SETTINGS, small(), STEPS), ('router_deep', DEEP, small(12), DEEP_STEPS):
-        rest = (f'{config.out}/quick_{name}', QUICK, 20) if config.quick else (f'{config.out}/{name}', *rest)
+        rest = (f'{config.out}/quick_{name}', QUICK, 10) if config.quick else (f'{config.out}/{name}', *rest)
         tables += [derived(table(name, config, settings, lambda setting, seed: measure(setting, seed, *rest)))]
     report(*tables)
     judge(*tables)

@@ -31,6 +31,7 @@ from rsa import load_speaker
 
 BOUNDS = dict(budget=41, tail=10)
 UNBOUNDED = dict(candidates=1, rounds=0, tail=1)                # its budget is what the question leaves of the context
+QUICK = '--max_steps=2 --eval_batches=1 --n_layer=1 --n_embd=32 --head_dim=8 --expert_dim=16'.split()
 
 
 def prepare_once(out, **settings):
@@ -91,8 +92,8 @@ def judge(rows, *pairs):
 
 def main_table(config):
     prepare_once('data/loops')
-    quick, problems = (['--max_steps=2', '--eval_batches=1'], 2) if config.quick else ([], 200)
-    settings = methods('easy hard' if config.quick else ' '.join(task.LENGTHS))
+    quick, problems = (QUICK, 1) if config.quick else ([], 200)
+    settings = methods('easy' if config.quick else ' '.join(task.LENGTHS))
 
     def one(setting, seed):
         split, kwargs = settings[setting]
@@ -111,9 +112,9 @@ def main_table(config):
 
 def aggregation(config):
     prepare_once('data/loops')
-    quick, problems = (['--max_steps=2', '--eval_batches=1'], 2) if config.quick else ([], 100)
+    quick, problems = (QUICK, 1) if config.quick else ([], 100)
     settings = {setting.replace(': ', f': {label}: ', 1): kwargs for label in ('with', 'without')
-                for setting, kwargs in methods('hard').items()}
+                for setting, kwargs in methods('easy' if config.quick else 'hard').items()}
 
     def one(setting, seed):
         (split, kwargs), label = settings[setting], setting.split(': ')[1]

@@ -5,7 +5,7 @@ beta are. (2) N = 8, C = 4, T = 2 took 0.4 of the wall clock of one long rollout
 longer tail need not help: at 40K, tau = 8K gives 90.8 on AIME'25, tau = 4K 91.9.
 
 Test. The model of runs/loops, problems of 25 to 32 steps, one of N, C, T, tau changed at a time. A seed is that of the
-draws, and has 20 other held-out problems. One problem at a time, for the clock's sake; one long rollout writes the
+draws, and has 8 other held-out problems. One problem at a time, for the clock's sake; one long rollout writes the
 whole solution, N = 1. tau = 41 is the whole budget: whole outputs are carried on, full-chain RSA as far as one output
 goes. Chains of several outputs do not fit: four of them, each of 5 rounds, are 820 tokens, the context is 256.
 
@@ -65,7 +65,7 @@ def judge(rows):
 
 
 def main(config):
-    n, speaker = 2 if config.quick else 20, load_speaker('runs/loops', configurator.pick_device('auto'))
+    n, speaker = 2 if config.quick else 8, load_speaker('runs/loops', configurator.pick_device('auto'))
 
     def measure(setting, seed):
         began, problems = time.perf_counter(), task.test_problems('hard', n * (seed + 1))[-n:]

@@ -21,7 +21,7 @@ from data.loops import task
 from data.loops.evaluate import steps
 from evidence import pictures
 from evidence.claims import ClaimConfig, table
-from evidence.rsa import BOUNDS, UNBOUNDED, figures, judge, prepare_once, report, speaker_of
+from evidence.rsa import BOUNDS, QUICK, UNBOUNDED, figures, judge, prepare_once, report, speaker_of
 
 CONTEXT, RULES = 116, ('ap', 'truncate', 'drop')
 
@@ -39,8 +39,7 @@ def settings_of(splits):
 
 def main(config):
     settings = settings_of(['easy'] if config.quick else ['easy', 'medium', 'hard'])
-    problems, samples = (2, 400) if config.quick else (100, 30_000)
-    quick = ['--max_steps=2', '--eval_batches=1'] if config.quick else []
+    problems, samples, quick = (1, 400, QUICK) if config.quick else (100, 30_000, [])
 
     def one(setting, seed):
         rule, split, kwargs = settings[setting]
