@@ -119,7 +119,6 @@ def report(*tables):
             cells = [with_seeds(by_seed(rows, setting, column), form) for column, form in (
                 ('lowest', '.2f'), ('mean', '.3f'), ('even_at', '.0f'), ('val_loss', '.3f'))]
             print(f'| {setting}{label} | {" | ".join(cells)} |')
-    print()
 
 
 def judge(rows, deep):
@@ -130,7 +129,8 @@ def judge(rows, deep):
             for column, words in (('lowest', 'falls lower'), ('mean', 'is less even on average')):
                 verdict(f'balancer {rule}: {form} {words} than mlp + eda', get(form, column, rule),
                         get('mlp + eda', column, rule))
-        verdict(f'val loss: mlp + eda below {form}', get('mlp + eda', 'val_loss'), get(form, 'val_loss'))
+        for column in 'even_at', 'val_loss':
+            verdict(f'balancer pid, {column}: mlp + eda below {form}', get('mlp + eda', column), get(form, column))
     verdict('12 layers: mlp is less even on average than mlp + eda', *(by_seed(deep, name, 'mean') for name in DEEP))
     verdict('12 layers, val loss: mlp + eda below mlp', *(by_seed(deep, name, 'val_loss') for name in DEEP[::-1]))
 
