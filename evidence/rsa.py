@@ -40,6 +40,13 @@ def prepare_once(out, **settings):
         prepare_loops(LoopsConfig(out=str(out), **settings))
 
 
+def data_of(config):
+    """The folder of the task's two sets."""
+    folder, samples = (f'{config.out}/quick_data', 400) if config.quick else ('data/loops', 30_000)
+    prepare_once(folder, traces=samples, votes=samples)
+    return folder
+
+
 @functools.lru_cache(1)
 def speaker_of(folder, *flags):
     """Train by the recipe of the loops task into a folder, or go on there. Return the model's Speaker."""
@@ -91,13 +98,14 @@ def judge(rows, *pairs):
 
 
 def main_table(config):
-    prepare_once('data/loops')
+    data = data_of(config)
     quick, problems = (QUICK, 1) if config.quick else ([], 200)
     settings = methods('easy' if config.quick else ' '.join(task.LENGTHS))
 
     def one(setting, seed):
         split, kwargs = settings[setting]
-        speaker = speaker_of(f'{config.out}/{"quick_" * config.quick}loops/with{seed}', f'--seed={seed}', *quick)
+        speaker = speaker_of(f'{config.out}/{"quick_" * config.quick}loops/with{seed}', f'--seed={seed}',
+                             f'--dataset={data}/traces:0.5 {data}/votes:0.5', *quick)
         return figures(speaker, task.test_problems(split, problems), seed, **kwargs)
     rows = table('rsa_lengths', config, settings, one)
     report(rows)
@@ -111,16 +119,16 @@ def main_table(config):
 
 
 def aggregation(config):
-    prepare_once('data/loops')
+    data = data_of(config)
     quick, problems = (QUICK, 1) if config.quick else ([], 100)
     settings = {setting.replace(': ', f': {label}: ', 1): kwargs for label in ('with', 'without')
                 for setting, kwargs in methods('easy' if config.quick else 'hard').items()}
 
     def one(setting, seed):
         (split, kwargs), label = settings[setting], setting.split(': ')[1]
-        only = ['--dataset=data/loops/traces'] if label == 'without' else []
+        sets = f'{data}/traces' if label == 'without' else f'{data}/traces:0.5 {data}/votes:0.5'
         folder = f'{config.out}/{"quick_" * config.quick}loops/{label}{seed}'
-        speaker = speaker_of(folder, f'--seed={seed}', *quick, *only)
+        speaker = speaker_of(folder, f'--seed={seed}', f'--dataset={sets}', *quick)
         return figures(speaker, task.test_problems(split, problems), seed, **kwargs)
     rows = table('rsa_aggregation', config, settings, one)
     report(rows)

@@ -17,7 +17,7 @@ X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope='session')
 def code(tmp_path_factory):
-    """A small dataset in the place of data/stdlib."""
+    """A small dataset."""
     folder = tmp_path_factory.mktemp('code')
     prepare([(str(i), f'def f{i}(x): return x + {i}\n'.encode() * 40) for i in range(40)], folder, 262)
     return folder
@@ -25,6 +25,8 @@ def code(tmp_path_factory):
 
 @pytest.fixture
 def small_data(code, monkeypatch):
+    """That set in the place of data/stdlib, and less prose."""
+    monkeypatch.setattr(balancer.topics, 'topics', {'assert': 'The assert statement checks what must hold. ' * 50})
     opened = train.open_dataset
     monkeypatch.setattr(train, 'open_dataset', lambda dataset, *rest: opened(
         str(code) if dataset == 'data/stdlib' else dataset, *rest))
