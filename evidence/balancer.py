@@ -3,7 +3,7 @@
 Claim (ZAYA1-8B report, arXiv 2605.05365, II-A2). AdamW on the balancing biases, with the error p_e - 1/N as gradient,
 balances better than DeepSeek's fixed step against its sign. Published: an entropy of 0.99 by some 400 steps (Fig. 4).
 
-Test. One model, 180 steps at a learning rate that does not decay; from step 130 on another text: English prose about
+Test. One model, 150 steps at a learning rate that does not decay; from step 110 on another text: English prose about
 Python (pydoc's topics, which data/stdlib leaves out) instead of its source. Rules, with steps of two sizes:
 
     none         no balancing
@@ -12,7 +12,7 @@ Python (pydoc's topics, which data/stdlib leaves out) instead of its source. Rul
     aux ALPHA    no bias; the loss has the term ALPHA N sum_e p_e P_e beside it, P_e the mean of s_e over the tokens
                  (Switch Transformer, 2101.03961, eq. 4): what the balancer is there to replace
 
-For each run, every 2 steps: the first step with a load entropy of 0.95 (130 if there is none before the change); level,
+For each run, every 2 steps: the first step with a load entropy of 0.95 (110 if there is none before the change); level,
 its mean over the 50 steps before the change; swing of an expert's load, the standard deviation over those steps; after
 the change the lowest mean of 10 steps in a row, and how many steps such a mean is below 0.99 of the level; val loss at
 the change. Of a rule with two sizes, the one with the higher level counts.
@@ -36,7 +36,7 @@ from evidence import pictures
 from evidence.claims import ClaimConfig, by_seed, replaced, table, trained, verdict, with_seeds
 from evidence.router import QUICK, even_at, recipe, small
 
-STEPS, CHANGE, EVERY = 180, 130, 2
+STEPS, CHANGE, EVERY = 150, 110, 2
 SETTINGS = ['none', 'sign 0.003', 'sign 0.03', 'pid 0.003', 'pid 0.03', 'aux 0.01']
 
 
