@@ -12,12 +12,12 @@ Python (pydoc's topics, which data/stdlib leaves out) instead of its source. Rul
     aux ALPHA    no bias; the loss has the term ALPHA N sum_e p_e P_e beside it, P_e the mean of s_e over the tokens
                  (Switch Transformer, 2101.03961, eq. 4): what the balancer is there to replace
 
-For each run, every 2 steps: the first step with a load entropy of 0.95 (110 if there is none before the change); level,
-its mean over the 50 steps before the change; swing of an expert's load, the standard deviation over those steps; after
+For each run: the mean of the load entropy; its first step at 0.95 (110 if there is none before the change); level, the
+mean over the 50 steps before the change; swing of an expert's load, the standard deviation over those steps; after
 the change the lowest mean of 10 steps in a row, and how many steps such a mean is below 0.99 of the level; val loss at
 the change. Of a rule with two sizes, the one with the higher level counts.
 
-Refuted by: a sign rule that is even no later, swings no more, and is uneven no longer.
+Refuted by: a sign rule that is no less even, swings no more, and is uneven no longer.
 
 Legend:  N experts   M batch x sequence, the tokens of a step   p_e fraction of them that e got   s (M, N), P (N)
 """
@@ -34,7 +34,7 @@ import router
 import train
 from evidence import pictures
 from evidence.claims import ClaimConfig, by_seed, replaced, table, trained, verdict, with_seeds
-from evidence.router import QUICK, even_at, recipe, small
+from evidence.router import QUICK, derived, even_at, recipe, small
 
 STEPS, CHANGE, EVERY = 150, 110, 2
 SETTINGS = ['none', 'sign 0.003', 'sign 0.03', 'pid 0.003', 'pid 0.03', 'aux 0.01']
@@ -117,14 +117,13 @@ def measure(setting, seed, folder, model_config, steps, change):
 
 def report(rows):
     """Print the table."""
-    print('\n| rule, step | 0.95 at step (seeds) | level | swing | falls to | steps below (seeds) | val loss (seeds) |')
-    print('| --- | --- | --- | --- | --- | --- | --- |')
+    print('\n| rule, step | mean (seeds) | 0.95 at | level | swing | falls to | below (seeds) | val loss (seeds) |')
+    print('| --- | --- | --- | --- | --- | --- | --- | --- |')
     for setting in SETTINGS:
         cells = (with_seeds(by_seed(rows, setting, column), *form) for column, *form in (
-            ('even_at', '.0f'), ('level', '.3f', 0), ('swing', '.3f', 0), ('falls_to', '.3f', 0), ('uneven', '.0f'),
-            ('val_loss', '.3f')))
+            ('mean', '.3f'), ('even_at', '.0f', 0), ('level', '.3f', 0), ('swing', '.3f', 0), ('falls_to', '.3f', 0),
+            ('uneven', '.0f'), ('val_loss', '.3f')))
         print(f'| {setting} | {" | ".join(cells)} |')
-    print()
 
 
 def judge(rows):
@@ -135,11 +134,12 @@ def judge(rows):
     for other in sign, 'aux 0.01', 'none':
         for column in words:
             verdict(f'{pid} against {other}, {words[column]}', by_seed(rows, pid, column), by_seed(rows, other, column))
+        verdict(f'{other} less even on average than {pid}', by_seed(rows, other, 'mean'), by_seed(rows, pid, 'mean'))
 
 
 def main(config):
     rest = (f'{config.out}/quick', QUICK, 60, 50) if config.quick else (config.out, small(), STEPS, CHANGE)
-    rows = table('balancer', config, SETTINGS, lambda setting, seed: measure(setting, seed, *rest))
+    rows = derived(table('balancer', config, SETTINGS, lambda setting, seed: measure(setting, seed, *rest)))
     report(rows)
     judge(rows)
     config.quick or pictures.draw('balancer')

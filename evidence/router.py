@@ -106,7 +106,7 @@ def curve(row):
 
 def derived(rows):
     """The rows, with two figures more, of their entropies."""
-    return [row | {'mean': statistics.fmean(entropy), 'even_at': even_at(steps, entropy)}
+    return [{'mean': statistics.fmean(entropy), 'even_at': even_at(steps, entropy)} | row
             for row in rows for steps, entropy in [curve(row)]]
 
 
