@@ -108,24 +108,22 @@ def trimming(plt):
 
 
 def rsa_cost(plt):
-    """What is bought with more tokens: one number changed at a time."""
-    rows = table('rsa_cost')
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout='constrained')
-    points = {}
-    for row in rows:
-        points.setdefault(row['setting'], []).append((float(row['tokens']), float(row['mean'])))
-    points = {name: tuple(map(statistics.fmean, zip(*found))) for name, found in points.items()}
-    base = 'N=16 C=4 T=4 tau=10'
-    for key, color, mark in ('C', 'tab:blue', 'o'), ('N', 'tab:orange', 's'), ('T', 'tab:green', '^'), \
-            ('tau', 'tab:red', 'v'):
-        rest = lambda name: [part for part in name.split() if not part.startswith(f'{key}=')]
-        line = sorted((int(name.split(f'{key}=')[1].split()[0]), *at) for name, at in points.items()
-                      if '=' in name and rest(name) == rest(base))
-        label = f'{key} = {", ".join(str(value) for value, *_ in line)}'
-        axis.plot(*zip(*[at for _, *at in line]), f'{mark}-', color=color, label=label)
-    axis.plot(*points['one long rollout'], 'k*', label='one long rollout')
-    axis.set(xscale='log', xlabel='generated tokens a problem', ylim=(-3, 103), ylabel='right answers, %')
-    figure.legend(loc='outside upper center', ncols=3, frameon=False)
+    """Enough rounds, more than two tails to outvote errors, tails as long as those trained on."""
+    rows, base = table('rsa_cost'), dict(N=16, C=4, T=4, tau=10)
+    figure, axes = plt.subplots(1, 4, figsize=(7, 2.6), sharey=True, layout='constrained')
+    long = statistics.fmean(float(row['mean']) for row in rows if row['setting'] == 'one long rollout')
+    changed = dict(C=(1, 2, 4, 8), N=(4, 8, 16), T=(2, 3, 4, 6), tau=(5, 10, 20, 41))
+    for axis, (key, values) in zip(axes, changed.items()):
+        means = []
+        for value in values:
+            setting = ' '.join(f'{name}={number}' for name, number in (base | {key: value}).items())
+            found = [float(row['mean']) for row in rows if row['setting'] == setting]
+            axis.plot([value] * len(found), found, 'k.', markersize=3)
+            means.append(statistics.fmean(found))
+        axis.plot(values, means, 'o-', color='tab:blue', markersize=4)
+        axis.axhline(long, color='tab:orange', linestyle='--', linewidth=1)
+        axis.set(xlabel=key, xticks=values, ylim=(-3, 103))
+    axes[0].set(ylabel='right answers, %')
     return figure
 
 
