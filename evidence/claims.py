@@ -80,6 +80,12 @@ def by_seed(rows, setting, column):
     return [found[seed] for seed in sorted(found)]
 
 
+def with_seeds(values, form, shown=True):
+    """The mean and, in brackets, the figures of the seeds one by one."""
+    one_by_one = ', '.join(f'{value:{form}}' for value in values)
+    return f'{statistics.fmean(values):{form}}' + (f' ({one_by_one})' if shown else '')
+
+
 def paired(a, b):
     """(mean, half of the 95 % interval) of a - b, seed by seed. With one seed the half is infinite."""
     differences = [x - y for x, y in zip(a, b, strict=True)]

@@ -1,24 +1,19 @@
-"""The tables and experiments of Markovian RSA on the loops task (data/loops/evaluate.py), with tiny random models."""
+"""The table of Markovian RSA on the loops task (data/loops/evaluate.py), with tiny random models."""
 import itertools
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import asdict
 
 import pytest
 import torch
 
-import configurator
 import sample
-import train
 from checkpoint import save_checkpoint
-from common import ENV, ROOT, TINY_RUN, run_script, tiny_model
+from common import run_script, tiny_model
 from data.loops import task
-from data.loops.evaluate import ExperimentConfig, TableConfig, measure, trim
+from data.loops.evaluate import TableConfig, measure
 from data.loops.task import ENC, test_problems as problems_of
 from data.tokenizer import save_tokenizer
-from model import ZayaConfig
 from rsa import load_speaker
 
 PROGRAM = 'data.loops.evaluate'
@@ -111,33 +106,3 @@ BAD_ARGUMENTS = {
 def test_bad_arguments_get_one_line(run_folder, monkeypatch, capsys, argument):
     out, message = run_script(monkeypatch, capsys, PROGRAM, f'--ckpt={run_folder}', *FLAGS, argument)
     assert BAD_ARGUMENTS[argument] in message and out == ''    # not after the table's head
-
-
-# ---- experiments ----
-
-def test_an_experiment_trains_measures_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    def run(command, **kwargs):                                 # train.py, in this process
-        train.train(*configurator.read(command[2:], train.TrainConfig, ZayaConfig))
-        return subprocess.CompletedProcess(command, 0)
-    monkeypatch.setattr(subprocess, 'run', run)
-    (tmp_path / 'recipe.py').write_text('\n'.join(flag.removeprefix('--') for flag in TINY_RUN if 'device' not in flag))
-    config = ExperimentConfig(recipe=f'{tmp_path}/recipe.py', samples=400, steps=2, seeds=1, problems=2, splits='easy',
-                              device='cpu')
-    trim(config, tmp_path / 'out')
-    first = capsys.readouterr().out
-    table = [line.split(' | ') for line in first.splitlines() if line.startswith('| 3-7')]
-    assert [row[1] for row in table] == [f'{rule}: {what}' for rule in ('ap', 'truncate', 'drop')
-                                         for what in ('one rollout', 'C=4, T=1')]
-    trim(config, tmp_path / 'out')
-    again = capsys.readouterr().out
-    assert 'windows of 116' in first and 'windows of 116' not in again          # what is prepared stays
-    assert again.splitlines()[-6:] == first.splitlines()[-6:]
-
-
-@pytest.mark.parametrize('flags', [['trimm'], ['trim', '--seeds=0'], ['main', '--problem=3'],
-                                   ['trim', '--recipe=nowhere.py', '--samples=400']])
-def test_a_bad_experiment_gets_one_line(tmp_path, flags):
-    out = subprocess.run([sys.executable, '-m', PROGRAM, *flags, f'--out={tmp_path}'], cwd=ROOT, env=ENV,
-                         capture_output=True, text=True)
-    assert out.returncode == 1 and 'Traceback' not in out.stderr
-    assert out.stderr.splitlines()[-1].startswith(f'{PROGRAM}: ')

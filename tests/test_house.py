@@ -13,7 +13,7 @@ HELPERS = {'model': {'configurator'}, 'train': {'configurator', 'checkpoint', 'k
            'rsa': {'configurator', 'checkpoint', 'decode', 'data'}}
 LINES = {'layers': 60, 'cca': 210, 'cache': 98, 'router': 109, 'model': 306, 'sample': 190, 'optim': 87, 'train': 302,
          'rsa': 201, 'checkpoint': 383, 'configurator': 199, 'decode': 230, 'quantize': 229, 'rl': 300, 'bench': 274,
-         'data/loops/evaluate': 254}
+         'data/loops/evaluate': 136}
 
 
 def module_files():

@@ -1,37 +1,24 @@
-"""Tables of Markovian RSA (rsa.py) on the loops task: of one model, and of experiments that train their models first.
-From the project's root:
+"""The table of one model: Markovian RSA (rsa.py), single rollouts and lone chains on the loops task. From the project's
+root, with the settings of TableConfig:
 
-    python -m data.loops.evaluate --ckpt=runs/loops --split=hard     one model; settings: those of TableConfig
-    python -m data.loops.evaluate main           RSA, single rollouts and lone chains, at four lengths
-    python -m data.loops.evaluate aggregation    the same training with and without aggregation examples, under RSA
-    python -m data.loops.evaluate trim           ap, truncate and drop at a context that holds half of a long trace
+    python -m data.loops.evaluate --ckpt=runs/loops --split=hard
 
-An experiment has the settings of ExperimentConfig, say --seeds=1 --problems=50 --steps=100 for a first look. It prints
-one table: for each row the mean over the training seeds and, in brackets, the seeds one by one. Every training takes
-minutes. The runs stay in runs/loops_experiments, and a finished one is not repeated.
+Experiments, over several trainings, are in evidence/: rsa.py, rsa_cost.py, trimming.py, rl.py.
 """
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 import configurator
 from data.loops import task
-from data.loops.prepare import LoopsConfig, prepare_loops
 from data.problems import check_room, mean_ci95, score
 from rsa import RSAConfig, load_speaker, markovian_rsa, sampler
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-# ---- the table of one model ----
 
 @dataclass
 class TableConfig(RSAConfig):       # all settings of rsa.py but `question` and `show`, and:
@@ -144,111 +131,6 @@ def steps(split):
     return '-'.join(map(str, task.LENGTHS[split]))
 
 
-# ---- experiments ----
-
-@dataclass
-class ExperimentConfig:
-    seeds: int = 3                  # training runs of each kind, with seeds 0, 1, ...
-    problems: int = 200             # of each split
-    recipe: str = 'config/loops.py' # by which the models are trained
-    samples: int = 30_000           # of each kind, in the sets that `trim` prepares
-    steps: int = 0                  # of a training run; 0: as many as the recipe says
-    out: str = ''                   # folder of the runs; '': runs/loops_experiments
-    splits: str = ''                # as in TableConfig; '': those that the experiment is about
-    device: str = 'auto'
-
-    def __post_init__(self):
-        configurator.check_ranges(self, seeds=(1, None), problems=(1, 10_000), samples=(1, None), steps=(0, None))
-        TableConfig(split=self.splits or 'hard')                # raises for a split that it does not know
-
-
-def train(out, seed, config, *flags):
-    """Train by the recipe into the folder out; train.py goes on where it was stopped. Return the Speaker to measure."""
-    flags = [f'--out_dir={out}', f'--seed={seed}', f'--device={config.device}', *flags]
-    if config.steps:
-        flags += [f'--max_steps={config.steps}']
-    if subprocess.run([sys.executable, 'train.py', config.recipe, *flags], cwd=ROOT).returncode:
-        raise ValueError(f'the training into {out} failed, for the reason above')
-    return load_speaker(out, configurator.pick_device(config.device))
-
-
-def prepare_once(out, **settings):
-    """Prepare the two sets of the loops task in the folder out, unless they are there."""
-    if not (out / 'votes' / 'meta.json').exists():              # written last
-        prepare_loops(LoopsConfig(out=str(out), **settings))
-
-
-def report(rows):
-    """Print the table of rows: {(split, what): [a Row for each seed]}."""
-    print('\n| steps | what | mean of 16, % (seeds) | majority of 16, % (seeds) | generated tokens | longest prompt |')
-    print('| --- | --- | --- | --- | --- | --- |')
-    percent = lambda values: f'{100 * statistics.fmean(values):.1f} ({", ".join(f"{100 * v:.1f}" for v in values)})'
-    for (split, what), measured in rows.items():
-        mean, majority = (percent([getattr(row, key) for row in measured]) for key in ('mean', 'majority'))
-        tokens, longest = statistics.fmean(row.tokens for row in measured), max(row.longest for row in measured)
-        print(f'| {steps(split)} | {what} | {mean} | {majority} | {tokens:,.0f} | {longest} |')
-
-
-def under_rsa(config, out, variants, splits):
-    """Print RSA's table over seeds. variants: {label in the table: (folder of its runs, flags of its training)}."""
-    rows = {}
-    for seed in range(config.seeds):
-        for label, (folder, flags) in variants.items():
-            speaker = train(out / f'{folder}{seed}', seed, config, *flags)
-            for split in (config.splits or splits).split():
-                for row in rows_of_table(speaker, TableConfig(problems=config.problems, seed=seed), split):
-                    rows.setdefault((split, label + row.name), []).append(row)
-    report(rows)
-
-
-def main_table(config, out):
-    """What `make demo` shows, for several training seeds and all lengths."""
-    under_rsa(config, out, {'': ('with', [])}, ' '.join(task.LENGTHS))
-
-
-def aggregation(config, out):
-    """Without aggregation examples a model has never seen tails, and does not know what to do with them. The models
-    with them are those of `main`."""
-    under_rsa(config, out, {'with: ': ('with', []), 'without: ': ('without', ['--dataset=data/loops/traces'])}, 'hard')
-
-
-def trim(config, out, context=116):
-    """Problems of 3 to 36 steps in windows of 116 tokens, which hold some 18 steps beside the question. One rollout has
-    the rest of that context to answer in; Markovian RSA reads tails, so that all lengths can be answered in it."""
-    rows = {}
-    for rule in 'ap', 'truncate', 'drop':
-        data = out / f'data_{rule}'
-        sets = os.path.relpath(data, ROOT)                      # relative: a space in a path would end it
-        prepare_once(data, context=context, rule=rule, traces=config.samples, votes=config.samples)
-        for seed in range(config.seeds):
-            settings = TableConfig(seed=seed)
-            speaker = train(out / f'{rule}{seed}', seed, config, f'--context={context}', '--batch_size=18',
-                            f'--dataset={sets}/traces:0.5 {sets}/votes:0.5')
-            for split in (config.splits or 'easy medium hard').split():
-                problems = task.test_problems(split, config.problems)
-                T = task.rounds_needed(task.LENGTHS[split][1], 41)
-                for name, kwargs in (('one rollout', dict(candidates=1, rounds=0, tail=1)),
-                                     (f'C=4, T={T}', dict(candidates=4, rounds=T, budget=41, tail=10))):
-                    row = measure(speaker, problems, settings, f'{rule} {split}', **kwargs)
-                    rows.setdefault((split, f'{rule}: {name}'), []).append(row)
-    report(dict(sorted(rows.items(), key=lambda row: list(task.LENGTHS).index(row[0][0]))))
-
-
-EXPERIMENTS = {'main': main_table, 'aggregation': aggregation, 'trim': trim}
-
-
-def main(arguments):
-    if not arguments or arguments[0].startswith('--') or arguments[0].endswith('.py'):
-        return print_table(*configurator.read(arguments, TableConfig))
-    if arguments[0] not in EXPERIMENTS:
-        raise ValueError(f'{arguments[0]} is no experiment, choose from {", ".join(EXPERIMENTS)}')
-    config, = configurator.read(arguments[1:], ExperimentConfig)
-    if arguments[0] != 'trim':                                  # which prepares sets of its own
-        prepare_once(ROOT / 'data/loops')
-    EXPERIMENTS[arguments[0]](config, Path(config.out or ROOT / 'runs/loops_experiments').resolve())
-
-
 if __name__ == '__main__':
-    with configurator.one_line_errors('data.loops.evaluate', 'try a smaller --rows, --population or --budget',
-                                      'an experiment goes on when the same command is run again'):
-        main(sys.argv[1:])
+    with configurator.one_line_errors('data.loops.evaluate', 'try a smaller --rows, --population or --budget'):
+        print_table(*configurator.read(sys.argv[1:], TableConfig))

@@ -1,0 +1,150 @@
+"""Does the router's form keep the experts evenly busy? `python -m evidence.router`, then again after any stop.
+
+Claim (ZAYA1-8B report, arXiv 2605.05365, II-A2 and Fig. 4). A linear router first collapses; an MLP whose state is
+averaged over depth (EDA) is even early. Published, a fresh model of 1.8B parameters: load entropy, the layers' mean of
+H(p) / ln N, passes 0.99 by about step 400 with MLP + EDA; with a linear router it falls to about 0.1 first, and takes
+about 900 steps. That it comes back shows that a balancer was at work.
+
+Test. Three routers, in the place of model.py's, each with the balancer and, to see what they do by themselves, without:
+
+    linear       s = softmax(W h)
+    mlp          router.py without EDA: r_l = W_down h_l + b_down
+    mlp + eda    router.py as it is
+
+and the last two once more in 12 thin layers, where EDA has more depth to average over. 400 steps (100 in 12 layers) of
+768 tokens, so that 0.95 is the line within reach; no decay of the learning rate, as at the start of a long run. Of the
+entropy, every 10 steps: its lowest value, mean, first step at the line (else the run's length); at the end val loss.
+
+Refuted by: a linear router whose entropy falls no lower, or is no lower on average, than that of MLP + EDA.
+
+Legend:  N experts   h (B, S, E) normed x   s (B, S, N)
+"""
+import statistics
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import configurator
+import router
+from evidence import pictures
+from evidence.claims import ClaimConfig, by_seed, replaced, table, trained, verdict, with_seeds
+from layers import wide
+from model import ZayaConfig, sizes
+
+STEPS, DEEP_STEPS, EVERY, EVEN = 400, 100, 10, 0.95
+
+
+class Linear(nn.Module):
+    """What most mixtures of experts have: one matrix. forward: as Router's, but it has no state to hand up."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.n_expert = config.n_expert
+        self.out_proj = nn.Linear(config.n_embd, self.n_expert, bias=False)     # W
+        self.register_buffer('balancing_bias', torch.zeros(self.n_expert))
+        self.register_buffer('load', torch.zeros(self.n_expert, dtype=torch.int64), persistent=False)
+
+    def forward(self, x, r_below=None):
+        probs = wide(self.out_proj(x)).softmax(-1)                              # s (B, S, N), float32
+        expert, weight = router.choose(probs, self.balancing_bias)
+        if self.training:
+            self.load += F.one_hot(expert.flatten(), self.n_expert).sum(0)
+        return expert, weight, None
+
+
+class NoEDA(router.Router):
+    """The MLP, but every layer decides as the first does: from its own input alone."""
+    def __init__(self, config, layer):
+        super().__init__(config, 0)
+
+
+ROUTERS = {'linear': Linear, 'mlp': NoEDA, 'mlp + eda': router.Router}
+SETTINGS = [f'{name}, {rule}' for rule in ('pid', 'none') for name in ROUTERS]
+DEEP = ['mlp, pid', 'mlp + eda, pid']                           # of 12 layers, a table of its own
+
+
+def small(n_layer=4, width=64, context=96):
+    return ZayaConfig(n_layer=n_layer, n_embd=width, n_head=4, n_kv_head=1, head_dim=width // 8, n_expert=8,
+                      expert_dim=width, router_dim=width // 2, context=context)
+
+
+QUICK = small(1, 32, 16)
+
+
+def recipe(steps, seed):
+    """What all runs share, as settings of train.py."""
+    return dict(seed=seed, max_steps=steps, batch_size=8, lr=6e-3, warmup_steps=20, decay_fraction=0.0, dtype='float32')
+
+
+def figures(log, model_config):
+    """Of a run's log: what the table keeps of it."""
+    (steps, entropy), n, tokens = log['entropy'], sizes(model_config), log['tokens'][1]
+    seconds = sum((b - a) / speed for a, b, speed in zip(tokens, tokens[1:], log['tokens_per_s'][1]))
+    return {'val_loss': log['val_loss'][1][-1], 'lowest': min(entropy), 'parameters': n['total'],
+            'active': n['active'], 'tokens': int(tokens[-1]), 'seconds': round(seconds),
+            **{f'entropy_{step:.0f}': value for step, value in zip(steps, entropy)}}
+
+
+def even_at(steps, entropy):
+    """The first step with an even load; the last step of the run if there is none."""
+    return next((step for step, value in zip(steps, entropy) if value >= EVEN), steps[-1])
+
+
+def measure(setting, seed, folder, model_config, steps):
+    form, rule = setting.split(', ')
+    with replaced('model', Router=ROUTERS[form]):
+        return figures(trained(f'{folder}/{setting} {seed}', model_config, balancer=rule, log_every=EVERY,
+                               **recipe(steps, seed)), model_config)
+
+
+def curve(row):
+    """(steps, entropies) of a row."""
+    return zip(*[(int(key[8:]), float(value)) for key, value in row.items() if key.startswith('entropy_') and value])
+
+
+def derived(rows):
+    """The rows, with two figures more, of their entropies."""
+    return [{'mean': statistics.fmean(entropy), 'even_at': even_at(steps, entropy)} | row
+            for row in rows for steps, entropy in [curve(row)]]
+
+
+def report(*tables):
+    """Print one table of both."""
+    print('\n| router, balancer | lowest entropy (seeds) | mean (seeds) | 0.95 at step (seeds) | val loss (seeds) |')
+    print('| --- | --- | --- | --- | --- |')
+    for rows, settings, label in zip(tables, (SETTINGS, DEEP), ('', ', 12 layers')):
+        for setting in settings:
+            cells = [with_seeds(by_seed(rows, setting, column), form) for column, form in (
+                ('lowest', '.2f'), ('mean', '.3f'), ('even_at', '.0f'), ('val_loss', '.3f'))]
+            print(f'| {setting}{label} | {" | ".join(cells)} |')
+
+
+def judge(rows, deep):
+    """Print the verdicts."""
+    get = lambda form, column, rule='pid': by_seed(rows, f'{form}, {rule}', column)
+    for form in 'linear', 'mlp':
+        for rule in 'pid', 'none':
+            for column, words in (('lowest', 'falls lower'), ('mean', 'is less even on average')):
+                verdict(f'balancer {rule}: {form} {words} than mlp + eda', get(form, column, rule),
+                        get('mlp + eda', column, rule))
+        for column in 'even_at', 'val_loss':
+            verdict(f'balancer pid, {column}: mlp + eda below {form}', get('mlp + eda', column), get(form, column))
+    verdict('12 layers: mlp is less even on average than mlp + eda', *(by_seed(deep, name, 'mean') for name in DEEP))
+    verdict('12 layers, val loss: mlp + eda below mlp', *(by_seed(deep, name, 'val_loss') for name in DEEP[::-1]))
+
+
+def main(config):
+    tables = []
+    for name, settings, *rest in ('router', SETTINGS, small(), STEPS), ('router_deep', DEEP, small(12), DEEP_STEPS):
+        rest = (f'{config.out}/quick_{name}', QUICK, 10) if config.quick else (f'{config.out}/{name}', *rest)
+        tables += [derived(table(name, config, settings, lambda setting, seed: measure(setting, seed, *rest)))]
+    report(*tables)
+    judge(*tables)
+    config.quick or pictures.draw('router')
+
+
+if __name__ == '__main__':
+    with configurator.one_line_errors('evidence.router', '', 'the same command goes on where it was'):
+        main(*configurator.read(sys.argv[1:], ClaimConfig))
