@@ -106,7 +106,8 @@ def verdict(claim, a, b):
 def seeds_needed(a, b):
     """How many seeds it takes until the interval holds 0 no longer, if mean and deviation stay as they are."""
     mean, s = statistics.fmean(x - y for x, y in zip(a, b)), statistics.stdev(x - y for x, y in zip(a, b))
-    return next((n for n in range(2, 10_000) if (*T, 2.0)[min(n - 2, len(T))] * s < abs(mean) * math.sqrt(n)), math.inf)
+    return next((n for n in range(2, 10_000) if (*T, 2.0)[min(n - 2, len(T))] * s < abs(mean) * math.sqrt(n)),
+                'over 10,000')
 
 
 def picture(name, draw):
