@@ -29,14 +29,13 @@ import torch
 import configurator
 from cca import CCA
 from evidence.baselines import GQA, MLA
-from evidence.claims import ClaimConfig, by_seed, picture, replaced, table, trained, verdict
+from evidence.claims import ClaimConfig, by_seed, picture, replaced, table, trained, verdict, with_seeds
 from model import Zaya, ZayaConfig
 
 RATES = 2.5e-3, 5e-3, 1e-2, 2e-2
 BASE = ZayaConfig(vocab_size=512, context=256, n_layer=2, n_embd=128, n_head=4, n_kv_head=1, head_dim=16, n_expert=1,
                   expert_dim=256, router_dim=8)
-SETTINGS = dict(dataset='runs/stdlib512', batch_size=8, warmup_steps=30, eval_batches=40,
-                dtype='float32')
+SETTINGS = dict(dataset='runs/stdlib512', batch_size=8, warmup_steps=30, eval_batches=40, dtype='float32')
 
 
 def count(config, module):
@@ -89,9 +88,8 @@ def main(config):
     print('| --- | --- | --- | --- | --- | --- |')
     for name, setting in chosen.items():
         row = next(row for row in rows if row['setting'] == setting)
-        seeds = ', '.join(f'{loss:.4f}' for loss in losses[name])
         print(f'| {name} | {int(row["parameters"]):,} | {row["cache"]} | {int(row["attention_flops"]):,} '
-              f'| {setting.split()[-1]} | {statistics.fmean(losses[name]):.4f} ({seeds}) |')
+              f'| {setting.split()[-1]} | {with_seeds(losses[name], ".4f")} |')
     for other in 'GQA', 'MLA', 'MHA', 'CCA':
         verdict(f'CCGQA below {other}', losses['CCGQA'], losses[other])
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import cca
 import configurator
 from evidence.attention import matched, run
-from evidence.claims import ClaimConfig, by_seed, picture, replaced, table, verdict
+from evidence.claims import ClaimConfig, by_seed, picture, replaced, table, verdict, with_seeds
 
 LR = 1e-2
 PUBLISHED = 2.280, 2.264, 2.252, 2.248, 2.241
@@ -85,8 +85,7 @@ def main(config):
     print('| --- | --- | --- | --- |')
     for (setting, of_seeds), published in zip(losses.items(), PUBLISHED):
         parameters = next(row['parameters'] for row in rows if row['setting'] == setting)
-        seeds = ', '.join(f'{loss:.4f}' for loss in of_seeds)
-        print(f'| {setting} | {int(parameters):,} | {statistics.fmean(of_seeds):.4f} ({seeds}) | {published:.3f} |')
+        print(f'| {setting} | {int(parameters):,} | {with_seeds(of_seeds, ".4f")} | {published:.3f} |')
     for before, after in zip(LADDER, list(LADDER)[1:]):
         verdict(f'{after} below {before}', losses[after], losses[before])
     verdict('all parts below none', losses['+ QK-mean'], losses['none'])

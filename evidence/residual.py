@@ -25,7 +25,7 @@ from torch import nn
 import configurator
 import train
 from evidence.attention import SETTINGS
-from evidence.claims import ClaimConfig, by_seed, picture, replaced, table, trained, verdict
+from evidence.claims import ClaimConfig, by_seed, picture, replaced, table, trained, verdict, with_seeds
 from evidence.plot import by_layer
 from layers import ResidualScaling, wide
 from model import Zaya, ZayaConfig
@@ -95,9 +95,7 @@ def main(config):
         growth, last, loss = (by_seed(rows, setting, column) for column in ('growth', 'rms', 'val_loss'))
         parameters = next(row['parameters'] for row in rows if row['setting'] == setting)
         print(f'| {setting} | {int(parameters):,} '
-              f'| {statistics.fmean(growth):.2f} ({", ".join(f"{value:.2f}" for value in growth)}) '
-              f'| {statistics.fmean(last):.2f} ({", ".join(f"{value:.2f}" for value in last)}) '
-              f'| {statistics.fmean(loss):.4f} ({", ".join(f"{value:.4f}" for value in loss)}) |')
+              f'| {with_seeds(growth, ".2f")} | {with_seeds(last, ".2f")} | {with_seeds(loss, ".4f")} |')
     for column, claim in (('growth', 'less growth with residual scaling'), ('rms', 'a smaller stream at its end'),
                           ('val_loss', 'a lower loss')):
         verdict(claim, by_seed(rows, 'residual scaling', column), by_seed(rows, 'plain sum', column))

@@ -4,8 +4,8 @@ import statistics
 import pytest
 
 from common import ROOT
-from evidence import balancer, router, rsa, rsa_cost
-from evidence.claims import RESULTS, by_seed, read_table, with_seeds
+from evidence import attention, balancer, cca_parts, kv_cache, residual, router, rsa, rsa_cost
+from evidence.claims import RESULTS, ClaimConfig, by_seed, read_table, with_seeds
 
 TEXTS = {name: (ROOT / name).read_text().replace('**', '') for name in ('RESULTS.md', 'README.md')}
 TABLES = [(rsa.report, 'rsa_lengths'), (rsa.report, 'rsa_aggregation'), (rsa.report, 'trimming'),
@@ -45,6 +45,15 @@ def test_readme_s_table_of_rsa_is_that_of_25_to_32_steps():
             by_seed(rows, f'25-32: {setting}', column) for column in ('mean', 'majority', 'tokens', 'longest'))
         stands(f'| {name} | {with_seeds(mean, ".1f")} | {statistics.fmean(majority):.1f} | {tokens[0]:,.0f} '
                f'| {longest[0]:.0f} |', 'README.md')
+
+
+@pytest.mark.parametrize('script', [attention, cca_parts, kv_cache, residual])
+def test_results_has_every_line_that_a_claim_prints_of_its_finished_table(script, capsys):
+    script.main(ClaimConfig())                                  # every row is there: nothing is measured again
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
+    assert len(lines) > 3
+    for line in lines:
+        stands(line)
 
 
 def test_readme_tells_the_losses_of_the_demo():
