@@ -37,7 +37,6 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import configurator
@@ -65,6 +64,7 @@ class RLConfig:
     budget: int = 41                # of a round: the value and 8 steps
     tail: int = 10                  # the last 2 steps
     level: int = 24                 # most steps of the first problems; it moves
+    operations: int = task.MOST     # most of a program
     advantage: str = 'maxrl'        # 'grpo': divided by the standard deviation instead
     updates: int = 1                # from the same rollouts
     delta: float = 0.1              # the trust region
@@ -82,10 +82,10 @@ class RLConfig:
     def __post_init__(self):
         low = lambda least, names: dict.fromkeys(names.split(), (least, None))
         configurator.check_ranges(
-            self, **low(1, 'max_steps groups draws budget updates eval_every'), rollouts=(2, None), level=(3, 72),
-            **low(0, 'delta lr balancer_lr eval_problems seed'), candidates=(1, self.rollouts), tail=(1, self.budget),
-            grad_clip=(1e-9, None), aggregation=(0, 1), decay_fraction=(1e-9, 1), advantage=('maxrl', 'grpo'),
-            generator=('float32', 'bfloat16'))
+            self, **low(1, 'max_steps groups draws budget updates eval_every'), **low(0, 'delta lr balancer_lr seed'),
+            eval_problems=(0, None), rollouts=(2, None), candidates=(1, self.rollouts), tail=(1, self.budget),
+            level=(3, 72), operations=(3, 26), grad_clip=(1e-9, None), aggregation=(0, 1), decay_fraction=(1e-9, 1),
+            advantage=('maxrl', 'grpo'), generator=('float32', 'bfloat16'))
 
 
 # prompt, output: tokens. q (n) float32: probabilities of the output. experts (S - 1, L) uint8: of all but the last.
@@ -149,7 +149,7 @@ def advantages(rewards, rule='maxrl'):
 def probabilities(model, rollouts, replay=True):
     """p of all tokens of the outputs, one after the other, with gradient; the mean entropy of their distributions; and
     the share of them whose expert, in some layer, is not the one that the router would choose."""
-    pad = lambda tensors: pad_sequence(tensors, batch_first=True).to(model.device)
+    pad = lambda tensors: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(model.device)
     tokens = pad([torch.tensor([*x.prompt, *x.output[:-1]]) for x in rollouts])            # (B, S - 1), as below
     scored = pad([torch.arange(len(x.experts)) >= len(x.prompt) - 1 for x in rollouts])    # from the prompt's last on
     experts, other = pad([x.experts.long() for x in rollouts]), torch.zeros_like(scored)   # (B, S - 1, L)
@@ -200,10 +200,10 @@ def learn(model, optimizers, pairs, config, lr):
 def draw_prompts(rng, n, level, populations, config):
     """Draw n prompts: [(question, tails, is it a round?)]. Rounds are the next of populations, which are taken out, or
     the first of a problem of any length: in all of them a round has as many steps to write."""
-    drawn = [(task.draw_problem(rng, max(3, level - 8), level, 'train').question, [], False)
-             for _ in range(n - round(config.aggregation * n))]
+    draw = lambda low, high: task.draw_problem(rng, low, high, 'train', config.operations).question
+    drawn = [(draw(max(3, level - 8), level), [], False) for _ in range(n - round(config.aggregation * n))]
     while len(drawn) < n:
-        question, tails = populations.pop(0) if populations else (task.draw_problem(rng, 3, 72, 'train').question, [])
+        question, tails = populations.pop(0) if populations else (draw(3, 72), [])
         drawn.append((question, tails and rng.sample(tails, rng.choice((1, *[config.candidates] * 3))), True))
     return drawn
 
@@ -263,7 +263,7 @@ def train(config):
     """Run or continue the run of `config`."""
     speaker, optimizers, balancer, step, level, populations = begin(config)
     model, held_out = speaker.model, task.test_problems('hard', config.eval_problems)
-    longest = (model.config.context - 33) // task.STEP          # beside a question of 25 tokens, and 8 around the steps
+    longest = (model.config.context - 2 * config.operations - 17) // task.STEP          # 17: what else a question has
     level = min(level, longest)
     write_log(config.out_dir, None, COLUMNS, keep_until=step or -1)
     with tqdm(total=config.max_steps, initial=step, dynamic_ncols=True, mininterval=1, unit='step') as bar:

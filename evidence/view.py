@@ -105,10 +105,10 @@ def place(problem, done, value):
 def marked(problem, text, places):
     """Cut what a candidate wrote into [piece, mark] each: the value stated first, the steps, the answer. mark: 'wrong'
     where it goes wrong, 'after' on all that comes of that, else ''. places: how many steps may be done at its begin."""
-    step, K = r'[1-9][a-h][-+*]\d=\d', len(problem.operations)
+    step, K = r'[1-9][a-z][-+*]\d=\d', len(problem.operations)
     pieces = re.findall(rf'{step}|</think>\d?|<\|end\|>|[^<]+?(?={step}|<|$)|.', text, re.S)
-    first = re.match(r'\d([1-9])([a-h])', text)
-    begin = (problem.loops - int(first[1])) * K + 'abcdefgh'.index(first[2]) if first else problem.steps
+    first = re.match(r'\d([1-9])([a-z])', text)
+    begin = (problem.loops - int(first[1])) * K + task.LABELS.index(first[2]) if first else problem.steps
     true = [(done, value_at(problem, done)) for done in range(min(begin, problem.steps), problem.steps + 1)]
     expected = [*task.texts_of(problem, true), f'</think>{true[-1][1]}', '<|end|>', *[''] * len(pieces)]
     fits = lambda i: (pieces[i] == expected[i] or i == len(pieces) - 1 and expected[i].startswith(pieces[i])) and (

@@ -87,7 +87,7 @@ def test_more_rows_at_a_time_change_neither_problems_nor_draws(run_folder):
 
 BAD_ARGUMENTS = {
     '--ckpt=nowhere': 'nowhere: no such folder',
-    '--split=harder': "split is 'harder', choose from easy, medium, hard, deep",
+    '--split=harder': "split is 'harder', choose from easy, medium, hard, deep, deeper, deepest",
     '--split=': "split is ''",
     '--candidates=5': 'candidates is 5: that many cannot be drawn from a population of 4',
     '--population=0': 'population is 0',

@@ -64,7 +64,7 @@ def test_by_example():
 
 @pytest.mark.parametrize('question', [
     '', '4x:a-2', '0x:a-2=1', '4x:=1', '4x:b-2=1', '4x:a-6=1', '4x:a*2=1', '4x:a-2=11', '4x:a-2a+1=3',
-    '4x:a-2b+1c+1d+1e+1f+1g+1h+1i+1=3', '4x:a-2=1\n', '٤x:a-2=1', '4x:a-2=٣'])
+    '4x:' + ''.join(f'{label}+1' for label in 'abcdefghijklmnopqrstuvwxyz{') + '=3', '4x:a-2=1\n', '٤x:a-2=1', '4x:a-2=٣'])
 def test_what_is_no_question_gets_one_line(question):
     with pytest.raises(ValueError, match='is not a question like') as error:
         parse(question)

@@ -22,7 +22,7 @@ from rsa import RSAConfig, load_speaker, markovian_rsa, sampler
 
 @dataclass
 class TableConfig(RSAConfig):       # all settings of rsa.py but `question` and `show`, and:
-    split: str = 'hard'             # easy, medium, hard or deep: 3-7, 14-20, 25-32, 56-64 steps; several: 'easy hard'
+    split: str = 'hard'             # of task.LENGTHS: easy, medium, hard, deep, ...; several: 'easy hard'
     problems: int = 200             # of each split
     rows: int = 512                 # generated together: as many problems at a time as fit, but at least one
 

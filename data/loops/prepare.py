@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from data.loops.task import ENC, NOISE, aggregation_sample, draw_problem, trace_sample
+from data.loops.task import ENC, MOST, NOISE, aggregation_sample, draw_problem, trace_sample
 from data.reasoning import OUTCOMES, RULES, trim, write_packed
 
 # How many candidates an aggregation sample has, each of these equally often: half the samples have the 4 that RSA takes
@@ -31,6 +31,7 @@ class LoopsConfig:
     votes: int = 30_000                            # aggregation samples
     low: int = 3                                   # fewest and most steps of a solution
     high: int = 36
+    operations: int = MOST                         # most of a program; 26 for splits deeper and deepest
     noise: float = NOISE                           # share of wrong values
     budget: int = 41                               # tokens of a continuation: the value and 8 steps
     tail: int = 10                                 # tokens of a tail: 2 steps
@@ -38,7 +39,7 @@ class LoopsConfig:
 
     def __post_init__(self):
         configurator.check_ranges(self, context=(1, 10**7), rule=tuple(RULES), traces=(1, None), votes=(1, None),
-                                  noise=(0, 1), budget=(1, None), tail=(1, None))
+                                  operations=(3, 26), noise=(0, 1), budget=(1, None), tail=(1, None))
 
 
 def prepare_loops(config):
@@ -46,10 +47,11 @@ def prepare_loops(config):
     rng = random.Random(config.seed)
 
     def trace(split):
-        return trace_sample(rng, draw_problem(rng, config.low, config.high, split), config.noise)
+        problem = draw_problem(rng, config.low, config.high, split, config.operations)
+        return trace_sample(rng, problem, config.noise)
 
     def aggregation(split):
-        problem, candidates = draw_problem(rng, 3, 72, split), rng.choice(CANDIDATES)       # 3 to 72: all there are
+        problem, candidates = draw_problem(rng, 3, 72, split, config.operations), rng.choice(CANDIDATES)
         return aggregation_sample(rng, problem, candidates, config.budget, config.tail, config.noise)
 
     for name, n, draw, rule in (('traces', config.traces, trace, config.rule),

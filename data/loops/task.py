@@ -7,7 +7,7 @@ A program with one register, modulo 10. Its K operations run R times over, from 
     answer       5
 
 A trace first states the current value. Then each step is 5 tokens: loops left, label, operation, `=`, value.
-So a problem can be far deeper (K R steps, 3 to 72) than the context is long, as Markovian RSA (rsa.py) needs it: of
+So a problem can be far deeper (K R steps, up to 234) than the context is long, as Markovian RSA (rsa.py) needs it: of
 its past a rollout must know no more than the last two steps of a trace. The next round finds them behind the question,
 in brackets, one pair of brackets for each candidate:
 
@@ -32,7 +32,9 @@ from data.tokenizer import SPECIAL_TOKENS, digest, make_encoding
 
 OPERATIONS = [f'+{n}' for n in range(1, 6)] + [f'-{n}' for n in range(1, 6)] + ['*3', '*7', '*9']    # all can be undone
 STEP = 5                                           # tokens of a step
-LENGTHS = {'easy': (3, 7), 'medium': (14, 20), 'hard': (25, 32), 'deep': (56, 64)}      # steps of the test problems
+LABELS, MOST = 'abcdefghijklmnopqrstuvwxyz', 8     # of operations; how many a program has at most, if nothing is said
+LENGTHS = {'easy': (3, 7), 'medium': (14, 20), 'hard': (25, 32), 'deep': (56, 64),          # steps of test problems
+           'deeper': (112, 120), 'deepest': (225, 234)}        # these take programs of more than MOST operations
 NOISE = 0.02                                       # of the values written in training, wrong on purpose
 
 # Every character is a token, but an operation is one token as a whole: a single token says what a step does.
@@ -58,15 +60,15 @@ class Problem(NamedTuple):
     @property
     def question(self):
         """Return the problem as text, 4x:a-2b*7c+3=5."""
-        return f'{self.loops}x:{"".join(map("".join, zip("abcdefgh", self.operations)))}={self.start}'
+        return f'{self.loops}x:{"".join(map("".join, zip(LABELS, self.operations)))}={self.start}'
 
 
 def parse(question):
     """Return the Problem that a question spells. Raise ValueError if it is none."""
-    match = re.fullmatch(r'([1-9])x:((?:[a-h][-+*][0-9])+)=([0-9])', question)
+    match = re.fullmatch(r'([1-9])x:((?:[a-z][-+*][0-9])+)=([0-9])', question)
     problem = match and Problem(int(match[1]), tuple(re.findall(r'[-+*][0-9]', match[2])), int(match[3]))
     if not match or problem.question != question or not set(problem.operations) <= set(OPERATIONS):
-        raise ValueError(f'{question!r} is not a question like 4x:a-2b*7c+3=5 (loops 1 to 9; up to 8 operations '
+        raise ValueError(f'{question!r} is not a question like 4x:a-2b*7c+3=5 (loops 1 to 9; up to 26 operations '
                          'a, b, c, ..., each +1 to +5, -1 to -5, *3, *7 or *9; start value 0 to 9)')
     return problem
 
@@ -92,14 +94,14 @@ def side(question):
     return (['test', 'val'] + ['train'] * 6)[hashlib.sha256(question.encode()).digest()[0] % 8]
 
 
-def draw_problem(rng, low, high, split):
-    """Draw a Problem of low to high steps that belongs to split: K 3 to 8, R 1 to 9.
+def draw_problem(rng, low, high, split, most=MOST):
+    """Draw a Problem of low to high steps that belongs to split: K 3 to most, R 1 to 9.
 
     rng: a random.Random. Raise ValueError if no problem has so few or so many steps.
     """
-    sizes = [(k, r) for k in range(3, 9) for r in range(1, 10) if low <= k * r <= high]
+    sizes = [(k, r) for k in range(3, most + 1) for r in range(1, 10) if low <= k * r <= high]
     if not sizes:
-        raise ValueError(f'no problem has {low} to {high} steps: 3 to 8 operations, run 1 to 9 times')
+        raise ValueError(f'no problem has {low} to {high} steps: 3 to {most} operations, run 1 to 9 times')
     while True:
         k, r = rng.choice(sizes)
         problem = Problem(r, tuple(rng.choices(OPERATIONS, k=k)), rng.randrange(10))
@@ -109,9 +111,9 @@ def draw_problem(rng, low, high, split):
 
 def test_problems(split, n, seed=0):
     """Return a list of n different held-out problems of LENGTHS[split]. A larger n only adds problems at the end."""
-    rng, found = random.Random(f'{split} {seed}'), {}
+    rng, found, (low, high) = random.Random(f'{split} {seed}'), {}, LENGTHS[split]
     while len(found) < n:
-        problem = draw_problem(rng, *LENGTHS[split], 'test')
+        problem = draw_problem(rng, low, high, 'test', max(MOST, -(-high // 9)))
         found[problem.question] = problem
     return list(found.values())
 
@@ -141,7 +143,7 @@ def texts_of(problem, chain):
     texts, K = [str(chain[0][1])], len(problem.operations)
     for done, value in chain[1:]:
         loop, i = divmod(done - 1, K)
-        texts.append(f'{problem.loops - loop}{"abcdefgh"[i]}{problem.operations[i]}={value}')
+        texts.append(f'{problem.loops - loop}{LABELS[i]}{problem.operations[i]}={value}')
     return texts
 
 
@@ -202,10 +204,10 @@ def judge(question, text):
     K, value = len(problem.operations), problem.start
     if found := re.search(r'</think>(\d)', text):
         return 'ok' if int(found[1]) == solve(question) else 'wrong'
-    if not (steps := re.findall(r'([1-9])([a-h])[-+*]\d=(\d)', text)):
+    if not (steps := re.findall(r'([1-9])([a-z])[-+*]\d=(\d)', text)):
         return ''
     loops_left, label, said = steps[-1]
-    for done in range((problem.loops - int(loops_left)) * K + 'abcdefgh'.index(label) + 1):
+    for done in range((problem.loops - int(loops_left)) * K + LABELS.index(label) + 1):
         value = apply(problem.operations[done % K], value)
     return 'ok' if int(said) == value else 'wrong'
 
@@ -214,9 +216,9 @@ def place_of(problem, text):
     """Return how many steps of the program are done where the text of a trace ends, or None if it ends no such way."""
     if re.search(r'</think>\d?(<\|end\|>)?$', text):
         return problem.steps
-    if not (last := re.search(r'([1-9])([a-h])[-+*]\d=\d$', text)):
+    if not (last := re.search(r'([1-9])([a-z])[-+*]\d=\d$', text)):
         return None
-    return (problem.loops - int(last[1])) * len(problem.operations) + 'abcdefgh'.index(last[2]) + 1
+    return (problem.loops - int(last[1])) * len(problem.operations) + LABELS.index(last[2]) + 1
 
 
 def verify(question, tails, output, budget):
@@ -229,15 +231,15 @@ def verify(question, tails, output, budget):
     """
     problem, text = parse(question), ENC.decode(output)
     K, ends = len(problem.operations), {place_of(problem, ENC.decode(without_end(tail))) for tail in tails} or {0}
-    first = re.match(r'\d([1-9])([a-h])', text)
-    done = begin = (problem.loops - int(first[1])) * K + 'abcdefgh'.index(first[2]) if first else problem.steps
+    first = re.match(r'\d([1-9])([a-z])', text)
+    done = begin = (problem.loops - int(first[1])) * K + LABELS.index(first[2]) if first else problem.steps
     if begin not in ends or not re.match(r'\d', text):
         return False
     said, rest = text[0], text[1:]                 # the last value, and what comes after it
     answer = f'</think>{solve(question)}<|end|>'
     while True:
         i = done % K
-        step = f'{problem.loops - done // K}{"abcdefgh"[i]}{problem.operations[i]}=' if done < problem.steps else answer
+        step = f'{problem.loops - done // K}{LABELS[i]}{problem.operations[i]}=' if done < problem.steps else answer
         if step == answer or not re.match(re.escape(step) + r'\d', rest):
             break
         said, rest, done = rest[len(step)], rest[len(step) + 1:], done + 1
