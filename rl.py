@@ -70,7 +70,7 @@ class RLConfig:
     delta: float = 0.1              # the trust region
     replay: bool = True             # False: the learner chooses experts itself
     generator: str = 'float32'      # 'bfloat16': rollouts by rounded weights; the learner is float32 always
-    lr: float = 2e-3                # for Muon, without momentum, and AdamW; vectors a tenth (optim.py)
+    lr: float = 4e-3                # for Muon, without momentum, and AdamW; vectors a tenth (optim.py)
     decay_fraction: float = 0.5     # of the steps, the last ones, in which it falls to 0
     grad_clip: float = 1.0
     balancer_lr: float = 0.0        # 0: the balancing biases rest

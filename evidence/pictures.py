@@ -4,7 +4,7 @@
     results/rsa_lengths.csv     `python -m evidence.rsa main`: a row for each length, method and training seed
     results/rsa_aggregation.csv `python -m evidence.rsa aggregation`; those below are named like their scripts, too
     results/rsa_cost.csv, trimming.csv, router.csv, balancer.csv
-    results/rl.csv              `python -m evidence.rl main`: a row for each length and method, before RL and after
+    results/rl.csv, rl_long.csv `python -m evidence.rl main` and `long`: before RL and after, at every length
 
 and, of each script in CLAIMS, results/NAME.csv, by its function draw. Each picture says one thing.
 
@@ -54,19 +54,26 @@ def rsa_lengths(plt, rows):
 def rl(plt, rows):
     """Rewards for answers unlearn the errors of the data, at every length and in every way to think."""
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
-    lengths = list(dict.fromkeys(row['steps'] for row in rows))
-    for method, color, mark in ('one rollout', 'tab:green', '^'), ('C=1', 'tab:orange', 's'), ('C=4', 'tab:blue', 'o'):
-        for run, style, fill in ('before', '--', 'none'), ('after', '-', 'full'):
+    lengths = list(dict.fromkeys(row['setting'].split(': ')[0] for row in rows))
+    for method, color, mark in (('one unbounded rollout', 'tab:green', '^'), ('C=1', 'tab:orange', 's'),
+                                ('C=4', 'tab:blue', 'o')):
+        for run, style, fill in ('before', '--', 'none'), ('RL', '-', 'full'):
             wrong = {i: [max(0.02, 100 - float(row['mean'])) for row in rows
-                         if (row['run'], row['steps'], row['method']) == (run, length, method)]
+                         if row['setting'].startswith(f'{length}: {run}: {method}')]
                      for i, length in enumerate(lengths)}
             points = [(i, statistics.fmean(values)) for i, values in wrong.items() if values]
-            axis.plot(*zip(*points), mark + style, color=color, fillstyle=fill, label=f'{method}, {run} RL')
+            axis.plot(*zip(*points), mark + style, color=color, fillstyle=fill,
+                      label=f'{method}, {run.replace("RL", "after")} RL')
             axis.plot(*zip(*[(i, value) for i in wrong for value in wrong[i]]), mark, color=color, markersize=2)
     axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel='steps of the problem', yscale='log',
-             ylim=(0.015, 100), ylabel='wrong answers, % (0.02: none)')
+             ylim=(0.015, 110), ylabel='wrong answers, % (0.02: none)')
     figure.legend(loc='outside upper center', ncols=3, frameon=False)
     return figure
+
+
+def rl_long(plt, rows):
+    """Thinking in rounds on problems three times as long as any in training."""
+    return rl(plt, rows)
 
 
 def bars(plt, rows, groups, kinds, label):
@@ -158,7 +165,7 @@ def draw(*names):
 
 
 def main():
-    draw('training', 'rsa_lengths', 'rsa_aggregation', 'rsa_cost', 'trimming', 'rl', 'router', 'balancer', *CLAIMS)
+    draw(*'training rsa_lengths rsa_aggregation rsa_cost trimming rl rl_long router balancer'.split(), *CLAIMS)
 
 
 if __name__ == '__main__':

@@ -1,101 +1,121 @@
 """What learning from rewards does (rl.py) on the loops task. First `make demo`, or at least runs/loops; then
 
-    python -m evidence.rl main       after RL: one rollout, lone chains and Markovian RSA, at every length
-    python -m evidence.rl compare    the same with one setting changed: GRPO, no aggregation prompts, ... (VARIANTS)
-    python -m evidence.rl replay     the generator's and the learner's probabilities, with router replay and without
+    python -m evidence.rl main       before RL and after it: one rollout, lone chains and Markovian RSA, at four lengths
+    python -m evidence.rl compare    after RL with one setting changed: GRPO, no aggregation prompts, ... (VARIANTS)
+    python -m evidence.rl long       programs of up to 26 operations: up to 234 steps, where training had up to 72
+    python -m evidence.rl without    from a model whose data had no aggregation examples
     python -m evidence.rl errors     the outputs of RSA that are wrong, round by round: what went wrong in them
+    python -m evidence.rl replay     the generator's and the learner's probabilities, with router replay and without
 
 Claims (ZAYA1-8B report, arXiv 2605.05365, IV). (1) Rewards for answers alone unlearn the errors that the training data
 has on purpose. (2) With replay, both probabilities of a token agree in spite of rounding: KL 1.3e-4, Pearson's r above
 0.9996.
 (3) After it, the mean of RSA's candidates is no lower than the majority of as many independent chains.
 
-Tests. (1), (3): held-out problems, some longer than any that RL had; each row that `main` prints would refute (3) where
-its mean lies below the majority of C=1. (2): rollouts by weights in bf16 and int8, and the float32 learner on them.
+Tests. (1), (3): held-out problems, some longer than any that RL had; a row whose mean lies below the majority of C=1
+refutes (3). (2): rollouts by weights in bf16 and int8, and the float32 learner on them. The seeds are of RL and of the
+problems' rollouts: all runs of an experiment begin with the same model.
 
-The tables are CSV, on the standard output; those in results/ were printed so. A run that is there is not repeated.
+Each is a table in results/ but for replay, which prints one.
 """
-import os
+import functools
 import random
 import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import configurator
 import rl
 from data.loops import task
-from data.loops.evaluate import TableConfig, measure, steps
+from data.loops.evaluate import TableConfig, steps
+from evidence import pictures
+from evidence.claims import ClaimConfig, by_seed, table, verdict
 from evidence.quantization import CHANGES, in_few_bits
+from evidence.rsa import BOUNDS, QUICK, figures, judge, methods, prepare_once, report, speaker_of
 from rsa import load_speaker, markovian_rsa, sampler
 
 
 @dataclass
-class EvidenceConfig:
-    init_from: str = 'runs/loops'
+class EvidenceConfig(ClaimConfig):
+    init_from: str = 'runs/loops'   # the model that RL begins with, of main, compare, errors and replay
     out: str = 'runs/rl_evidence'   # folder of the runs
-    seeds: int = 3                  # of RL; they all begin with the same model
-    problems: int = 100             # of each length
-    max_steps: int = 28             # of a run
-    splits: str = 'easy medium hard deep'
-
-    def __post_init__(self):
-        configurator.check_ranges(self, seeds=(1, None), problems=(1, None), max_steps=(1, None))
-        TableConfig(split=self.splits)                          # raises for a split that it does not know
 
 
-def learned(config, name, seed, **changes):
+VARIANTS = {'RL': {}, 'grpo': dict(advantage='grpo'), 'no_aggregation': dict(aggregation=0.0, groups=12),
+            'moving_balancer': dict(balancer_lr=3e-3), 'two_updates': dict(updates=2),
+            'bf16_replay': dict(generator='bfloat16'), 'bf16_no_replay': dict(generator='bfloat16', replay=False)}
+LONGER = dict(max_steps=48, draws=4)                            # some 15 minutes of one core, where RL takes 5
+QUICK_RL = dict(max_steps=1, groups=2, rollouts=2, draws=1, candidates=2, level=3, eval_problems=0)
+
+
+def learned(config, run, seed, init_from, **changes):
     """Run rl.py with these settings, or go on with it where it was stopped. Return the folder of the run."""
-    out = os.path.join(config.out, f'{name}{seed}')
-    rl.train(rl.RLConfig(init_from=config.init_from, out_dir=out, seed=seed, max_steps=config.max_steps, **changes))
+    out = f'{config.out}/{"quick_" * config.quick}{Path(init_from).name}/{run}{seed}'
+    rl.train(rl.RLConfig(init_from=init_from, out_dir=out, seed=seed, **changes | (QUICK_RL if config.quick else {})))
     return out
 
 
-def rows(folder, split, problems, seed=0):
-    """Measure one rollout, lone chains and RSA. Yield (method, Row)."""
-    speaker, table = load_speaker(folder, configurator.pick_device('auto')), TableConfig(seed=seed)
-    held_out, T = task.test_problems(split, problems), task.rounds_needed(task.LENGTHS[split][1], table.budget)
-    if task.LENGTHS[split][1] <= 36:                            # as long as solutions were in training
-        yield 'one rollout', measure(speaker, held_out, table, split, candidates=1, rounds=0, tail=1)
-    for C in 1, 4:
-        yield f'C={C}', measure(speaker, held_out, table, split, candidates=C, rounds=T, budget=table.budget,
-                                tail=table.tail)
+def model_of(config, name, operations, sets):
+    """The folder of a model trained by the recipe of the loops task, now if it is not there."""
+    quick = 'quick_' * config.quick
+    data, samples = f'{config.out}/{quick}{name}_data', 400 if config.quick else 30_000
+    prepare_once(data, traces=samples, votes=samples, operations=operations)
+    folder = f'{config.out}/{quick}{name}'
+    speaker_of(folder, f'--dataset={" ".join(f"{data}/{part}" for part in sets)}', *QUICK * config.quick)
+    return folder
 
 
-def print_rows(label, folder, split, problems, seed):
-    for method, row in rows(folder, split, problems, seed):
-        print(f'{label},{seed},{steps(split)},{method},{100 * row.mean:.2f},{100 * row.half:.2f},'
-              f'{100 * row.majority:.1f},{row.tokens:.0f}', flush=True)
+def measured(name, config, model, runs, lengths, problems, before='before'):
+    """Fill and report results/NAME.csv: a row for each length, run and method. model() -> the folder of the model that
+    RL begins with. runs: {name: what is changed}. before: what that model's rows are called; '': it has none."""
+    device, (lengths, problems) = configurator.pick_device('auto'), ('easy', 1) if config.quick else (lengths, problems)
+    settings = {setting.replace(': ', f': {run}: ', 1): (run, *how) for setting, how in methods(lengths).items()
+                if 'one bounded' not in setting for run in [before, *runs] if run}
 
-
-HEAD = 'run,seed,steps,method,mean,ci95,majority,tokens'
+    def one(setting, seed):
+        run, split, how = settings[setting]
+        folder = model() if run == before else learned(config, run, seed, model(), **runs[run])
+        return figures(load_speaker(folder, device), task.test_problems(split, problems), seed, **how)
+    table(name, config, [setting for setting in settings if settings[setting][0] == before], one, seeds=[0])
+    rows = table(name, config, [setting for setting in settings if settings[setting][0] != before], one)
+    report(rows)
+    return rows
 
 
 def main_table(config):
-    print(HEAD)
-    for split in config.splits.split():
-        print_rows('before', config.init_from, split, config.problems, 0)
-    for seed in range(config.seeds):
-        folder = learned(config, 'main', seed)
-        for split in config.splits.split():
-            print_rows('after', folder, split, config.problems, seed)
-
-
-VARIANTS = {'grpo': dict(advantage='grpo'), 'no_aggregation': dict(aggregation=0.0, groups=12),
-            'balancer': dict(balancer_lr=3e-3), 'two_updates': dict(updates=2),
-            'bf16_replay': dict(generator='bfloat16'), 'bf16_no_replay': dict(generator='bfloat16', replay=False)}
+    runs = {'RL': {}, 'longer': LONGER}
+    rows = measured('rl', config, lambda: config.init_from, runs, 'easy medium hard deep', 100)
+    for run in runs:
+        majority, mean = ({row['setting'].split(': ')[0]: by_seed(rows, row['setting'], column) for row in rows
+                           if f'{run}: {C}' in row['setting']} for C, column in (('C=1', 'majority'), ('C=4', 'mean')))
+        for length in mean:
+            verdict(f'{length} steps, {run}: the majority of C=1 below the mean of C=4', majority[length], mean[length])
+    config.quick or pictures.draw('rl')
 
 
 def compare(config):
-    """no_aggregation has half the groups, so that a step generates about as many tokens."""
-    print(HEAD)
-    for seed in range(config.seeds):
-        for name, changes in {'main': {}, **VARIANTS}.items():
-            folder = learned(config, name, seed, **changes)
-            for split in config.splits.split():
-                print_rows(name, folder, split, config.problems, seed)
+    """Without aggregation a step has half the groups, so that it generates about as many tokens."""
+    rows = measured('rl_compare', config, lambda: config.init_from, VARIANTS, 'hard deep', 40, before='')
+    judge(rows, *[(f'{worse}: {way}', f'{better}: {way}') for worse, better in (
+        *[(name, 'RL') for name in VARIANTS if name != 'RL' and 'bf16' not in name], ('bf16_no_replay', 'bf16_replay'))
+                  for way in ('one unbounded rollout each', 'C=1', 'C=4')])
+
+
+def long(config):
+    """A model that was trained on 3 to 72 steps, of programs of 3 to 26 operations that run 1 to 9 times."""
+    model = functools.cache(lambda: model_of(config, 'long', 26, ('traces:0.5', 'votes:0.5')))
+    rows = measured('rl_long', config, model, {'RL': dict(operations=26)}, 'hard deep deeper deepest', 40)
+    judge(rows, ('RL: C=1', 'RL: C=4'))
+    config.quick or pictures.draw('rl_long')
+
+
+def without(config):
+    model = functools.cache(lambda: model_of(config, 'without', task.MOST, ['traces']))
+    measured('rl_without', config, model, {'RL': {}}, 'easy hard', 40)
 
 
 @torch.no_grad()
@@ -148,41 +168,52 @@ def what_went_wrong(problem, tails, output, budget):
     return 'computed' if text[0] == str(value_at(problem, begin)) else 'misread'
 
 
+KINDS = 'outvoted', 'place', 'misread', 'computed'
+
+
+def wrong_outputs(speaker, problems, C, T, seed):
+    """Let RSA solve the problems. Return how many outputs it had in all rounds, how many were wrong and why, and how
+    many problems have no right answer among their last outputs."""
+    questions, counts, lost = [problem.question for problem in problems], Counter(dict.fromkeys(KINDS, 0)), 0
+    results = markovian_rsa([speaker.encode(question) for question in questions],
+                            sampler(speaker, TableConfig(seed=seed)), speaker.build_prompt, candidates=C, rounds=T,
+                            answer_of=speaker.answer_of, seed=seed, **BOUNDS)
+    for problem, result in zip(problems, results):
+        tails = []
+        for now in result['rounds']:
+            for draw, prompt, output in zip(now['draws'], now['prompts'], now['outputs']):
+                if prompt is not None:
+                    counts[what_went_wrong(problem, [tails[j] for j in draw], output, BOUNDS['budget'])] += 1
+            tails = now['tails']
+        right = str(task.solve(problem.question))
+        lost += not any(answer and speaker.decode(answer) == right for answer in result['answers'])
+    return dict(outputs=sum(counts.values()), wrong=sum(counts[kind] for kind in KINDS),
+                **{kind: counts[kind] for kind in KINDS}, lost=lost)
+
+
 def errors(config):
-    """Of RSA with C=4 and lone chains: the outputs of all rounds that are wrong, by what went wrong; how many problems
-    had a population all of whose last outputs are wrong."""
-    print('run,steps,C,outputs,wrong,outvoted,place,misread,computed,problems,lost_together')
-    folders = {'before': config.init_from, **{f'after{seed}': learned(config, 'main', seed)
-                                              for seed in range(config.seeds)}}
-    for name, folder in folders.items():
-        speaker, table = load_speaker(folder, configurator.pick_device('auto')), TableConfig()
-        for split in config.splits.split():
-            questions = [problem.question for problem in task.test_problems(split, config.problems)]
-            for C in 1, 4:
-                T, counts, lost, outputs = task.rounds_needed(task.LENGTHS[split][1], 41), Counter(), 0, 0
-                results = markovian_rsa([speaker.encode(question) for question in questions], sampler(speaker, table),
-                                        speaker.build_prompt, candidates=C, rounds=T, budget=41, tail=10,
-                                        answer_of=speaker.answer_of)
-                for question, result in zip(questions, results):
-                    before = None
-                    for now in result['rounds']:
-                        for draw, prompt, output in zip(now['draws'], now['prompts'], now['outputs']):
-                            if prompt is not None:
-                                tails = [before['tails'][j] for j in draw]
-                                counts[what_went_wrong(task.parse(question), tails, output, 41)] += 1
-                        before = now
-                    right = str(task.solve(question))
-                    lost += not any(answer and speaker.decode(answer) == right for answer in result['answers'])
-                outputs, kinds = sum(counts.values()), ('outvoted', 'place', 'misread', 'computed')
-                print(f'{name},{steps(split)},{C},{outputs},{outputs - counts[None]},'
-                      f'{",".join(str(counts[kind]) for kind in kinds)},{len(questions)},{lost}', flush=True)
+    lengths, problems = (['easy'], 1) if config.quick else (['hard', 'deep'], 40)
+    settings = {f'{steps(split)}, C={C} | {run}': (run, split, C)
+                for split in lengths for C in (1, 4) for run in ('before', 'RL')}
+
+    def one(setting, seed):
+        run, split, C = settings[setting]
+        folder = config.init_from if run == 'before' else learned(config, run, seed, config.init_from)
+        speaker = load_speaker(folder, configurator.pick_device('auto'))
+        return wrong_outputs(speaker, task.test_problems(split, problems), C,
+                             task.rounds_needed(task.LENGTHS[split][1], BOUNDS['budget']), seed)
+    rows = table('rl_errors', config, settings, one)
+    for setting in settings:
+        sums = [sum(by_seed(rows, setting, column)) for column in ('outputs', 'wrong', *KINDS, 'lost')]
+        print(f'| {setting} | {" | ".join(f"{count:,.0f}" for count in sums)} |')
 
 
-EXPERIMENTS = {'main': main_table, 'compare': compare, 'replay': replay, 'errors': errors}
+EXPERIMENTS = {'main': main_table, 'compare': compare, 'long': long, 'without': without, 'errors': errors,
+               'replay': replay}
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('evidence.rl', 'try fewer --problems',
+    with configurator.one_line_errors('evidence.rl', '',
                                       'an experiment goes on when the same command is run again'):
         if len(sys.argv) < 2 or sys.argv[1] not in EXPERIMENTS:
             raise ValueError(f'name an experiment: {", ".join(EXPERIMENTS)}')

@@ -61,7 +61,7 @@ def methods(lengths):
         T = task.rounds_needed(task.LENGTHS[split][1], BOUNDS['budget'])
         add = lambda name, **settings: found.update({f'{steps(split)}: {name}': (split, settings)})
         add('one bounded rollout each, T=0', candidates=1, rounds=0, **BOUNDS)
-        if split != 'deep':                                     # which does not fit the context
+        if task.LENGTHS[split][1] <= 36:                        # as long as solutions are in training; more has no room
             add('one unbounded rollout each', **UNBOUNDED)
         for C in 1, 4:
             add(f'C={C}, T={T}', candidates=C, rounds=T, **BOUNDS)

@@ -7,9 +7,9 @@ import router
 import train
 from common import randomize, tiny_config, tiny_model
 from data.prepare import prepare
-from evidence import balancer, rsa, rsa_cost, trimming
+from evidence import balancer, rl, rsa, rsa_cost, trimming
 from evidence import router as routers
-from evidence.claims import ClaimConfig, read_table, replaced
+from evidence.claims import read_table, replaced
 from model import Zaya
 
 X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
@@ -129,10 +129,11 @@ def test_what_the_table_keeps_of_a_fall_and_a_swing():
 # ---- whole scripts ----
 
 @pytest.mark.parametrize('main, settings', [
-    (routers.main, 8), (balancer.main, 6), (rsa.main_table, 4), (rsa.aggregation, 8), (trimming.main, 6)])
+    (routers.main, 8), (balancer.main, 6), (rsa.main_table, 4), (rsa.aggregation, 8), (trimming.main, 6),
+    (rl.long, 6)])
 def test_quick_runs_through_and_a_second_call_measures_nothing_again(main, settings, small_data, tmp_path, monkeypatch,
                                                                      capsys):
-    config = ClaimConfig(seeds=1, quick=True, out=str(tmp_path))
+    config = rl.EvidenceConfig(seeds=1, quick=True, out=str(tmp_path))
     main(config)
     first = capsys.readouterr().out
     assert sum(len(read_table(path)) for path in tmp_path.glob('quick_*.csv')) == settings

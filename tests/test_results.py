@@ -4,11 +4,12 @@ import statistics
 import pytest
 
 from common import ROOT
-from evidence import attention, balancer, cca_parts, kv_cache, residual, router, rsa, rsa_cost
+from evidence import attention, balancer, cca_parts, kv_cache, residual, rl, router, rsa, rsa_cost
 from evidence.claims import RESULTS, ClaimConfig, by_seed, read_table, with_seeds
 
 TEXTS = {name: (ROOT / name).read_text().replace('**', '') for name in ('RESULTS.md', 'README.md')}
 TABLES = [(rsa.report, 'rsa_lengths'), (rsa.report, 'rsa_aggregation'), (rsa.report, 'trimming'),
+          *[(rsa.report, name) for name in ('rl', 'rl_compare', 'rl_long', 'rl_without')],
           (rsa_cost.report, 'rsa_cost'), (lambda rows: balancer.report(router.derived(rows)), 'balancer'),
           (lambda *tables: router.report(*map(router.derived, tables)), 'router router_deep')]
 
@@ -62,41 +63,11 @@ def test_readme_tells_the_losses_of_the_demo():
     assert f'falls from {first:.2f}' in text and f'to {last:.2f} after 200 steps' in text
 
 
-ROUNDS = {'3-7': 1, '14-20': 2, '25-32': 4, '56-64': 8}
-
-
-def test_the_tables_of_rl_with_one_thing_changed():
-    main, rows = rows_of('rl'), rows_of('rl_compare')
-    means = lambda run, steps, method: with_seeds([float(row['mean']) for row in main + rows if (
-        row['run'], row['steps'], row['method']) == (run, steps, method)], '.1f')
-    for steps, method in ('25-32', 'one rollout'), ('25-32', 'C=4'), ('56-64', 'C=1'), ('56-64', 'C=4'):
-        what = {'one rollout': 'one unbounded rollout each'}.get(method, f'{method}, T={ROUNDS[steps]}')
-        stands(f'| {steps}, {what} | ' + ' | '.join(
-            means(run, steps, method) for run in ('after', 'grpo', 'no_aggregation')) + ' |')
-    for row in rows:
-        shown = row['steps'] == '25-32' or row['steps'] == '3-7' and row['method'] != 'C=1'
-        if row['run'] == 'without' and shown:
-            before = [f'{float(other["mean"]):.1f}' for other in rows if other['run'] == 'without_before' and (
-                other['steps'], other['method']) == (row['steps'], row['method'])]
-            what = {'one rollout': 'one unbounded rollout each'}.get(
-                row['method'], f'{row["method"]}, T={ROUNDS[row["steps"]]}')
-            stands(f'| {row["steps"]}, {what} | {"".join(before)}{" " if before else ""}| {float(row["mean"]):.1f} |')
-
-
-def test_the_tables_of_learning_from_rewards():
-    rows = rows_of('rl')
-    for steps, method in dict.fromkeys((row['steps'], row['method']) for row in rows):
-        get = lambda run, column: [float(row[column]) for row in rows if (
-            row['run'], row['steps'], row['method']) == (run, steps, method)]
-        what = {'one rollout': 'one unbounded rollout each'}.get(method, f'{method}, T={ROUNDS[steps]}')
-        stands(f'| {steps} | {what} | {get("before", "mean")[0]:.1f} | {with_seeds(get("after", "mean"), ".1f")} '
-               f'| {with_seeds(get("after", "majority"), ".1f")} |')
-    rows, columns = rows_of('rl_errors'), ('outputs', 'wrong', 'outvoted', 'place', 'misread', 'computed')
-    for steps, C in dict.fromkeys((row['steps'], row['C']) for row in rows):
-        for run, label in ('before', 'before'), ('after', 'after, two seeds'):
-            found = [row for row in rows if (row['steps'], row['C']) == (steps, C) and row['run'].startswith(run)]
-            sums = ' | '.join(f'{sum(int(row[column]) for row in found):,}' for column in columns)
-            stands(f'| {steps}, C={C} | {label} | {sums} |')
+def test_results_tells_what_was_wrong_in_outputs_and_how_near_replay_brings_two_probabilities():
+    rows = rows_of('rl_errors')
+    for setting in dict.fromkeys(row['setting'] for row in rows):
+        sums = [sum(by_seed(rows, setting, column)) for column in ('outputs', 'wrong', *rl.KINDS, 'lost')]
+        stands(f'| {setting} | {" | ".join(f"{count:,.0f}" for count in sums)} |')
     for row in rows_of('rl_replay')[2:]:
         stands(f'| {row["generator"].replace("bfloat16", "bf16")} | {"on" if row["replay"] == "True" else "off"} '
                f'| {row["kl"]} | {row["pearson_r"]} | {row["largest_difference"]} '
