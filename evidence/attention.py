@@ -18,7 +18,6 @@ Each takes the learning rate of a grid that is best with seed 0; then they are c
 or MHA would refute.
 """
 import statistics
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -26,10 +25,9 @@ from pathlib import Path
 
 import torch
 
-import configurator
 from cca import CCA
 from evidence.baselines import GQA, MLA
-from evidence.claims import ClaimConfig, by_seed, picture, replaced, table, trained, verdict, with_seeds
+from evidence.claims import by_seed, program, replaced, table, trained, verdict, with_seeds
 from model import Zaya, ZayaConfig
 
 RATES = 2.5e-3, 5e-3, 1e-2, 2e-2
@@ -107,8 +105,4 @@ def draw(plt, rows):
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('evidence.attention'):
-        config, = configurator.read(sys.argv[1:], ClaimConfig)
-        main(config)
-        if not config.quick:
-            picture('attention', draw)
+    program('attention', main, draw)

@@ -22,19 +22,16 @@ Refuted by: a sign rule that is no less even, swings no more, and is uneven no l
 Legend:  N experts   M batch x sequence, the tokens of a step   p_e fraction of them that e got   s (M, N), P (N)
 """
 import statistics
-import sys
 from pydoc_data import topics
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import configurator
 import router
 import train
-from evidence import pictures
-from evidence.claims import ClaimConfig, by_seed, replaced, table, trained, verdict, with_seeds
-from evidence.router import QUICK, derived, even_at, recipe, small
+from evidence.claims import by_seed, program, replaced, table, trained, verdict, with_seeds
+from evidence.router import QUICK, derived, entropies, even_at, recipe, small
 
 STEPS, CHANGE, EVERY = 150, 110, 2
 SETTINGS = ['none', 'sign 0.003', 'sign 0.03', 'pid 0.003', 'pid 0.03', 'aux 0.01']
@@ -142,9 +139,18 @@ def main(config):
     rows = derived(table('balancer', config, SETTINGS, lambda setting, seed: measure(setting, seed, *rest)))
     report(rows)
     judge(rows)
-    config.quick or pictures.draw('balancer')
+
+
+def draw(plt, rows):
+    """From no balancing to a steady one; at the dotted line the text changes from code to prose."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    for setting, color in zip(dict.fromkeys(row['setting'] for row in rows), plt.cm.tab10.colors):
+        entropies(axis, rows, setting, color=color, label=setting)
+    axis.axvline(110, color='black', linestyle=':', linewidth=1)
+    axis.set(xlabel='step', ylabel='load entropy, 1: even', ylim=(0, 1.02))
+    figure.legend(loc='outside upper center', ncols=3, frameon=False)
+    return figure
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('evidence.balancer', '', 'the same command goes on where it was'):
-        main(*configurator.read(sys.argv[1:], ClaimConfig))
+    program('balancer', main, draw)

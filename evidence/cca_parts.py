@@ -17,15 +17,13 @@ The SwiGLU's width makes up for a convolution's parameters, within 1 %. A rung a
 Legend:  B batch   S sequence   E residual width   Hq, Hk query / KV heads   C channels of [q~; k~]   d head dim
 """
 import statistics
-import sys
 
 import torch
 import torch.nn.functional as F
 
 import cca
-import configurator
 from evidence.attention import matched, run
-from evidence.claims import ClaimConfig, by_seed, picture, replaced, table, verdict, with_seeds
+from evidence.claims import by_seed, program, replaced, table, verdict, with_seeds
 
 LR = 1e-2
 PUBLISHED = 2.280, 2.264, 2.252, 2.248, 2.241
@@ -103,8 +101,4 @@ def draw(plt, rows):
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('evidence.cca_parts'):
-        config, = configurator.read(sys.argv[1:], ClaimConfig)
-        main(config)
-        if not config.quick:
-            picture('cca_parts', draw)
+    program('cca_parts', main, draw)

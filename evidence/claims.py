@@ -11,6 +11,7 @@ is the interval that holds the true difference with 95 % confidence. If it does 
 import csv
 import math
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -118,3 +119,11 @@ def picture(name, draw):
     draw(plt, read_table(RESULTS / f'{name}.csv')).savefig(path, metadata={'Date': None})
     plt.close()
     print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def program(name, main, draw):
+    """What a script does when it is run: main(config), then its picture, unless it was a first look."""
+    with configurator.one_line_errors(f'evidence.{name}', '', 'the same command goes on where it was'):
+        config, = configurator.read(sys.argv[1:], ClaimConfig)
+        main(config)
+        config.quick or picture(name, draw)

@@ -14,18 +14,16 @@ CCA's cache has a constant part besides, the last columns of its convolutions an
 Legend:  B batch   S sequence   P cached positions   E width   H heads   Hk KV heads   d head dim
 """
 import statistics
-import sys
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import configurator
 import decode
 from bench import alternate
 from cca import CCA, rope, rope_table
-from evidence.claims import ClaimConfig, by_seed, picture, table, verdict
+from evidence.claims import by_seed, program, table, verdict
 from model import Zaya, ZayaConfig
 
 PROMPTS, CONTEXTS = (1024, 4096, 8192), (1024, 2048, 4096, 8192, 16_384, 32_768)
@@ -135,8 +133,4 @@ def draw(plt, rows):
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('evidence.kv_cache'):
-        config, = configurator.read(sys.argv[1:], ClaimConfig)
-        main(config)
-        if not config.quick:
-            picture('kv_cache', draw)
+    program('kv_cache', main, draw)

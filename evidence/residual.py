@@ -15,17 +15,15 @@ than without, a larger RMS after the last layer, or a higher loss would refute. 
 parameters; they are not made up for.
 """
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import configurator
 import train
 from evidence.attention import SETTINGS
-from evidence.claims import ClaimConfig, by_seed, picture, replaced, table, trained, verdict, with_seeds
+from evidence.claims import by_seed, program, replaced, table, trained, verdict, with_seeds
 from evidence.plot import by_layer
 from layers import ResidualScaling, wide
 from model import Zaya, ZayaConfig
@@ -118,8 +116,4 @@ def draw(plt, rows):
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('evidence.residual'):
-        config, = configurator.read(sys.argv[1:], ClaimConfig)
-        main(config)
-        if not config.quick:
-            picture('residual', draw)
+    program('residual', main, draw)

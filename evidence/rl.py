@@ -21,6 +21,7 @@ Each is a table in results/ but for replay, which prints one.
 import functools
 import random
 import re
+import statistics
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -32,8 +33,7 @@ import configurator
 import rl
 from data.loops import task
 from data.loops.evaluate import TableConfig, steps
-from evidence import pictures
-from evidence.claims import ClaimConfig, by_seed, table, verdict
+from evidence.claims import ClaimConfig, by_seed, picture, table, verdict
 from evidence.quantization import CHANGES, in_few_bits
 from evidence.rsa import BOUNDS, QUICK, figures, judge, methods, prepare_once, report, speaker_of
 from rsa import load_speaker, markovian_rsa, sampler
@@ -94,7 +94,7 @@ def main_table(config):
                            if f'{run}: {C}' in row['setting']} for C, column in (('C=1', 'majority'), ('C=4', 'mean')))
         for length in mean:
             verdict(f'{length} steps, {run}: the majority of C=1 below the mean of C=4', majority[length], mean[length])
-    config.quick or pictures.draw('rl')
+    config.quick or picture('rl', draw)
 
 
 def compare(config):
@@ -110,7 +110,7 @@ def long(config):
     model = functools.cache(lambda: model_of(config, 'long', 26, ('traces:0.5', 'votes:0.5')))
     rows = measured('rl_long', config, model, {'RL': dict(operations=26)}, 'hard deep deeper deepest', 40)
     judge(rows, ('RL: C=1', 'RL: C=4'))
-    config.quick or pictures.draw('rl_long')
+    config.quick or picture('rl_long', draw)
 
 
 def without(config):
@@ -206,6 +206,26 @@ def errors(config):
     for setting in settings:
         sums = [sum(by_seed(rows, setting, column)) for column in ('outputs', 'wrong', *KINDS, 'lost')]
         print(f'| {setting} | {" | ".join(f"{count:,.0f}" for count in sums)} |')
+
+
+def draw(plt, rows):
+    """Rewards for answers unlearn the errors of the data, at every length and in every way to think."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    lengths = list(dict.fromkeys(row['setting'].split(': ')[0] for row in rows))
+    for method, color, mark in (('one unbounded rollout', 'tab:green', '^'), ('C=1', 'tab:orange', 's'),
+                                ('C=4', 'tab:blue', 'o')):
+        for run, style, fill in ('before', '--', 'none'), ('RL', '-', 'full'):
+            wrong = {i: [max(0.02, 100 - float(row['mean'])) for row in rows
+                         if row['setting'].startswith(f'{length}: {run}: {method}')]
+                     for i, length in enumerate(lengths)}
+            points = [(i, statistics.fmean(values)) for i, values in wrong.items() if values]
+            axis.plot(*zip(*points), mark + style, color=color, fillstyle=fill,
+                      label=f'{method}, {run.replace("RL", "after")} RL')
+            axis.plot(*zip(*[(i, value) for i in wrong for value in wrong[i]]), mark, color=color, markersize=2)
+    axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel='steps of the problem', yscale='log',
+             ylim=(0.015, 110), ylabel='wrong answers, % (0.02: none)')
+    figure.legend(loc='outside upper center', ncols=3, frameon=False)
+    return figure
 
 
 EXPERIMENTS = {'main': main_table, 'compare': compare, 'long': long, 'without': without, 'errors': errors,

@@ -20,16 +20,13 @@ Refuted by: a linear router whose entropy falls no lower, or is no lower on aver
 Legend:  N experts   h (B, S, E) normed x   s (B, S, N)
 """
 import statistics
-import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import configurator
 import router
-from evidence import pictures
-from evidence.claims import ClaimConfig, by_seed, replaced, table, trained, verdict, with_seeds
+from evidence.claims import by_seed, program, replaced, table, trained, verdict, with_seeds
 from layers import wide
 from model import ZayaConfig, sizes
 
@@ -142,9 +139,28 @@ def main(config):
         tables += [derived(table(name, config, settings, lambda setting, seed: measure(setting, seed, *rest)))]
     report(*tables)
     judge(*tables)
-    config.quick or pictures.draw('router')
+
+
+def entropies(axis, rows, setting, **style):
+    """The load entropy over the steps: the mean over the seeds, and all that lies between them."""
+    rows = [row for row in rows if row['setting'] == setting]
+    steps = [key for key in rows[0] if key.startswith('entropy_') and rows[0][key]]
+    x, y = [int(key[8:]) for key in steps], [[float(row[key]) for row in rows] for key in steps]
+    axis.plot(x, list(map(statistics.fmean, y)), **style)
+    axis.fill_between(x, list(map(min, y)), list(map(max, y)), color=style['color'], alpha=0.15, linewidth=0)
+
+
+def draw(plt, rows):
+    """By itself every router collapses; with the balancer none does."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    for form, color in ('linear', 'tab:orange'), ('mlp', 'tab:green'), ('mlp + eda', 'tab:blue'):
+        for rule, style in ('pid', '-'), ('none', '--'):
+            entropies(axis, rows, f'{form}, {rule}', color=color, linestyle=style,
+                      label=f'{form}, {"balancer" if rule == "pid" else "none"}')
+    axis.set(xlabel='step', ylabel='load entropy, 1: even', ylim=(0, 1.02))
+    figure.legend(loc='outside upper center', ncols=3, frameon=False)
+    return figure
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('evidence.router', '', 'the same command goes on where it was'):
-        main(*configurator.read(sys.argv[1:], ClaimConfig))
+    program('router', main, draw)

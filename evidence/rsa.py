@@ -16,6 +16,7 @@ The rows of seeds 0 to 2 come from the table that an earlier program printed: sh
 and longest prompts are those of all seeds together.
 """
 import functools
+import statistics
 import sys
 from pathlib import Path
 
@@ -24,8 +25,7 @@ import train
 from data.loops import task
 from data.loops.evaluate import TableConfig, measure, steps
 from data.loops.prepare import LoopsConfig, prepare_loops
-from evidence import pictures
-from evidence.claims import ClaimConfig, by_seed, table, verdict, with_seeds
+from evidence.claims import ClaimConfig, by_seed, picture, table, verdict, with_seeds
 from model import ZayaConfig
 from rsa import load_speaker
 
@@ -115,7 +115,7 @@ def main_table(config):
             verdict(f"{steps(split)} steps: the majority of C=1 below the mean of C=4",
                     by_seed(rows, f'{steps(split)}: C=1, T={T}', 'majority'),
                     by_seed(rows, f'{steps(split)}: C=4, T={T}', 'mean'))
-    config.quick or pictures.draw('rsa_lengths')
+    config.quick or picture('rsa_lengths', draw_lengths)
 
 
 def aggregation(config):
@@ -133,7 +133,47 @@ def aggregation(config):
     rows = table('rsa_aggregation', config, settings, one)
     report(rows)
     judge(rows, ('without: C=1', 'with: C=1'), ('without: C=4', 'with: C=4'))
-    config.quick or pictures.draw('rsa_aggregation')
+    config.quick or picture('rsa_aggregation', draw_aggregation)
+
+
+def draw_lengths(plt, rows):
+    """Reading four tails instead of one keeps a population right, however long the problem is."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    steps = list(dict.fromkeys(row['setting'].split(': ')[0] for row in rows))
+    for method, style in ('C=4', 'o-'), ('C=1', 's-'), ('one unbounded rollout', '^--'), ('one bounded rollout', 'v:'):
+        per_length = {s: [float(row['mean']) for row in rows if row['setting'].startswith(f'{s}: {method}')]
+                      for s in steps}
+        points = [(i, statistics.fmean(per_length[s]), min(per_length[s]), max(per_length[s]))
+                  for i, s in enumerate(steps) if per_length[s]]
+        x, y, low, high = zip(*points)
+        spread = [[a - b for a, b in zip(y, low)], [a - b for a, b in zip(high, y)]]
+        axis.errorbar(x, y, spread, fmt=style, capsize=3, label=method)
+    axis.set(xticks=range(len(steps)), xticklabels=steps, xlabel='steps of the problem', ylim=(-3, 103),
+             ylabel='right answers, %')
+    figure.legend(loc='outside upper center', ncols=4, frameon=False)
+    return figure
+
+
+def bars(plt, rows, groups, kinds, label):
+    """A bar for the mean over the seeds of each setting 'group: kind', and a dot for each seed."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    for k, kind in enumerate(kinds):
+        x = [g + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for g in range(len(groups))]
+        values = [[float(row['mean']) for row in rows if row['setting'] == f'{group}: {kind}']
+                  for group in groups]
+        axis.bar(x, list(map(statistics.fmean, values)), 0.75 / len(kinds), label=kind)
+        axis.plot(*zip(*[(at, value) for at, found in zip(x, values) for value in found]), 'k.', markersize=3)
+    axis.set(xticks=range(len(groups)), xticklabels=groups, xlabel=label, ylim=(0, 103), ylabel='right answers, %')
+    figure.legend(loc='outside upper center', ncols=3, frameon=False)
+    return figure
+
+
+def draw_aggregation(plt, rows):
+    """Without aggregation examples a model reasons as well, but does not know what to do with tails."""
+    rows = [row | {'setting': ': '.join(row['setting'].split(', T=')[0].split(': ')[:0:-1])}
+            for row in rows]
+    return bars(plt, rows, ['one unbounded rollout each', 'C=1', 'C=4'], ['with', 'without'],
+                'aggregation examples in the training: with them, without them')
 
 
 EXPERIMENTS = {'main': main_table, 'aggregation': aggregation}

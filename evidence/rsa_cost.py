@@ -17,13 +17,12 @@ not free, so the clock shows less of what batching gives.
 
 Legend:  N population   C candidates   T rounds after round 0   tau tail   beta budget, 41 tokens
 """
-import sys
+import statistics
 import time
 
 import configurator
 from data.loops import task
-from evidence import pictures
-from evidence.claims import ClaimConfig, by_seed, table, verdict, with_seeds
+from evidence.claims import by_seed, program, table, verdict, with_seeds
 from evidence.rsa import UNBOUNDED, figures
 from rsa import load_speaker
 
@@ -80,9 +79,27 @@ def main(config):
     rows = table('rsa_cost', config, SETTINGS, measure)
     report(rows)
     judge(rows)
-    config.quick or pictures.draw('rsa_cost')
+
+
+def draw(plt, rows):
+    """Enough rounds, more than two tails to outvote errors, tails as long as those trained on."""
+    base = dict(N=16, C=4, T=4, tau=10)
+    figure, axes = plt.subplots(1, 4, figsize=(7, 2.6), sharey=True, layout='constrained')
+    long = statistics.fmean(float(row['mean']) for row in rows if row['setting'] == 'one long rollout')
+    changed = dict(C=(1, 2, 4, 8), N=(4, 8, 16), T=(2, 3, 4, 6), tau=(5, 10, 20, 41))
+    for axis, (key, values) in zip(axes, changed.items()):
+        means = []
+        for value in values:
+            setting = ' '.join(f'{name}={number}' for name, number in (base | {key: value}).items())
+            found = [float(row['mean']) for row in rows if row['setting'] == setting]
+            axis.plot([value] * len(found), found, 'k.', markersize=3)
+            means.append(statistics.fmean(found))
+        axis.plot(values, means, 'o-', color='tab:blue', markersize=4)
+        axis.axhline(long, color='tab:orange', linestyle='--', linewidth=1)
+        axis.set(xlabel=key, xticks=values, ylim=(-3, 103))
+    axes[0].set(ylabel='right answers, %')
+    return figure
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('evidence.rsa_cost', '', 'the same command goes on where it was'):
-        main(*configurator.read(sys.argv[1:], ClaimConfig))
+    program('rsa_cost', main, draw)

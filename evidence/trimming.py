@@ -14,14 +14,11 @@ The rows of seeds 0 to 2 come from the table that an earlier program printed: sh
 and longest prompts are those of all seeds together.
 """
 import os
-import sys
 
-import configurator
 from data.loops import task
 from data.loops.evaluate import steps
-from evidence import pictures
-from evidence.claims import ClaimConfig, table
-from evidence.rsa import BOUNDS, QUICK, UNBOUNDED, figures, judge, prepare_once, report, speaker_of
+from evidence.claims import program, table
+from evidence.rsa import BOUNDS, QUICK, UNBOUNDED, bars, figures, judge, prepare_once, report, speaker_of
 
 CONTEXT, RULES = 116, ('ap', 'truncate', 'drop')
 
@@ -52,9 +49,15 @@ def main(config):
     rows = table('trimming', config, settings, one)
     report(rows)
     judge(rows, *((f'{rule}: {way}', f'ap: {way}') for way in ('one rollout', 'C=4') for rule in RULES[1:]))
-    config.quick or pictures.draw('trimming')
+
+
+def draw(plt, rows):
+    """In one rollout, only who has learned from answers that were kept answers what does not fit into the context."""
+    rows = [row | {'setting': f'{steps}: {rule}, {way.split(", ")[0]}'} for row in rows
+            for steps, rule, way in [row['setting'].split(': ')]]
+    ways = [f'{rule}, {way}' for way in ('one rollout', 'C=4') for rule in ('ap', 'truncate', 'drop')]
+    return bars(plt, rows, ['3-7', '14-20', '25-32'], ways, 'steps of the problem')
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('evidence.trimming', '', 'the same command goes on where it was'):
-        main(*configurator.read(sys.argv[1:], ClaimConfig))
+    program('trimming', main, draw)
