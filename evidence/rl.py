@@ -62,7 +62,7 @@ def learned(config, run, seed, init_from, **changes):
 def model_of(config, name, operations, sets):
     """The folder of a model trained by the recipe of the loops task, now if it is not there."""
     quick = 'quick_' * config.quick
-    data, samples = f'{config.out}/{quick}{name}_data', 400 if config.quick else 30_000
+    data, samples = f'{config.out}/{quick}{name}_data', 100 if config.quick else 30_000
     prepare_once(data, traces=samples, votes=samples, operations=operations)
     folder = f'{config.out}/{quick}{name}'
     speaker_of(folder, f'--dataset={" ".join(f"{data}/{part}" for part in sets)}', *QUICK * config.quick)

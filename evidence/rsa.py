@@ -42,7 +42,7 @@ def prepare_once(out, **settings):
 
 def data_of(config):
     """The folder of the task's two sets."""
-    folder, samples = (f'{config.out}/quick_data', 400) if config.quick else ('data/loops', 30_000)
+    folder, samples = (f'{config.out}/quick_data', 100) if config.quick else ('data/loops', 30_000)
     prepare_once(folder, traces=samples, votes=samples)
     return folder
 

@@ -36,7 +36,7 @@ def settings_of(splits):
 
 def main(config):
     settings = settings_of(['easy'] if config.quick else ['easy', 'medium', 'hard'])
-    problems, samples, quick = (1, 400, QUICK) if config.quick else (100, 30_000, [])
+    problems, samples, quick = (1, 100, QUICK) if config.quick else (100, 30_000, [])
 
     def one(setting, seed):
         rule, split, kwargs = settings[setting]

@@ -86,6 +86,14 @@ def test_test_problems_are_held_out_different_and_of_the_stated_lengths(split):
     assert len({p.steps for p in many}) > 1
 
 
+def test_prepared_programs_have_at_most_as_many_operations_as_asked_for(tmp_path):
+    for least, operations in (4, 4), (16, 26):
+        prepare_loops(LoopsConfig(str(tmp_path / f'{operations}'), traces=40, votes=40, operations=operations))
+        for name in 'traces', 'votes':
+            questions = questions_in(tmp_path / f'{operations}' / name, 'train')
+            assert least <= max(len(parse(question).operations) for question in questions) <= operations
+
+
 def test_the_hash_divides_questions_in_a_fixed_proportion():
     rng = random.Random(0)
     counts = Counter(side(f'{rng.random()}') for _ in range(8000))

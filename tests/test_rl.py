@@ -271,6 +271,13 @@ def test_populations_go_on_from_their_own_tails():
     assert all(4 <= task.parse(question).steps <= 12 for question, *_ in drawn[:2])
 
 
+def test_programs_have_at_most_as_many_operations_as_asked_for():
+    for least, operations in (4, 5), (16, 26):
+        drawn = rl.draw_prompts(random.Random(0), 60, 40, [], rl.RLConfig(aggregation=0.5, operations=operations))
+        sizes = [len(task.parse(question).operations) for question, *_ in drawn]
+        assert least <= max(sizes) <= operations
+
+
 @pytest.mark.parametrize('argument, said', [
     ('--init_from=nowhere', 'no such folder'), ('--candidates=17', 'candidates'), ('--tail=99', 'tail'),
     ('--rollouts=1', 'rollouts'), ('--advantage=ppo', 'advantage'), ('--grups=3', 'groups'), ('--lr=fast', 'lr')])
