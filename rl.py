@@ -199,7 +199,7 @@ def learn(model, optimizers, pairs, config, lr):
 
 def draw_prompts(rng, n, level, populations, config):
     """Draw n prompts: [(question, tails, is it a round?)]. Rounds are the next of populations, which are taken out, or
-    the first of a problem of any length: in all of them a round has as many steps to write."""
+    the first of a problem of 3 to 72 steps: in all of them a round has as many steps to write."""
     draw = lambda low, high: task.draw_problem(rng, low, high, 'train', config.operations).question
     drawn = [(draw(max(3, level - 8), level), [], False) for _ in range(n - round(config.aggregation * n))]
     while len(drawn) < n:
@@ -263,8 +263,8 @@ def train(config):
     """Run or continue the run of `config`."""
     speaker, optimizers, balancer, step, level, populations = begin(config)
     model, held_out = speaker.model, task.test_problems('hard', config.eval_problems)
-    longest = (model.config.context - 2 * config.operations - 17) // task.STEP          # 17: what else a question has
-    level = min(level, longest)
+    longest = min(9 * config.operations, (model.config.context - 2 * config.operations - 17) // task.STEP)
+    level = min(level, longest)         # beside the question, 2 tokens an operation and 9 more, and 8 around the steps
     write_log(config.out_dir, None, COLUMNS, keep_until=step or -1)
     with tqdm(total=config.max_steps, initial=step, dynamic_ncols=True, mininterval=1, unit='step') as bar:
         while step < config.max_steps:

@@ -1,8 +1,9 @@
 """What the scripts of this folder share: runs over seeds, a table that goes on where it was stopped, and a verdict.
 
-A claim is tested by a table whose rows are runs, `setting, seed, figures`. Each run is train.py's own; a baseline or an
-ablated part takes the place of a step from outside, by `replaced`. Two settings are compared seed by seed: runs of one
-seed see the same data in the same order, and begin alike where their shapes are. For n seeds and the differences d_i,
+A claim is tested by a table whose rows are runs, `setting, seed, figures`. Each run is train.py's own, or rl.py's; a
+baseline or an ablated part takes the place of a step from outside, by `replaced`. Two settings are compared seed by
+seed: runs of one seed see the same data in the same order, and begin alike where their shapes are. A script ends in
+its `program`, which prints the table, the verdicts, and draws the picture. For n seeds and the differences d_i,
 
     d +- t s / sqrt(n)           d, s: their mean and standard deviation; t: 97.5 % point of Student's t, n - 1 degrees
 
@@ -50,12 +51,13 @@ def trained(folder, sizes, **settings):
 
 def table(name, config, settings, measure, seeds=None):
     """Fill results/NAME.csv: a row for each (setting, seed). measure(setting, seed) -> {column: figure}. Rows that are
-    there already are not measured again. Return all of them as [{column: text}]."""
+    there already are not measured again. Return all rows of these seeds as [{column: text}]."""
     path = Path(config.out, f'quick_{name}.csv') if config.quick else RESULTS / f'{name}.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = read_table(path) if path.exists() else []
     done = {(row['setting'], row['seed']) for row in rows}
-    wanted = [(setting, seed) for seed in seeds or range(config.seeds) for setting in settings]
+    seeds = seeds or range(config.seeds)
+    wanted = [(setting, seed) for seed in seeds for setting in settings]
     for setting, seed in tqdm(wanted, unit='run', desc=name):
         if (str(setting), str(seed)) in done:
             continue
@@ -67,7 +69,7 @@ def table(name, config, settings, measure, seeds=None):
                 writer.writeheader()
             writer.writerow(row)
         rows.append({key: str(value) for key, value in row.items()})
-    return rows
+    return [row for row in rows if int(row['seed']) in seeds]
 
 
 def read_table(path):
@@ -111,6 +113,18 @@ def seeds_needed(a, b):
                 'over 10,000')
 
 
+def one_line_errors(name):
+    return configurator.one_line_errors(f'evidence.{name}', '', 'the same command goes on where it was')
+
+
+def programs(name, experiments):
+    """What a script of several experiments does when it is run. experiments: {first argument: function of config}."""
+    with one_line_errors(name):
+        if len(sys.argv) < 2 or sys.argv[1] not in experiments:
+            raise ValueError(f'name an experiment: {", ".join(experiments)}')
+        experiments[sys.argv[1]](*configurator.read(sys.argv[2:], ClaimConfig))
+
+
 def picture(name, draw):
     """Write results/NAME.svg, the figure draw(plt, rows) of results/NAME.csv. The same table gives the same file."""
     configurator.package('matplotlib').use('svg')
@@ -123,7 +137,7 @@ def picture(name, draw):
 
 def program(name, main, draw):
     """What a script does when it is run: main(config), then its picture, unless it was a first look."""
-    with configurator.one_line_errors(f'evidence.{name}', '', 'the same command goes on where it was'):
+    with one_line_errors(name):
         config, = configurator.read(sys.argv[1:], ClaimConfig)
         main(config)
         config.quick or picture(name, draw)

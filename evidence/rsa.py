@@ -17,7 +17,6 @@ and longest prompts are those of all seeds together.
 """
 import functools
 import statistics
-import sys
 from pathlib import Path
 
 import configurator
@@ -25,7 +24,7 @@ import train
 from data.loops import task
 from data.loops.evaluate import TableConfig, measure, steps
 from data.loops.prepare import LoopsConfig, prepare_loops
-from evidence.claims import ClaimConfig, by_seed, picture, table, verdict, with_seeds
+from evidence.claims import by_seed, picture, programs, table, verdict, with_seeds
 from model import ZayaConfig
 from rsa import load_speaker
 
@@ -40,10 +39,10 @@ def prepare_once(out, **settings):
         prepare_loops(LoopsConfig(out=str(out), **settings))
 
 
-def data_of(config):
-    """The folder of the task's two sets."""
-    folder, samples = (f'{config.out}/quick_data', 100) if config.quick else ('data/loops', 30_000)
-    prepare_once(folder, traces=samples, votes=samples)
+def data_of(config, folder='data/loops', **settings):
+    """The folder of the task's two sets; settings: of LoopsConfig. For a quick look they are small."""
+    folder, samples = (f'{config.out}/quick_{Path(folder).name}', 100) if config.quick else (folder, 30_000)
+    prepare_once(folder, traces=samples, votes=samples, **settings)
     return folder
 
 
@@ -54,6 +53,14 @@ def speaker_of(folder, *flags):
     return load_speaker(folder, configurator.pick_device('auto'))
 
 
+def trained_model(config, label, seed, data):
+    """The run folder of a model of the task, and its Speaker. label: 'with' aggregation examples, 'without', or another
+    name for 'with' other data."""
+    sets = f'{data}/traces' if label == 'without' else f'{data}/traces:0.5 {data}/votes:0.5'
+    folder = f'{config.out}/{"quick_" * config.quick}loops/{label}{seed}'
+    return folder, speaker_of(folder, f'--seed={seed}', f'--dataset={sets}', *QUICK * config.quick)
+
+
 def methods(lengths):
     """{'25-32: C=4, T=4': (split, settings of measure)}, cheapest first."""
     found = {}
@@ -61,7 +68,7 @@ def methods(lengths):
         T = task.rounds_needed(task.LENGTHS[split][1], BOUNDS['budget'])
         add = lambda name, **settings: found.update({f'{steps(split)}: {name}': (split, settings)})
         add('one bounded rollout each, T=0', candidates=1, rounds=0, **BOUNDS)
-        if task.LENGTHS[split][1] <= 36:                        # as long as solutions are in training; more has no room
+        if task.LENGTHS[split][1] <= LoopsConfig.high:          # longer ones do not fit into the context
             add('one unbounded rollout each', **UNBOUNDED)
         for C in 1, 4:
             add(f'C={C}, T={T}', candidates=C, rounds=T, **BOUNDS)
@@ -86,50 +93,40 @@ def report(rows):
     print()
 
 
-def judge(rows, *pairs):
-    """Print a verdict for each pair of settings, the worse first, where the rows have both; at every length."""
+def judge(rows, *pairs, columns=('mean', 'mean')):
+    """Print a verdict for each pair of settings, (lower, higher), where the rows have both; at every length."""
     for length in dict.fromkeys(row['setting'].split(': ')[0] for row in rows):
         names = {row['setting'].split(': ', 1)[1].partition(', T=')[0]: row['setting'] for row in rows
-                 if row['setting'].startswith(length)}
-        for worse, better in pairs:
-            if worse in names and better in names:
-                verdict(f'{length} steps, mean: {worse} below {better}', *(
-                    by_seed(rows, names[name], 'mean') for name in (worse, better)))
+                 if row['setting'].startswith(f'{length}: ')}
+        for pair in pairs:
+            if set(pair) <= set(names):
+                words = [f'{column} of {name}' for column, name in zip(columns, pair)]
+                verdict(f'{length} steps: {" below ".join(words)}', *(
+                    by_seed(rows, names[name], column) for column, name in zip(columns, pair)))
 
 
 def main_table(config):
-    data = data_of(config)
-    quick, problems = (QUICK, 1) if config.quick else ([], 200)
+    data, problems = data_of(config), 1 if config.quick else 200
     settings = methods('easy' if config.quick else 'easy medium hard deep')
 
     def one(setting, seed):
-        split, kwargs = settings[setting]
-        speaker = speaker_of(f'{config.out}/{"quick_" * config.quick}loops/with{seed}', f'--seed={seed}',
-                             f'--dataset={data}/traces:0.5 {data}/votes:0.5', *quick)
-        return figures(speaker, task.test_problems(split, problems), seed, **kwargs)
+        split, how = settings[setting]
+        return figures(trained_model(config, 'with', seed, data)[1], task.test_problems(split, problems), seed, **how)
     rows = table('rsa_lengths', config, settings, one)
     report(rows)
     judge(rows, ('C=1', 'C=4'), ('one unbounded rollout each', 'C=4'))
-    for split, T in ('hard', 4), ('deep', 8):
-        if not config.quick:
-            verdict(f"{steps(split)} steps: the majority of C=1 below the mean of C=4",
-                    by_seed(rows, f'{steps(split)}: C=1, T={T}', 'majority'),
-                    by_seed(rows, f'{steps(split)}: C=4, T={T}', 'mean'))
+    judge(rows, ('C=1', 'C=4'), columns=('majority', 'mean'))
     config.quick or picture('rsa_lengths', draw_lengths)
 
 
 def aggregation(config):
-    data = data_of(config)
-    quick, problems = (QUICK, 1) if config.quick else ([], 100)
-    settings = {setting.replace(': ', f': {label}: ', 1): kwargs for label in ('with', 'without')
-                for setting, kwargs in methods('easy' if config.quick else 'hard').items()}
+    data, problems = data_of(config), 1 if config.quick else 100
+    settings = {setting.replace(': ', f': {label}: ', 1): how for label in ('with', 'without')
+                for setting, how in methods('easy' if config.quick else 'hard').items()}
 
     def one(setting, seed):
-        (split, kwargs), label = settings[setting], setting.split(': ')[1]
-        sets = f'{data}/traces' if label == 'without' else f'{data}/traces:0.5 {data}/votes:0.5'
-        folder = f'{config.out}/{"quick_" * config.quick}loops/{label}{seed}'
-        speaker = speaker_of(folder, f'--seed={seed}', f'--dataset={sets}', *quick)
-        return figures(speaker, task.test_problems(split, problems), seed, **kwargs)
+        (split, how), label = settings[setting], setting.split(': ')[1]
+        return figures(trained_model(config, label, seed, data)[1], task.test_problems(split, problems), seed, **how)
     rows = table('rsa_aggregation', config, settings, one)
     report(rows)
     judge(rows, ('without: C=1', 'with: C=1'), ('without: C=4', 'with: C=4'))
@@ -139,16 +136,16 @@ def aggregation(config):
 def draw_lengths(plt, rows):
     """Reading four tails instead of one keeps a population right, however long the problem is."""
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
-    steps = list(dict.fromkeys(row['setting'].split(': ')[0] for row in rows))
+    lengths = list(dict.fromkeys(row['setting'].split(': ')[0] for row in rows))
     for method, style in ('C=4', 'o-'), ('C=1', 's-'), ('one unbounded rollout', '^--'), ('one bounded rollout', 'v:'):
         per_length = {s: [float(row['mean']) for row in rows if row['setting'].startswith(f'{s}: {method}')]
-                      for s in steps}
+                      for s in lengths}
         points = [(i, statistics.fmean(per_length[s]), min(per_length[s]), max(per_length[s]))
-                  for i, s in enumerate(steps) if per_length[s]]
+                  for i, s in enumerate(lengths) if per_length[s]]
         x, y, low, high = zip(*points)
         spread = [[a - b for a, b in zip(y, low)], [a - b for a, b in zip(high, y)]]
         axis.errorbar(x, y, spread, fmt=style, capsize=3, label=method)
-    axis.set(xticks=range(len(steps)), xticklabels=steps, xlabel='steps of the problem', ylim=(-3, 103),
+    axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel='steps of the problem', ylim=(-3, 103),
              ylabel='right answers, %')
     figure.legend(loc='outside upper center', ncols=4, frameon=False)
     return figure
@@ -170,17 +167,11 @@ def bars(plt, rows, groups, kinds, label):
 
 def draw_aggregation(plt, rows):
     """Without aggregation examples a model reasons as well, but does not know what to do with tails."""
-    rows = [row | {'setting': ': '.join(row['setting'].split(', T=')[0].split(': ')[:0:-1])}
+    rows = [row | {'setting': ': '.join(row['setting'].split(', T=')[0].split(': ')[:0:-1])}    # to 'C=4: with'
             for row in rows]
     return bars(plt, rows, ['one unbounded rollout each', 'C=1', 'C=4'], ['with', 'without'],
                 'aggregation examples in the training: with them, without them')
 
 
-EXPERIMENTS = {'main': main_table, 'aggregation': aggregation}
-
-
 if __name__ == '__main__':
-    with configurator.one_line_errors('evidence.rsa', '', 'the same command goes on where it was'):
-        if len(sys.argv) < 2 or sys.argv[1] not in EXPERIMENTS:
-            raise ValueError(f'name an experiment: {", ".join(EXPERIMENTS)}')
-        EXPERIMENTS[sys.argv[1]](*configurator.read(sys.argv[2:], ClaimConfig))
+    programs('rsa', {'main': main_table, 'aggregation': aggregation})

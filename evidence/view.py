@@ -36,7 +36,7 @@ from data.loops import task
 from data.loops.evaluate import TableConfig
 from evidence.claims import replaced
 from evidence.plot import by_layer, read_log
-from evidence.rl import state, value_at, what_went_wrong
+from evidence.rl import state, what_went_wrong
 from router import load_entropy
 from rsa import load_speaker, markovian_rsa, sampler
 from sample import generate
@@ -99,17 +99,16 @@ def candidate(problem, read, output, tail, budget):
 
 def place(problem, done, value):
     """A value after so many steps, and whether it is right. done is None where a text ends in no such way."""
-    return {'done': done, 'value': value, 'right': done is not None and value == value_at(problem, done)}
+    return {'done': done, 'value': value, 'right': done is not None and value == task.value_at(problem, done)}
 
 
 def marked(problem, text, places):
     """Cut what a candidate wrote into [piece, mark] each: the value stated first, the steps, the answer. mark: 'wrong'
     where it goes wrong, 'after' on all that comes of that, else ''. places: how many steps may be done at its begin."""
-    step, K = r'[1-9][a-z][-+*]\d=\d', len(problem.operations)
+    step = r'[1-9][a-z][-+*]\d=\d'
     pieces = re.findall(rf'{step}|</think>\d?|<\|end\|>|[^<]+?(?={step}|<|$)|.', text, re.S)
-    first = re.match(r'\d([1-9])([a-z])', text)
-    begin = (problem.loops - int(first[1])) * K + task.LABELS.index(first[2]) if first else problem.steps
-    true = [(done, value_at(problem, done)) for done in range(min(begin, problem.steps), problem.steps + 1)]
+    begin = task.begin_of(problem, text)
+    true = [(done, task.value_at(problem, done)) for done in range(min(begin, problem.steps), problem.steps + 1)]
     expected = [*task.texts_of(problem, true), f'</think>{true[-1][1]}', '<|end|>', *[''] * len(pieces)]
     fits = lambda i: (pieces[i] == expected[i] or i == len(pieces) - 1 and expected[i].startswith(pieces[i])) and (
         i != 1 or begin in places)                              # the budget may end within the last piece

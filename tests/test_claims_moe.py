@@ -1,15 +1,20 @@
 """What the scripts on router, balancer and Markovian RSA in evidence/ put in the place of the project's own steps."""
+from dataclasses import asdict
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import router
 import train
+from checkpoint import save_checkpoint
 from common import randomize, tiny_config, tiny_model
+from data.loops import task
 from data.prepare import prepare
+from data.tokenizer import save_tokenizer
 from evidence import balancer, rl, rsa, rsa_cost, trimming
 from evidence import router as routers
-from evidence.claims import read_table, replaced
+from evidence.claims import ClaimConfig, read_table, replaced
 from model import Zaya
 
 X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
@@ -128,22 +133,34 @@ def test_what_the_table_keeps_of_a_fall_and_a_swing():
 
 # ---- whole scripts ----
 
+@pytest.fixture(scope='module')
+def random_loops_model(tmp_path_factory):
+    """The folder of a tiny model with random weights, as a run on the loops task leaves it."""
+    folder, model = tmp_path_factory.mktemp('loops'), tiny_model(vocab_size=task.ENC.n_vocab, context=256)
+    save_checkpoint(folder, {'model': model.state_dict(), 'model_config': asdict(model.config), 'step': 1})
+    save_tokenizer(folder / 'bpe.json', task.ENC)
+    return str(folder)
+
+
 @pytest.mark.parametrize('main, settings', [
     (routers.main, 8), (balancer.main, 6), (rsa.main_table, 4), (rsa.aggregation, 8), (trimming.main, 6),
-    (rl.long, 6)])
+    (rl.main_table, 9), (rl.long, 6), (rl.errors, 4), (rl.replay, 6)])
 def test_quick_runs_through_and_a_second_call_measures_nothing_again(main, settings, small_data, tmp_path, monkeypatch,
-                                                                     capsys):
-    config = rl.EvidenceConfig(seeds=1, quick=True, out=str(tmp_path))
+                                                                     capsys, random_loops_model):
+    monkeypatch.setattr(rl, 'MODEL', random_loops_model)
+    config = ClaimConfig(seeds=1, quick=True, out=str(tmp_path))
     main(config)
     first = capsys.readouterr().out
     assert sum(len(read_table(path)) for path in tmp_path.glob('quick_*.csv')) == settings
-    monkeypatch.setattr(train, 'train', lambda *args: pytest.fail('trained again'))
+    for program in train, rl.rl:
+        monkeypatch.setattr(program, 'train', lambda *args: pytest.fail('trained again'))
     rsa.speaker_of.cache_clear()
     main(config)
     again = capsys.readouterr().out
     table = [line for line in first.splitlines() if line.startswith('| ')]
     assert len(table) == settings + 2 and [line for line in again.splitlines() if line.startswith('| ')] == table
-    assert 'not to be told apart' in again                      # one seed tells nothing
+    if main not in (rl.errors, rl.replay):                      # which have no verdicts; one seed tells nothing
+        assert 'not to be told apart' in again
 
 
 def test_the_settings_of_the_sweep_change_one_number_at_a_time():

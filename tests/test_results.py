@@ -10,6 +10,7 @@ from evidence.claims import RESULTS, ClaimConfig, by_seed, read_table, with_seed
 TEXTS = {name: (ROOT / name).read_text().replace('**', '') for name in ('RESULTS.md', 'README.md')}
 TABLES = [(rsa.report, 'rsa_lengths'), (rsa.report, 'rsa_aggregation'), (rsa.report, 'trimming'),
           *[(rsa.report, name) for name in ('rl', 'rl_compare', 'rl_long', 'rl_without')],
+          (rl.report_errors, 'rl_errors'), (rl.report_replay, 'rl_replay'),
           (rsa_cost.report, 'rsa_cost'), (lambda rows: balancer.report(router.derived(rows)), 'balancer'),
           (lambda *tables: router.report(*map(router.derived, tables)), 'router router_deep')]
 
@@ -63,12 +64,3 @@ def test_readme_tells_the_losses_of_the_demo():
     assert f'falls from {first:.2f}' in text and f'to {last:.2f} after 200 steps' in text
 
 
-def test_results_tells_what_was_wrong_in_outputs_and_how_near_replay_brings_two_probabilities():
-    rows = rows_of('rl_errors')
-    for setting in dict.fromkeys(row['setting'] for row in rows):
-        sums = [sum(by_seed(rows, setting, column)) for column in ('outputs', 'wrong', *rl.KINDS, 'lost')]
-        stands(f'| {setting} | {" | ".join(f"{count:,.0f}" for count in sums)} |')
-    for row in rows_of('rl_replay')[2:]:
-        stands(f'| {row["generator"].replace("bfloat16", "bf16")} | {"on" if row["replay"] == "True" else "off"} '
-               f'| {row["kl"]} | {row["pearson_r"]} | {row["largest_difference"]} '
-               f'| {100 * float(row["other_expert"]):.1f} % |')

@@ -4,7 +4,7 @@ From the project's root:
     python -m data.loops.prepare --key=value ...            keys: those of LoopsConfig
 
 out/traces holds problems of `low` to `high` steps with their solutions, trimmed to the context by the rule (at the
-default settings all fit). out/votes holds aggregation samples, for problems of all lengths: of a problem too deep for
+default settings all fit). out/votes holds aggregation samples, for problems of 3 to 72 steps: of one too deep for
 the context the model sees one budget at a time. A training config mixes the two sets by weight.
 """
 
@@ -31,7 +31,7 @@ class LoopsConfig:
     votes: int = 30_000                            # aggregation samples
     low: int = 3                                   # fewest and most steps of a solution
     high: int = 36
-    operations: int = MOST                         # most of a program; 26 for splits deeper and deepest
+    operations: int = MOST                         # most of a program; the split deeper has 14, deepest 26
     noise: float = NOISE                           # share of wrong values
     budget: int = 41                               # tokens of a continuation: the value and 8 steps
     tail: int = 10                                 # tokens of a tail: 2 steps

@@ -82,10 +82,14 @@ def apply(operation, value):
 def solve(question):
     """Return the answer, by running the program."""
     problem = parse(question)
+    return value_at(problem, problem.steps)
+
+
+def value_at(problem, done):
+    """Return the value after so many steps of the program."""
     value = problem.start
-    for _ in range(problem.loops):
-        for operation in problem.operations:
-            value = apply(operation, value)
+    for i in range(done):
+        value = apply(problem.operations[i % len(problem.operations)], value)
     return value
 
 
@@ -112,8 +116,9 @@ def draw_problem(rng, low, high, split, most=MOST):
 def test_problems(split, n, seed=0):
     """Return a list of n different held-out problems of LENGTHS[split]. A larger n only adds problems at the end."""
     rng, found, (low, high) = random.Random(f'{split} {seed}'), {}, LENGTHS[split]
+    most = max(MOST, -(-high // 9))                # as many as it takes, running 9 times
     while len(found) < n:
-        problem = draw_problem(rng, low, high, 'test', max(MOST, -(-high // 9)))
+        problem = draw_problem(rng, low, high, 'test', most)
         found[problem.question] = problem
     return list(found.values())
 
@@ -201,15 +206,13 @@ def rounds_needed(steps, budget):
 def judge(question, text):
     """Return 'ok' or 'wrong', for the last value that a rollout states; '' if its text states none."""
     problem = parse(question)
-    K, value = len(problem.operations), problem.start
     if found := re.search(r'</think>(\d)', text):
         return 'ok' if int(found[1]) == solve(question) else 'wrong'
     if not (steps := re.findall(r'([1-9])([a-z])[-+*]\d=(\d)', text)):
         return ''
     loops_left, label, said = steps[-1]
-    for done in range((problem.loops - int(loops_left)) * K + LABELS.index(label) + 1):
-        value = apply(problem.operations[done % K], value)
-    return 'ok' if int(said) == value else 'wrong'
+    done = (problem.loops - int(loops_left)) * len(problem.operations) + LABELS.index(label) + 1
+    return 'ok' if int(said) == value_at(problem, done) else 'wrong'
 
 
 def place_of(problem, text):
@@ -219,6 +222,14 @@ def place_of(problem, text):
     if not (last := re.search(r'([1-9])([a-z])[-+*]\d=\d$', text)):
         return None
     return (problem.loops - int(last[1])) * len(problem.operations) + LABELS.index(last[2]) + 1
+
+
+def begin_of(problem, text):
+    """Return how many steps are done where the text of an output begins: all, if it has no step."""
+    first = re.match(r'\d([1-9])([a-z])', text)
+    if not first:
+        return problem.steps
+    return (problem.loops - int(first[1])) * len(problem.operations) + LABELS.index(first[2])
 
 
 def verify(question, tails, output, budget):
@@ -231,8 +242,7 @@ def verify(question, tails, output, budget):
     """
     problem, text = parse(question), ENC.decode(output)
     K, ends = len(problem.operations), {place_of(problem, ENC.decode(without_end(tail))) for tail in tails} or {0}
-    first = re.match(r'\d([1-9])([a-z])', text)
-    done = begin = (problem.loops - int(first[1])) * K + LABELS.index(first[2]) if first else problem.steps
+    done = begin = begin_of(problem, text)
     if begin not in ends or not re.match(r'\d', text):
         return False
     said, rest = text[0], text[1:]                 # the last value, and what comes after it
@@ -243,11 +253,8 @@ def verify(question, tails, output, budget):
         if step == answer or not re.match(re.escape(step) + r'\d', rest):
             break
         said, rest, done = rest[len(step)], rest[len(step) + 1:], done + 1
-    value = problem.start
-    for i in range(done):
-        value = apply(problem.operations[i % K], value)
     cut = len(output) == budget and step.startswith(rest) and done > begin
-    return int(said) == value and (cut or rest == step == answer)
+    return int(said) == value_at(problem, done) and (cut or rest == step == answer)
 
 
 def spaced(text):
