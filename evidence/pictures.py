@@ -6,7 +6,7 @@ evidence.pictures`. Each is results/NAME.svg, drawn from results/NAME.csv by the
 Needs matplotlib (extra `plot`).
 """
 from evidence import attention, balancer, cca_parts, kv_cache, residual, rl, router, rsa, rsa_cost, trimming
-from evidence.claims import picture
+from evidence.claims import one_line_errors, picture
 
 
 def training(plt, rows):
@@ -25,14 +25,16 @@ def training(plt, rows):
 
 
 PICTURES = {'training': training, 'rsa_lengths': rsa.draw_lengths, 'rsa_aggregation': rsa.draw_aggregation,
-            'rl': rl.draw, 'rl_long': rl.draw, 'attention': attention.draw, 'balancer': balancer.draw,
-            'cca_parts': cca_parts.draw, 'kv_cache': kv_cache.draw, 'residual': residual.draw, 'router': router.draw,
-            'rsa_cost': rsa_cost.draw, 'trimming': trimming.draw}
+            'rl': rl.draw, 'rl_long': rl.draw, 'rl_rewards': rl.draw_rewards, 'rl_replay': rl.draw_replay,
+            'attention': attention.draw, 'balancer': balancer.draw, 'cca_parts': cca_parts.draw,
+            'kv_cache': kv_cache.draw, 'residual': residual.draw, 'router': router.draw, 'rsa_cost': rsa_cost.draw,
+            'trimming': trimming.draw}
 
 
 def main():
-    for name, draw in PICTURES.items():
-        picture(name, draw)
+    with one_line_errors('pictures'):
+        for name, draw in PICTURES.items():
+            picture(name, draw)
 
 
 if __name__ == '__main__':

@@ -29,7 +29,7 @@ import configurator
 import rl
 from data.loops import task
 from data.loops.evaluate import TableConfig, steps
-from evidence.claims import by_seed, picture, programs, table, verdict
+from evidence.claims import by_seed, picture, programs, read_table, table, verdict
 from evidence.quantization import CHANGES, in_few_bits
 from evidence.rsa import BOUNDS, data_of, figures, judge, methods, report, trained_model
 from rsa import load_speaker, markovian_rsa, sampler
@@ -92,6 +92,12 @@ def compare(config):
     pairs = [*((name, 'RL') for name in ('grpo', 'no_aggregation', 'moving_balancer', 'two_updates')),
              ('bf16_no_replay', 'bf16_replay')]
     judge(rows, *[(f'{a}: {way}', f'{b}: {way}') for a, b in pairs for way in WAYS])
+
+    def curves(run, seed):
+        log = read_table(Path(learned(config, run, seed, MODEL, **VARIANTS[run]), 'log.csv'))
+        return {key: ' '.join(f'{float(row[key]):.3f}' for row in log) for key in ('reward', 'round_reward')}
+    table('rl_rewards', config, VARIANTS, curves)
+    config.quick or picture('rl_rewards', draw_rewards)
 
 
 def long(config):
@@ -175,7 +181,8 @@ def errors(config):
         speaker = speaker_of(MODEL if run == 'before' else learned(config, 'RL', seed, MODEL))
         T = task.rounds_needed(task.LENGTHS[split][1], BOUNDS['budget'])
         return wrong_outputs(speaker, task.test_problems(split, problems), C, T, seed)
-    report_errors(table('rl_errors', config, settings, one))
+    table('rl_errors', config, [setting for setting in settings if 'before' in setting], one, seeds=[0])
+    report_errors(table('rl_errors', config, [setting for setting in settings if 'RL' in setting], one))
 
 
 # ---- replay ----
@@ -205,11 +212,13 @@ def replay(config):
         q = torch.cat([x.q for x in rollouts]).double()
         p, _, other = rl.probabilities(learner, rollouts, on == 'on')
         ratio, r, moved = p / q, torch.corrcoef(torch.stack([p.double(), q]))[0, 1], (p - q).abs()
+        furthest = moved.topk(min(60, len(q))).indices
         return dict(tokens=len(q), kl=(ratio - 1 - ratio.log()).mean().item(), pearson_r=f'{r:.7f}',
                     largest_difference=moved.max().item(), moved=100 * (moved > 0.1).double().mean().item(),
-                    other=100 * other)
+                    other=100 * other, furthest=' '.join(f'{q[i]:.4f}:{p[i]:.4f}' for i in furthest))
     report_replay(table('rl_replay', config, [f'{name}, {on}' for name in generators for on in ('on', 'off')], one,
                         seeds=[0]))
+    config.quick or picture('rl_replay', draw_replay)
 
 
 def draw(plt, rows):
@@ -229,6 +238,33 @@ def draw(plt, rows):
     axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel='steps of the problem', yscale='log',
              ylim=(0.015, 110), ylabel='wrong answers, % (0.02: none)')
     figure.legend(loc='outside upper center', ncols=3, frameon=False)
+    return figure
+
+
+def draw_rewards(plt, rows):
+    """The rewards of problems, which become longer, and of rounds, step by step: means over the seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), sharey=True, layout='constrained')
+    for axis, key, label in zip(axes, ('reward', 'round_reward'), ('problems', 'rounds')):
+        for run, color in zip(VARIANTS, plt.cm.tab10.colors):
+            of_seeds = [map(float, row[key].split()) for row in rows if row['setting'] == run]
+            means = list(map(statistics.fmean, zip(*of_seeds)))
+            axis.plot(range(1, len(means) + 1), means, color=color, linewidth=1.2, label=run.replace('_', ' '))
+        axis.set(xlabel='step', ylabel=f'right rollouts of {label}', ylim=(0.6, 1.01))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4, frameon=False)
+    return figure
+
+
+def draw_replay(plt, rows):
+    """The 60 tokens whose probability moved furthest between generator and learner: with replay they move less."""
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharey=True, layout='constrained')
+    for axis, name in zip(axes, ('bf16', 'int8')):
+        for on, color in ('off', 'tab:orange'), ('on', 'tab:blue'):
+            text, = [row['furthest'] for row in rows if row['setting'] == f'{name}, {on}']
+            q, p = zip(*[map(float, pair.split(':')) for pair in text.split()])
+            axis.plot(q, [b - a for a, b in zip(q, p)], '.', color=color, markersize=4, label=f'replay {on}')
+        axis.set(xlabel=f"q, by the generator's {name} weights", xlim=(-0.03, 1.03))
+    axes[0].set(ylabel='p - q, p the learner\'s')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=2, frameon=False)
     return figure
 
 
