@@ -212,7 +212,7 @@ def replay(config):
         q = torch.cat([x.q for x in rollouts]).double()
         p, _, other = rl.probabilities(learner, rollouts, on == 'on')
         ratio, r, moved = p / q, torch.corrcoef(torch.stack([p.double(), q]))[0, 1], (p - q).abs()
-        furthest = moved.topk(min(60, len(q))).indices
+        furthest = moved.topk(min(40, len(q))).indices
         return dict(tokens=len(q), kl=(ratio - 1 - ratio.log()).mean().item(), pearson_r=f'{r:.7f}',
                     largest_difference=moved.max().item(), moved=100 * (moved > 0.1).double().mean().item(),
                     other=100 * other, furthest=' '.join(f'{q[i]:.4f}:{p[i]:.4f}' for i in furthest))
@@ -255,7 +255,7 @@ def draw_rewards(plt, rows):
 
 
 def draw_replay(plt, rows):
-    """The 60 tokens whose probability moved furthest between generator and learner: with replay they move less."""
+    """The 40 tokens whose probability moved furthest between generator and learner: with replay they move less."""
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharey=True, layout='constrained')
     for axis, name in zip(axes, ('bf16', 'int8')):
         for on, color in ('off', 'tab:orange'), ('on', 'tab:blue'):
