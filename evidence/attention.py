@@ -56,7 +56,7 @@ MODELS = {'MHA': matched(GQA, n_head=8, n_kv_head=8), 'GQA': matched(GQA, n_head
 def run(config, script, setting, seed, module, sizes, lr, steps=300):
     """One run of a table: a model of these sizes with `module` in CCA's place. Return its figures."""
     began, length = time.perf_counter(), {'max_steps': 2, 'eval_batches': 1} if config.quick else {'max_steps': steps}
-    folder = Path(config.out, f'{"quick_" * config.quick}{script}', setting.replace(' ', '_'), str(seed))
+    folder = Path(config.folder(script), setting.replace(' ', '_'), str(seed))
     with replaced('model', CCA=module):
         log = trained(folder, sizes, lr=lr, min_lr=lr / 10, seed=seed, **SETTINGS | length)
     attention = sum(p.numel() for p in module(sizes, 0).parameters())

@@ -146,7 +146,7 @@ def draw(plt, rows):
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
     for setting, color in zip(dict.fromkeys(row['setting'] for row in rows), plt.cm.tab10.colors):
         entropies(axis, rows, setting, color=color, label=setting)
-    axis.axvline(110, color='black', linestyle=':', linewidth=1)
+    axis.axvline(CHANGE, color='black', linestyle=':', linewidth=1)
     axis.set(xlabel='step', ylabel='load entropy, 1: even', ylim=(0, 1.02))
     figure.legend(loc='outside upper center', ncols=3, frameon=False)
     return figure

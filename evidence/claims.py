@@ -36,6 +36,10 @@ class ClaimConfig:
     def __post_init__(self):
         configurator.check_ranges(self, seeds=(1, 11))
 
+    def folder(self, name):
+        """Where a script keeps its runs of that name: those of first looks apart."""
+        return f'{self.out}/{"quick_" * self.quick}{name}'
+
 
 replaced = mock.patch.multiple      # with replaced(model, CCA=Other): ...    gives model.CCA back at the end
 
@@ -52,7 +56,7 @@ def trained(folder, sizes, **settings):
 def table(name, config, settings, measure, seeds=None):
     """Fill results/NAME.csv: a row for each (setting, seed). measure(setting, seed) -> {column: figure}. Rows that are
     there already are not measured again. Return all rows of these seeds as [{column: text}]."""
-    path = Path(config.out, f'quick_{name}.csv') if config.quick else RESULTS / f'{name}.csv'
+    path = Path(config.folder(name) + '.csv') if config.quick else RESULTS / f'{name}.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = read_table(path) if path.exists() else []
     done = {(row['setting'], row['seed']) for row in rows}

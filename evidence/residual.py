@@ -70,7 +70,7 @@ def watching(path, every):
 def measure(config, setting, seed):
     """One run. Its figures by layer are texts of 40 numbers, rms_0 ... and gradient_0 ..., from start to end."""
     steps, began = 4 if config.quick else STEPS, time.perf_counter()
-    folder = Path(config.out, f'{"quick_" * config.quick}residual', setting.replace(' ', '_'), str(seed))
+    folder = Path(config.folder('residual'), setting.replace(' ', '_'), str(seed))
     gradients = folder / 'gradients.txt'
     with replaced('model', ResidualScaling=SCALINGS[setting]), \
             replaced('train', make_optimizers=watching(gradients, steps // PARTS)):

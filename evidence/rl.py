@@ -17,6 +17,7 @@ them no nearer. (3) is refuted where the mean of C=4 lies below the majority of 
 
 A seed is one of RL, and of the rollouts of problems. The model that RL begins with is one; its rows have seed 0.
 """
+import functools
 import random
 import re
 import statistics
@@ -44,13 +45,13 @@ VARIANTS = {'RL': {}, 'grpo': dict(advantage='grpo'), 'no_aggregation': dict(agg
 QUICK_RL = dict(max_steps=1, groups=4, rollouts=2, draws=1, candidates=2, level=3, eval_problems=0)
 
 
-def speaker_of(folder):
+def loaded(folder):
     return load_speaker(folder, configurator.pick_device('auto'))
 
 
 def learned(config, run, seed, model, **changes):
     """Run rl.py from the model in a folder with these settings, or go on where it was stopped. Return its folder."""
-    out = f'{config.out}/{"quick_" * config.quick}rl/{Path(model).name}_{run}{seed}'
+    out = f'{config.folder("rl")}/{Path(model).name}_{run}{seed}'
     rl.train(rl.RLConfig(init_from=model, out_dir=out, seed=seed, **changes | (QUICK_RL if config.quick else {})))
     return out
 
@@ -69,7 +70,7 @@ def measured(name, config, model, runs, lengths, problems):
     def one(setting, seed):
         run, split, how = settings[setting]
         folder = model() if runs[run] is None else learned(config, run, seed, model(), **runs[run])
-        return figures(speaker_of(folder), task.test_problems(split, problems), seed, **how)
+        return figures(loaded(folder), task.test_problems(split, problems), seed, **how)
     before = [setting for setting, (run, *_) in settings.items() if runs[run] is None]
     table(name, config, before, one, seeds=[0])
     rows = table(name, config, [setting for setting in settings if setting not in before], one)
@@ -123,14 +124,19 @@ def state(problem, text):
     return task.place_of(problem, text), int(digits[-1]) if digits else None
 
 
+def ends_and_vote(problem, tails):
+    """Where the tails end, [(steps done, value)], or the start without them; and their vote, None if there is none."""
+    ends = [state(problem, task.ENC.decode(task.without_end(tail))) for tail in tails] or [(0, problem.start)]
+    return ends, task.vote(ends) if all(place is not None for place, _ in ends) else None
+
+
 def what_went_wrong(problem, tails, output, budget):
     """None for a right output. Else 'outvoted': the tails' vote is wrong, a tie, or not to be read; 'place': it does
     not go on from a tail; 'misread': it states a wrong value though the vote is right; 'computed': a right value, then
     a wrong step."""
     if task.verify(problem.question, tails, output, budget):
         return None
-    ends = [state(problem, task.ENC.decode(task.without_end(tail))) for tail in tails] or [(0, problem.start)]
-    vote = task.vote(ends) if all(place is not None for place, _ in ends) else None
+    ends, vote = ends_and_vote(problem, tails)
     if vote is None or vote[1] != task.value_at(problem, vote[0]):
         return 'outvoted'
     text = task.ENC.decode(output)
@@ -178,7 +184,7 @@ def errors(config):
 
     def one(setting, seed):
         run, split, C = settings[setting]
-        speaker = speaker_of(MODEL if run == 'before' else learned(config, 'RL', seed, MODEL))
+        speaker = loaded(MODEL if run == 'before' else learned(config, 'RL', seed, MODEL))
         T = task.rounds_needed(task.LENGTHS[split][1], BOUNDS['budget'])
         return wrong_outputs(speaker, task.test_problems(split, problems), C, T, seed)
     table('rl_errors', config, [setting for setting in settings if 'before' in setting], one, seeds=[0])
@@ -203,12 +209,13 @@ def replay(config):
     learner, rng = load_speaker(MODEL, torch.device('cpu')).model, random.Random(0)
     generators = {'float32': lambda: learner, 'bf16': lambda: rl.generator_of(learner, 'bfloat16'),
                   'int8': lambda: in_few_bits(learner, CHANGES['int8'])}
+    rollouts_of = functools.cache(lambda name: rl.roll_out(generators[name](), prompts, 170, seed=0))
     prompts = [task.build_prompt(task.ENC.encode_ordinary(task.draw_problem(rng, 25, 32, 'train').question), [])
                for _ in range(2 if config.quick else 128)]
 
     def one(setting, seed):
         name, on = setting.split(', ')
-        rollouts = rl.roll_out(generators[name](), prompts, 170, seed)
+        rollouts = rollouts_of(name)                            # the same with replay and without
         q = torch.cat([x.q for x in rollouts]).double()
         p, _, other = rl.probabilities(learner, rollouts, on == 'on')
         ratio, r, moved = p / q, torch.corrcoef(torch.stack([p.double(), q]))[0, 1], (p - q).abs()

@@ -16,6 +16,7 @@ The rows of seeds 0 to 2 come from the table that an earlier program printed: sh
 and longest prompts are those of all seeds together.
 """
 import functools
+import os
 import statistics
 from pathlib import Path
 
@@ -33,17 +34,13 @@ UNBOUNDED = dict(candidates=1, rounds=0, tail=1)                # its budget is 
 QUICK = '--max_steps=2 --eval_batches=1 --n_layer=1 --n_embd=32 --head_dim=8 --expert_dim=16'.split()
 
 
-def prepare_once(out, **settings):
-    """Prepare the two sets of the loops task in the folder out, unless they are there."""
-    if not Path(out, 'votes', 'meta.json').exists():            # written last
-        prepare_loops(LoopsConfig(out=str(out), **settings))
-
-
 def data_of(config, folder='data/loops', **settings):
-    """The folder of the task's two sets; settings: of LoopsConfig. For a quick look they are small."""
-    folder, samples = (f'{config.out}/quick_{Path(folder).name}', 100) if config.quick else (folder, 30_000)
-    prepare_once(folder, traces=samples, votes=samples, **settings)
-    return folder
+    """The folder of the task's two sets, prepared if they are not there. settings: of LoopsConfig. For a quick look the
+    sets are small."""
+    folder, samples = (config.folder(Path(folder).name), 100) if config.quick else (folder, 30_000)
+    if not Path(folder, 'votes', 'meta.json').exists():         # written last
+        prepare_loops(LoopsConfig(out=folder, traces=samples, votes=samples, **settings))
+    return os.path.relpath(folder)                              # train.py ends the name of a set at a space
 
 
 @functools.lru_cache(1)
@@ -53,12 +50,12 @@ def speaker_of(folder, *flags):
     return load_speaker(folder, configurator.pick_device('auto'))
 
 
-def trained_model(config, label, seed, data):
+def trained_model(config, label, seed, data, *flags):
     """The run folder of a model of the task, and its Speaker. label: 'with' aggregation examples, 'without', or another
-    name for 'with' other data."""
+    name for 'with' other data or flags of train.py."""
     sets = f'{data}/traces' if label == 'without' else f'{data}/traces:0.5 {data}/votes:0.5'
-    folder = f'{config.out}/{"quick_" * config.quick}loops/{label}{seed}'
-    return folder, speaker_of(folder, f'--seed={seed}', f'--dataset={sets}', *QUICK * config.quick)
+    folder = f'{config.folder("loops")}/{label}{seed}'
+    return folder, speaker_of(folder, f'--seed={seed}', f'--dataset={sets}', *flags, *QUICK * config.quick)
 
 
 def methods(lengths):

@@ -83,15 +83,13 @@ def main(config):
 
 def draw(plt, rows):
     """Enough rounds, more than two tails to outvote errors, tails as long as those trained on."""
-    base = dict(N=16, C=4, T=4, tau=10)
     figure, axes = plt.subplots(1, 4, figsize=(7, 2.6), sharey=True, layout='constrained')
-    long = statistics.fmean(float(row['mean']) for row in rows if row['setting'] == 'one long rollout')
+    long = statistics.fmean(by_seed(rows, LONG, 'mean'))
     changed = dict(C=(1, 2, 4, 8), N=(4, 8, 16), T=(2, 3, 4, 6), tau=(5, 10, 20, 41))
     for axis, (key, values) in zip(axes, changed.items()):
         means = []
         for value in values:
-            setting = ' '.join(f'{name}={number}' for name, number in (base | {key: value}).items())
-            found = [float(row['mean']) for row in rows if row['setting'] == setting]
+            found = by_seed(rows, named(**{key: value}), 'mean')
             axis.plot([value] * len(found), found, 'k.', markersize=3)
             means.append(statistics.fmean(found))
         axis.plot(values, means, 'o-', color='tab:blue', markersize=4)

@@ -13,12 +13,11 @@ Refuted by: `truncate` or `drop` no worse than `ap`, in one rollout, on 14 to 32
 The rows of seeds 0 to 2 come from the table that an earlier program printed: shares are rounded to 0.1 %, and tokens
 and longest prompts are those of all seeds together.
 """
-import os
 
 from data.loops import task
 from data.loops.evaluate import steps
 from evidence.claims import program, table
-from evidence.rsa import BOUNDS, QUICK, UNBOUNDED, bars, figures, judge, prepare_once, report, speaker_of
+from evidence.rsa import BOUNDS, UNBOUNDED, bars, data_of, figures, judge, report, trained_model
 
 CONTEXT, RULES = 116, ('ap', 'truncate', 'drop')
 
@@ -36,16 +35,13 @@ def settings_of(splits):
 
 def main(config):
     settings = settings_of(['easy'] if config.quick else ['easy', 'medium', 'hard'])
-    problems, samples, quick = (1, 100, QUICK) if config.quick else (100, 30_000, [])
+    problems = 1 if config.quick else 100
 
     def one(setting, seed):
-        rule, split, kwargs = settings[setting]
-        folder = os.path.relpath(f'{config.out}/{"quick_" * config.quick}trimming')            # a space would end it
-        data = f'{folder}/data_{rule}'
-        prepare_once(data, context=CONTEXT, rule=rule, traces=samples, votes=samples)
-        speaker = speaker_of(f'{folder}/{rule}{seed}', f'--seed={seed}', f'--context={CONTEXT}', '--batch_size=18',
-                             f'--dataset={data}/traces:0.5 {data}/votes:0.5', *quick)
-        return figures(speaker, task.test_problems(split, problems), seed, **kwargs)
+        rule, split, how = settings[setting]
+        data = data_of(config, f'{config.out}/trimming_{rule}', context=CONTEXT, rule=rule)
+        _, speaker = trained_model(config, rule, seed, data, f'--context={CONTEXT}', '--batch_size=18')
+        return figures(speaker, task.test_problems(split, problems), seed, **how)
     rows = table('trimming', config, settings, one)
     report(rows)
     judge(rows, *((f'{rule}: {way}', f'ap: {way}') for way in ('one rollout', 'C=4') for rule in RULES[1:]))
@@ -53,9 +49,9 @@ def main(config):
 
 def draw(plt, rows):
     """In one rollout, only who has learned from answers that were kept answers what does not fit into the context."""
-    rows = [row | {'setting': f'{steps}: {rule}, {way.split(", ")[0]}'} for row in rows
-            for steps, rule, way in [row['setting'].split(': ')]]
-    ways = [f'{rule}, {way}' for way in ('one rollout', 'C=4') for rule in ('ap', 'truncate', 'drop')]
+    rows = [row | {'setting': f'{length}: {rule}, {way.split(", ")[0]}'} for row in rows
+            for length, rule, way in [row['setting'].split(': ')]]
+    ways = [f'{rule}, {way}' for way in ('one rollout', 'C=4') for rule in RULES]
     return bars(plt, rows, ['3-7', '14-20', '25-32'], ways, 'steps of the problem')
 
 

@@ -36,7 +36,7 @@ from data.loops import task
 from data.loops.evaluate import TableConfig
 from evidence.claims import replaced
 from evidence.plot import by_layer, read_log
-from evidence.rl import state, what_went_wrong
+from evidence.rl import ends_and_vote, state, what_went_wrong
 from router import load_entropy
 from rsa import load_speaker, markovian_rsa, sampler
 from sample import generate
@@ -88,8 +88,7 @@ def candidate(problem, read, output, tail, budget):
     verifier calls it right; pieces: see marked; tail: the text that it passes on, end: where that ends; vote: what the
     ends of the tails that it read come to, None if to nothing."""
     text, tail = task.ENC.decode(output), task.ENC.decode(task.without_end(tail))
-    ends = [state(problem, task.ENC.decode(task.without_end(tail))) for tail in read] or [(0, problem.start)]
-    vote = task.vote(ends) if all(done is not None for done, _ in ends) else None
+    ends, vote = ends_and_vote(problem, read)
     wrong, pieces = what_went_wrong(problem, read, output, budget), marked(problem, text, {done for done, _ in ends})
     if wrong and 'wrong' not in [mark for _, mark in pieces]:   # each piece is right, but it stopped too early
         pieces[-1][1] = 'wrong'

@@ -187,3 +187,11 @@ def test_a_quick_table_has_a_verdict_and_is_not_measured_twice(name, dataset_512
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_bad_arguments_get_one_line(name, monkeypatch, capsys):
     assert 'seeds' in run_script(monkeypatch, capsys, f'evidence.{name}', '--seeds=0')[1]
+
+
+def test_a_table_gives_the_rows_of_the_seeds_asked_for_and_no_others(tmp_path):
+    config = claims.ClaimConfig(seeds=3, quick=True, out=str(tmp_path))
+    measure = lambda setting, seed: {'figure': float(seed)}
+    assert len(claims.table('some', config, ['a', 'b'], measure)) == 6
+    fewer = claims.table('some', claims.ClaimConfig(seeds=2, quick=True, out=str(tmp_path)), ['a', 'b'], measure)
+    assert [(row['setting'], row['seed']) for row in fewer] == [('a', '0'), ('b', '0'), ('a', '1'), ('b', '1')]
