@@ -25,7 +25,7 @@ def training(plt, rows):
 
 
 PICTURES = {'training': training, 'rsa_lengths': rsa.draw_lengths, 'rsa_aggregation': rsa.draw_aggregation,
-            'rl': rl.draw, 'rl_long': rl.draw, 'rl_rewards': rl.draw_rewards, 'rl_replay': rl.draw_replay,
+            'rl': rl.draw, 'rl_long': rl.draw_long, 'rl_rewards': rl.draw_rewards, 'rl_replay': rl.draw_replay,
             'attention': attention.draw, 'balancer': balancer.draw, 'cca_parts': cca_parts.draw,
             'kv_cache': kv_cache.draw, 'residual': residual.draw, 'router': router.draw, 'rsa_cost': rsa_cost.draw,
             'trimming': trimming.draw}

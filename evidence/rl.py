@@ -1,7 +1,9 @@
 """What learning from rewards does (rl.py) on the loops task. First `make demo`, or at least runs/loops; then
 
     python -m evidence.rl main       before RL, after it, after a longer one: at four lengths, in three ways to think
-    python -m evidence.rl compare    after RL with one setting changed: GRPO, no aggregation prompts, ... (VARIANTS)
+    python -m evidence.rl models     before RL and after it, from three models of the task
+    python -m evidence.rl compare    after RL with one setting changed: GRPO, two updates, ... (VARIANTS)
+    python -m evidence.rl aggregation --seeds=5    after RL with aggregation prompts and without
     python -m evidence.rl long       programs of up to 234 steps, by a model that was trained on up to 72
     python -m evidence.rl without    from a model whose data had no aggregation examples
     python -m evidence.rl errors     how many outputs of all rounds of RSA are wrong, and what went wrong in them
@@ -15,7 +17,8 @@ Tests, on held-out problems, some longer than any that RL had. (1) is refuted wh
 that after it. (2): rollouts by weights in bf16 and int8, and the float32 learner on them; refuted where replay brings
 them no nearer. (3) is refuted where the mean of C=4 lies below the majority of C=1.
 
-A seed is one of RL, and of the rollouts of problems. The model that RL begins with is one; its rows have seed 0.
+A seed is one of RL, and of the rollouts of problems. The model that RL begins with is one; its rows have seed 0. In
+`models` each seed has its own.
 """
 import functools
 import random
@@ -56,11 +59,11 @@ def learned(config, run, seed, model, **changes):
     return out
 
 
-def measured(name, config, model, runs, lengths, problems):
+def measured(name, config, model, runs, lengths, problems, models=(0,)):
     """Fill and report results/NAME.csv: a row for each length, run and way to think. Return the rows.
 
-    model() -> the folder of the model that RL begins with. runs: {name: the settings of rl.py that it changes}, or
-    None: the model as it is, without RL. problems: how many of each length."""
+    model(seed) -> the folder of the model that RL begins with. runs: {name: the settings of rl.py that it changes}, or
+    None: the model as it is, without RL. problems: how many of each length. models: the seeds of rows without RL."""
     lengths, problems, settings = 'easy' if config.quick else lengths, 1 if config.quick else problems, {}
     for setting, (split, how) in methods(lengths).items():
         length, way = setting.split(': ')
@@ -69,17 +72,17 @@ def measured(name, config, model, runs, lengths, problems):
 
     def one(setting, seed):
         run, split, how = settings[setting]
-        folder = model() if runs[run] is None else learned(config, run, seed, model(), **runs[run])
+        folder = model(seed) if runs[run] is None else learned(config, run, seed, model(seed), **runs[run])
         return figures(loaded(folder), task.test_problems(split, problems), seed, **how)
     before = [setting for setting, (run, *_) in settings.items() if runs[run] is None]
-    table(name, config, before, one, seeds=[0])
+    table(name, config, before, one, seeds=models)
     rows = table(name, config, [setting for setting in settings if setting not in before], one)
     report(rows)
     return rows
 
 
 def main_table(config):
-    rows = measured('rl', config, lambda: MODEL, {'before': None, 'RL': {}, 'longer': LONGER},
+    rows = measured('rl', config, lambda seed: MODEL, {'before': None, 'RL': {}, 'longer': LONGER},
                     'easy medium hard deep', 100)
     for setting in dict.fromkeys(row['setting'] for row in rows if ': RL: ' in row['setting']):
         before, after = (by_seed(rows, setting.replace('RL', run), 'mean') for run in ('before', 'RL'))
@@ -88,10 +91,17 @@ def main_table(config):
     config.quick or picture('rl', draw)
 
 
+def models(config):
+    model = lambda seed: trained_model(config, 'with', seed, data_of(config))[0]
+    rows = measured('rl_models', config, model, {'before': None, 'RL': {}}, 'hard deep', 40, models=range(config.seeds))
+    judge(rows, *[(f'before: {way}', f'RL: {way}') for way in WAYS])
+    judge(rows, ('RL: C=1', 'RL: C=4'), columns=('majority', 'mean'))
+
+
 def compare(config):
-    rows = measured('rl_compare', config, lambda: MODEL, VARIANTS, 'hard deep', 40)
-    pairs = [*((name, 'RL') for name in ('grpo', 'no_aggregation', 'moving_balancer', 'two_updates')),
-             ('bf16_no_replay', 'bf16_replay')]
+    runs = {run: changes for run, changes in VARIANTS.items() if run != 'no_aggregation'}
+    rows = measured('rl_compare', config, lambda seed: MODEL, runs, 'hard deep', 40)
+    pairs = [*((name, 'RL') for name in ('grpo', 'moving_balancer', 'two_updates')), ('bf16_no_replay', 'bf16_replay')]
     judge(rows, *[(f'{a}: {way}', f'{b}: {way}') for a, b in pairs for way in WAYS])
 
     def curves(run, seed):
@@ -101,18 +111,24 @@ def compare(config):
     config.quick or picture('rl_rewards', draw_rewards)
 
 
+def aggregation(config):
+    runs = {run: VARIANTS[run] for run in ('RL', 'no_aggregation')}
+    rows = measured('rl_aggregation', config, lambda seed: MODEL, runs, 'hard deep', 40)
+    judge(rows, *[(f'no_aggregation: {way}', f'RL: {way}') for way in WAYS])
+
+
 def long(config):
     """The model was trained on 3 to 72 steps: of up to 26 operations, run up to 9 times, but not so many so often."""
-    model = lambda: trained_model(config, 'long', 0, data_of(config, f'{config.out}/long', operations=26))[0]
+    model = lambda seed: trained_model(config, 'long', 0, data_of(config, f'{config.out}/long', operations=26))[0]
     rows = measured('rl_long', config, model, {'before': None, 'RL': dict(operations=26)},
                     'hard deep deeper deepest', 40)
     judge(rows, ('RL: C=1', 'RL: C=4'))
     judge(rows, ('RL: C=1', 'RL: C=4'), columns=('majority', 'mean'))
-    config.quick or picture('rl_long', draw)
+    config.quick or picture('rl_long', draw_long)
 
 
 def without(config):
-    model = lambda: trained_model(config, 'without', 0, data_of(config))[0]
+    model = lambda seed: trained_model(config, 'without', 0, data_of(config))[0]
     measured('rl_without', config, model, {'before': None, 'RL': {}}, 'easy hard', 40)
 
 
@@ -187,8 +203,7 @@ def errors(config):
         speaker = loaded(MODEL if run == 'before' else learned(config, 'RL', seed, MODEL))
         T = task.rounds_needed(task.LENGTHS[split][1], BOUNDS['budget'])
         return wrong_outputs(speaker, task.test_problems(split, problems), C, T, seed)
-    table('rl_errors', config, [setting for setting in settings if 'before' in setting], one, seeds=[0])
-    report_errors(table('rl_errors', config, [setting for setting in settings if 'RL' in setting], one))
+    report_errors(table('rl_errors', config, settings, one))
 
 
 # ---- replay ----
@@ -248,6 +263,13 @@ def draw(plt, rows):
     return figure
 
 
+def draw_long(plt, rows):
+    """Beyond any length of the training, most is wrong: on an even scale."""
+    figure = draw(plt, rows)
+    figure.axes[0].set(yscale='linear', ylim=(-3, 103), ylabel='wrong answers, %')
+    return figure
+
+
 def draw_rewards(plt, rows):
     """The rewards of problems, which become longer, and of rounds, step by step: means over the seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), sharey=True, layout='constrained')
@@ -276,5 +298,5 @@ def draw_replay(plt, rows):
 
 
 if __name__ == '__main__':
-    programs('rl', {'main': main_table, 'compare': compare, 'long': long, 'without': without, 'errors': errors,
-                    'replay': replay})
+    programs('rl', {'main': main_table, 'models': models, 'compare': compare, 'aggregation': aggregation, 'long': long,
+                    'without': without, 'errors': errors, 'replay': replay})

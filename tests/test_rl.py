@@ -262,6 +262,15 @@ def test_problems_become_longer_while_they_are_solved_and_shorter_when_none_is(r
         assert [row['level'] for row in csv.DictReader(open(tmp_path / str(right) / 'log.csv'))] == levels
 
 
+def test_problems_become_no_longer_than_their_operations_allow(tmp_path, monkeypatch):
+    model = tiny_model(vocab_size=task.ENC.n_vocab, context=256)
+    save_checkpoint(tmp_path, {'model': model.state_dict(), 'model_config': asdict(model.config), 'step': 1})
+    save_tokenizer(tmp_path / 'bpe.json', task.ENC)
+    monkeypatch.setattr(task, 'verify', lambda *args: True)
+    run(tmp_path, tmp_path / 'rl', max_steps=2, level=26, operations=3, eval_problems=0, aggregation=0.5)
+    assert [row['level'] for row in csv.DictReader(open(tmp_path / 'rl' / 'log.csv'))] == ['27', '27']  # 3, 9 times
+
+
 def test_populations_go_on_from_their_own_tails():
     populations = [('4x:a-2b*7c+3=5', [[1], [2], [3], [4], [5]])]
     config = rl.RLConfig(aggregation=0.5, candidates=4)
