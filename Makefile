@@ -17,10 +17,10 @@ demo: data/stdlib/meta.json data/loops/votes/meta.json
 	$(PY) train.py config/loops.py
 	$(PY) -m data.loops.evaluate --ckpt=runs/loops --split=hard
 
-# One thread: the tests' tensors are tiny, and several threads only wait for each other when the machine is busy.
+# Two files of tests at once, each with one thread: the tests' tensors are tiny, and threads would only wait for each other.
 test: environment
 	$(PY) -m ruff check -q
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=loadfile
 
 # The benchmark on a tiny model: its figures mean nothing.
 bench-quick: environment

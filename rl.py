@@ -6,22 +6,22 @@ likelier, and the tokens of the others less likely (ZAYA1-8B report, arXiv 2605.
     r_i  = 1 if right, 0 if wrong or if it repeats itself       the reward; r is its mean over the G rollouts
     A_i  = (r_i - r) / r                                        MaxRL: what is seldom right counts for more
     m_it = 1 if |p_it - q_it| <= delta, else 0                  Binary-TV: who has moved too far gets no gradient
-    L    = -1/R sum_i A_i sum_t m_it p_it / q_it                summed over tokens t, the mean over all R rollouts
+    L    = -1/R sum_i A_i sum_t m_it p_it / q_it                summed over tokens t, mean over R rollouts
 
 q_it is the probability with which the generator drew token t, and p_it the learner's, which has the gradient. There is
 no KL term and no clipping. Groups all right or all wrong have A = 0: others are drawn for them, within bounds.
 
-Router replay. Generator and learner may differ by rounding, and where two experts are nearly tied that decides which
-one works. So the learner takes the experts that the generator chose: the choice only. Their weights are its own, and
-through these the router still learns.
+Router replay. Generator and learner may differ by rounding; where two experts are nearly tied, that can pick another
+one. So the learner takes the experts that the generator chose: the choice only. Their weights are its own, and through
+these the router still learns.
 
-Prompts are of two kinds. Some are problems, to be solved in one rollout; they become longer while most are solved. The
-others are rounds of Markovian RSA (rsa.py): a group's rollouts are a population, and later G rollouts read tails of it,
-right and wrong as they came: errors of the model's own, not made up as in its data. Few rounds come to an answer. The
-reward of the others is that of the last value they write, which is as fair: the program says what the value must be
-after any step, and who does not go on from a tail has no reward (data/loops/task.py: verify).
+Prompts are of two kinds. Some are problems, solved in one rollout; they become longer while most are solved. The others
+are rounds of Markovian RSA (rsa.py): the G rollouts of a prompt are a population, and in its next round G new rollouts
+read some of its tails, errors too: the model's own, not made up as in its data. Most rounds end before an answer. Then
+the last value written must be right, which is as sure a sign: the program says what it is after any step. A rollout
+that does not go on from a tail has no reward (data/loops/task.py: verify).
 
-Legend:  G rollouts of a prompt   R rollouts of a step   B rows   L layers   S tokens of prompt and output   n of output
+Legend:  G rollouts of a prompt   R rollouts learned from   B rows   L layers   S tokens of prompt and output   n output
 """
 import contextlib
 import copy
@@ -56,20 +56,20 @@ class RLConfig:
     out_dir: str = 'runs/rl'
     init_from: str = 'runs/loops'   # a run on the loops task, whose weights to begin with
     max_steps: int = 28
-    groups: int = 24                # prompts that a step is to learn from
+    groups: int = 24                # prompts that a step is to learn from; it may find fewer
     rollouts: int = 16              # G, of each
-    draws: int = 2                  # at most so often are prompts drawn, to find groups both right and wrong
+    draws: int = 2                  # times that a step draws prompts, to find groups both right and wrong
     aggregation: float = 0.75       # share of the prompts that are rounds of a population
-    candidates: int = 4             # C, tails that a round reads; every fourth reads one, as lone chains do
+    candidates: int = 4             # C, tails that a round reads; one round in four, by chance, reads 1
     budget: int = 41                # of a round: the value and 8 steps
     tail: int = 10                  # the last 2 steps
-    level: int = 24                 # most steps of the first problems; it moves
-    operations: int = task.MOST     # most of a program
+    level: int = 24                 # most steps of a problem, at first: it follows the rewards
+    operations: int = task.MOST     # most that a program has
     advantage: str = 'maxrl'        # 'grpo': divided by the standard deviation instead
     updates: int = 1                # from the same rollouts
     delta: float = 0.1              # the trust region
     replay: bool = True             # False: the learner chooses experts itself
-    generator: str = 'float32'      # 'bfloat16': rollouts by rounded weights; the learner is float32 always
+    generator: str = 'float32'      # 'bfloat16': of the rollouts; the learner is float32 always
     lr: float = 4e-3                # for Muon, without momentum, and AdamW; vectors a tenth (optim.py)
     decay_fraction: float = 0.5     # of the steps, the last ones, in which it falls to 0
     grad_clip: float = 1.0
@@ -88,13 +88,13 @@ class RLConfig:
             advantage=('maxrl', 'grpo'), generator=('float32', 'bfloat16'))
 
 
-# prompt, output: tokens. q (n) float32: probabilities of the output. experts (S - 1, L) uint8: of all but the last.
+# prompt, output: tokens. q (n) float32: probabilities of output. experts (S - 1, L) uint8: of all tokens but the last.
 Rollout = namedtuple('Rollout', 'prompt output q experts')
 
 
 @contextlib.contextmanager
 def choosing(model, function):
-    """For a while, let the routers choose by function(layer, probs, bias)."""
+    """Let the routers choose by function(layer, probs, bias) until the `with` ends."""
     try:
         for layer, router in enumerate(model.routers):
             router.choose = functools.partial(function, layer)
@@ -119,7 +119,7 @@ def roll_out(model, prompts, max_new_tokens, seed):
     newest, steps, step = [None] * model.config.n_layer, [], decode.folded(model)
 
     def choose_and_keep(layer, probs, bias):
-        newest[layer], weight = choose(probs, bias)             # of the last forward
+        newest[layer], weight = choose(probs, bias)             # of the latest forward
         return newest[layer], weight
 
     def watch(rows, logits, drawn):
@@ -132,7 +132,7 @@ def roll_out(model, prompts, max_new_tokens, seed):
     experts = torch.zeros(*q.shape, len(newest), dtype=torch.uint8)
     for t, (rows, of_drawn, chosen) in enumerate(steps):
         q[rows, t] = of_drawn
-        if t:                                                   # what the last forward read is what was drawn before
+        if t:                                                   # this forward read the token of the step before
             experts[rows, t - 1] = chosen
     read = dict(zip(dict.fromkeys(map(tuple, prompts)), steps[0][2]))           # equal prompts were read once
     return [Rollout(prompt, output, q[row, :len(output)],
@@ -148,12 +148,12 @@ def advantages(rewards, rule='maxrl'):
 
 def probabilities(model, rollouts, replay=True):
     """p of all tokens of the outputs, one after the other, with gradient; the mean entropy of their distributions; and
-    the share of them whose expert, in some layer, is not the one that the router would choose."""
+    the share of them for which, in some layer, the router would choose another expert than the given one."""
     pad = lambda tensors: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(model.device)
-    tokens = pad([torch.tensor([*x.prompt, *x.output[:-1]]) for x in rollouts])            # (B, S - 1), as below
+    tokens = pad([torch.tensor([*x.prompt, *x.output[:-1]]) for x in rollouts])            # (B, S - 1)
     scored = pad([torch.arange(len(x.experts)) >= len(x.prompt) - 1 for x in rollouts])    # from the prompt's last on
     experts, other = pad([x.experts.long() for x in rollouts]), torch.zeros_like(scored)   # (B, S - 1, L)
-    targets = pad([torch.tensor([token for x in rollouts for token in x.output])])[0]
+    targets = torch.tensor([token for x in rollouts for token in x.output], device=model.device)
 
     def choose_again(layer, probs, bias):
         own, weight = choose(probs, bias)
@@ -174,11 +174,11 @@ def token_loss(p, q, A, delta):
 
 
 def learn(model, optimizers, pairs, config, lr):
-    """Update the model from R rollouts with their advantages, pairs. Return a row of the log, of the last update."""
+    """Update the model from R rollouts with their advantages, pairs. Return a row of the log."""
     pairs, n_tokens = sorted(pairs, key=lambda pair: len(pair[0].experts)), sum(len(x.output) for x, _ in pairs)
     for _ in range(config.updates):
         row = {'entropy': 0.0, 'replayed': 0.0, 'masked': 0.0}
-        for start in range(0, len(pairs), 64):                  # together those of like lengths
+        for start in range(0, len(pairs), 64):                  # those of like lengths together
             batch, A = zip(*pairs[start:start + 64])
             p, entropy, share = probabilities(model, batch, config.replay)
             per_token = p.new_tensor([a for x, a in zip(batch, A) for _ in x.output])
@@ -199,19 +199,19 @@ def learn(model, optimizers, pairs, config, lr):
 
 def draw_prompts(rng, n, level, populations, config):
     """Draw n prompts: [(question, tails, is it a round?)]. Rounds are the next of populations, which are taken out, or
-    the first of a problem of 3 to 72 steps: in all of them a round has as many steps to write."""
-    draw = lambda low, high: task.draw_problem(rng, low, high, 'train', config.operations).question
-    drawn = [(draw(max(3, level - 8), level), [], False) for _ in range(n - round(config.aggregation * n))]
+    the first of a problem of 3 to 72 steps: a round writes one budget, however long its problem."""
+    question_of = lambda low, high: task.draw_problem(rng, low, high, 'train', config.operations).question
+    drawn = [(question_of(max(3, level - 8), level), [], False) for _ in range(n - round(config.aggregation * n))]
     while len(drawn) < n:
-        question, tails = populations.pop(0) if populations else (draw(3, 72), [])
+        question, tails = populations.pop(0) if populations else (question_of(3, 72), [])
         drawn.append((question, tails and rng.sample(tails, rng.choice((1, *[config.candidates] * 3))), True))
     return drawn
 
 
 def collect(step, model, level, populations, config):
-    """Make the rollouts of a step. Return the groups to learn from, [(rollouts, rewards)], and a row of the log. The
-    populations that have not come to an answer are put back, with their new tails."""
-    groups, right, made, G = [], ([], []), [], config.rollouts           # right: shares, of problems and of rounds
+    """Make the rollouts of a step. Return the groups to learn from, [(rollouts, rewards)], and a row of the log. A
+    population of which some are right, but less than half have an answer, is put back with its new tails."""
+    groups, right, made, G = [], ([], []), [], config.rollouts           # right[is round]: the share of each group
     for draw in range(config.draws):
         rng = random.Random(f'{config.seed} {step} {draw}')
         drawn = draw_prompts(rng, config.groups - len(groups), level, populations, config)
@@ -221,22 +221,21 @@ def collect(step, model, level, populations, config):
                        for question, tails in asked for _ in range(G)]
             room = config.budget if is_round else task.STEP * level + 8       # a little more than any right one has
             made += roll_out(model, prompts, room, hash((config.seed, step, draw, is_round))) if prompts else []
-            for i, (question, tails) in enumerate(asked, start=-len(asked)):
-                group = made[i * G:i * G + G or None]
+            for i, (question, tails) in enumerate(asked, start=len(made) // G - len(asked)):
+                group = made[i * G:(i + 1) * G]
                 rewards = [float(task.verify(question, tails, x.output, room) and not repeats(x.output)) for x in group]
                 right[is_round].append(statistics.fmean(rewards))
                 if 0 < sum(rewards) < G:
                     groups.append((group, rewards))
                 if is_round and any(rewards) and sum(task.answer_of(x.output) is not None for x in group) < G / 2:
                     populations.append((question, [x.output[-config.tail:] for x in group]))
-    means, n_tokens = [statistics.fmean(shares or [math.nan]) for shares in right], sum(len(x.output) for x in made)
-    return groups, dict(zip(('reward', 'round_reward', 'groups', 'length', 'generated'),
-                            (*means, len(groups), n_tokens / len(made), n_tokens)))
+    (problems, rounds), n = (statistics.fmean(x or [math.nan]) for x in right), sum(len(x.output) for x in made)
+    return groups, dict(reward=problems, round_reward=rounds, groups=len(groups), length=n / len(made), generated=n)
 
 
 # ---- running ----
-SHOWN = 'reward round_reward level length entropy masked replayed tokens_per_s'.split()                 # by the bar
-COLUMNS = ['step', *SHOWN, *'groups generated grad_norm load_entropy lr seconds held_out'.split()]      # of log.csv
+SHOWN = 'reward round_reward level length entropy masked replayed tokens_per_s'.split()                 # beside the bar
+COLUMNS = ['step', *SHOWN, *'groups generated grad_norm load_entropy lr seconds held_out'.split()]      # log.csv
 
 
 def begin(config):
@@ -253,7 +252,7 @@ def begin(config):
     balancer = Balancer(speaker.model.routers, lr=config.balancer_lr)
     if not saved:
         os.makedirs(config.out_dir, exist_ok=True)
-        shutil.copy(os.path.join(config.init_from, 'bpe.json'), config.out_dir)            # found with the weights
+        shutil.copy(os.path.join(config.init_from, 'bpe.json'), config.out_dir)       # load_speaker has just read it
         return speaker, optimizers, balancer, 0, config.level, []
     restore([*optimizers, balancer.adamw], saved['states'], config.out_dir)
     return speaker, optimizers, balancer, saved['step'], saved['level'], saved['populations']
@@ -263,8 +262,9 @@ def train(config):
     """Run or continue the run of `config`."""
     speaker, optimizers, balancer, step, level, populations = begin(config)
     model, held_out = speaker.model, task.test_problems('hard', config.eval_problems)
-    longest = min(9 * config.operations, (model.config.context - 2 * config.operations - 17) // task.STEP)
-    level = min(level, longest)         # beside the question, 2 tokens an operation and 9 more, and 8 around the steps
+    # A prompt has 2 tokens an operation and 9 more, an output 5 a step and 8 more.
+    longest = min(9 * config.operations, (model.config.context - (2 * config.operations + 9) - 8) // task.STEP)
+    level = min(level, longest)
     write_log(config.out_dir, None, COLUMNS, keep_until=step or -1)
     with tqdm(total=config.max_steps, initial=step, dynamic_ncols=True, mininterval=1, unit='step') as bar:
         while step < config.max_steps:
@@ -280,7 +280,7 @@ def train(config):
             level = min(longest, level + 1) if row['reward'] > 0.7 else max(3, level - (row['reward'] == 0))
             step, seconds = step + 1, time.perf_counter() - began
             row |= dict(step=step, level=level, lr=lr, seconds=seconds, tokens_per_s=row['generated'] / seconds)
-            if save := step % config.eval_every == 0 or step == config.max_steps:
+            if save := (step % config.eval_every == 0 or step == config.max_steps):
                 if held_out:
                     row['held_out'] = measure(speaker._replace(step=decode.folded(model)), held_out, TableConfig(),
                                               'held out', candidates=1, rounds=0, tail=1).mean

@@ -195,6 +195,7 @@ def test_judge_knows_right_from_wrong(problem, seed):
     assert judge(problem.question, text) == right and judge(problem.question, text[:1]) == ''
     marks = [judge(problem.question, f'{text}</think>{digit}<|end|>') for digit in range(10)]
     assert marks.pop(solve(problem.question)) == 'ok' and set(marks) == {'wrong'}
+    assert judge('4x:a-2b*7c+3=5', '59b*7=5') == judge('4x:a-2b*7c+3=5', '54z-2=5') == 'wrong'     # no such steps
 
 
 def test_as_many_rounds_as_a_trace_takes():

@@ -7,8 +7,8 @@ A program with one register, modulo 10. Its K operations run R times over, from 
     answer       5
 
 A trace first states the current value. Then each step is 5 tokens: loops left, label, operation, `=`, value.
-So a problem can be far deeper (K R steps, up to 234) than the context is long, as Markovian RSA (rsa.py) needs it: of
-its past a rollout must know no more than the last two steps of a trace. The next round finds them behind the question,
+So a problem can be far deeper (K R steps, up to 234) than the context is long, as Markovian RSA (rsa.py) needs it: the
+last two steps of a trace say all of the past that a rollout must know. The next round finds them behind the question,
 in brackets, one pair of brackets for each candidate:
 
     <|user|> 4x:a-2b*7c+3=5 [4c+3=43a-2=2][4c+3=43a-2=2][4c+3=13a-2=9][4b*7=14c+3=4] <|end|> <|assistant|> <think>
@@ -30,9 +30,9 @@ from typing import NamedTuple
 from data.reasoning import Turn
 from data.tokenizer import SPECIAL_TOKENS, digest, make_encoding
 
-OPERATIONS = [f'+{n}' for n in range(1, 6)] + [f'-{n}' for n in range(1, 6)] + ['*3', '*7', '*9']    # all can be undone
+OPERATIONS = [f'+{n}' for n in range(1, 6)] + [f'-{n}' for n in range(1, 6)] + ['*3', '*7', '*9']    # all invertible
 STEP = 5                                           # tokens of a step
-LABELS, MOST = 'abcdefghijklmnopqrstuvwxyz', 8     # of operations; how many a program has at most, if nothing is said
+LABELS, MOST = 'abcdefghijklmnopqrstuvwxyz', 8     # of operations; so many has a program at most, by default
 LENGTHS = {'easy': (3, 7), 'medium': (14, 20), 'hard': (25, 32), 'deep': (56, 64),          # steps of test problems
            'deeper': (112, 120), 'deepest': (225, 234)}        # these take programs of more than MOST operations
 NOISE = 0.02                                       # of the values written in training, wrong on purpose
@@ -40,7 +40,7 @@ NOISE = 0.02                                       # of the values written in tr
 # Every character is a token, but an operation is one token as a whole: a single token says what a step does.
 ENC = make_encoding(r'[-+*]\d|[\s\S]', [bytes([b]) for b in range(256)] + [op.encode() for op in OPERATIONS],
                     SPECIAL_TOKENS)
-DIGEST = digest(ENC)                               # by which a model is known that learned this task
+DIGEST = digest(ENC)                               # by it a model that was trained on this task is known
 USER, ASSISTANT, END, THINK, CLOSE = map(ENC.encode_single_token,
                                          ['<|user|>', '<|assistant|>', '<|end|>', '<think>', '</think>'])
 OPEN_TAIL, CLOSE_TAIL = ENC.encode_ordinary('[]')
@@ -206,55 +206,60 @@ def rounds_needed(steps, budget):
 def judge(question, text):
     """Return 'ok' or 'wrong', for the last value that a rollout states; '' if its text states none."""
     problem = parse(question)
-    if found := re.search(r'</think>(\d)', text):
+    if found := re.search(r'</think>([0-9])', text):
         return 'ok' if int(found[1]) == solve(question) else 'wrong'
-    if not (steps := re.findall(r'([1-9])([a-z])[-+*]\d=(\d)', text)):
+    if not (steps := re.findall(r'([1-9])([a-z])[-+*][0-9]=([0-9])', text)):
         return ''
     loops_left, label, said = steps[-1]
-    done = (problem.loops - int(loops_left)) * len(problem.operations) + LABELS.index(label) + 1
-    return 'ok' if int(said) == value_at(problem, done) else 'wrong'
+    before = steps_before(problem, loops_left, label)
+    return 'ok' if before is not None and int(said) == value_at(problem, before + 1) else 'wrong'
+
+
+def steps_before(problem, loops_left, label):
+    """Return how many steps of the program come before this one, or None if it is no step of the program."""
+    loop, i, K = problem.loops - int(loops_left), LABELS.index(label), len(problem.operations)
+    return loop * K + i if loop >= 0 and i < K else None
 
 
 def place_of(problem, text):
-    """Return how many steps of the program are done where the text of a trace ends, or None if it ends no such way."""
-    if re.search(r'</think>\d?(<\|end\|>)?$', text):
+    """Return how many steps are done where the text of a trace ends, None if that is neither a step nor an answer."""
+    if re.search(r'</think>[0-9]?(<\|end\|>)?$', text):
         return problem.steps
-    if not (last := re.search(r'([1-9])([a-z])[-+*]\d=\d$', text)):
-        return None
-    return (problem.loops - int(last[1])) * len(problem.operations) + LABELS.index(last[2]) + 1
+    last = re.search(r'([1-9])([a-z])[-+*][0-9]=[0-9]$', text)
+    before = steps_before(problem, *last.groups()) if last else None
+    return None if before is None else before + 1
 
 
 def begin_of(problem, text):
-    """Return how many steps are done where the text of an output begins: all, if it has no step."""
-    first = re.match(r'\d([1-9])([a-z])', text)
-    if not first:
-        return problem.steps
-    return (problem.loops - int(first[1])) * len(problem.operations) + LABELS.index(first[2])
+    """Return how many steps are done where the text of an output begins: all, if no step follows its first value; None
+    if that is no step of the program."""
+    first = re.match(r'[0-9]([1-9])([a-z])', text)
+    return steps_before(problem, *first.groups()) if first else problem.steps
 
 
 def verify(question, tails, output, budget):
     """Return True if a rollout is right, False if not. question: text; tails: those that it read; output: its tokens.
 
-    Right is who states a value and goes on, step by step and leaving none out, from where a tail ended (without tails:
-    from the start) to the end, and says the right answer; or, if the budget ended first, whose last value is right.
-    Only the last value is looked at, not the way to it. Who answers without a solution is wrong, and so is who stops
-    early, stands still, or begins anew.
+    It is right if it states a value and goes on, step by step and leaving none out, from where a tail ended (without
+    tails: from the start) to the end, and says the right answer; or, if it is as long as the budget, if at least one
+    step is done and the last value is right. Only the last value is looked at, not the way to it. An answer without a
+    solution is wrong, and so is an output that stops early, stands still, or begins anew.
     """
     problem, text = parse(question), ENC.decode(output)
     K, ends = len(problem.operations), {place_of(problem, ENC.decode(without_end(tail))) for tail in tails} or {0}
     done = begin = begin_of(problem, text)
-    if begin not in ends or not re.match(r'\d', text):
+    if begin is None or begin not in ends or not re.match('[0-9]', text):
         return False
     said, rest = text[0], text[1:]                 # the last value, and what comes after it
-    answer = f'</think>{solve(question)}<|end|>'
-    while True:
-        i = done % K
-        step = f'{problem.loops - done // K}{LABELS[i]}{problem.operations[i]}=' if done < problem.steps else answer
-        if step == answer or not re.match(re.escape(step) + r'\d', rest):
+    while done < problem.steps:
+        step = f'{problem.loops - done // K}{LABELS[done % K]}{problem.operations[done % K]}='
+        if not re.match(re.escape(step) + '[0-9]', rest):
             break
         said, rest, done = rest[len(step)], rest[len(step) + 1:], done + 1
+    else:
+        step = f'</think>{solve(question)}<|end|>'
     cut = len(output) == budget and step.startswith(rest) and done > begin
-    return int(said) == value_at(problem, done) and (cut or rest == step == answer)
+    return int(said) == value_at(problem, done) and (cut or done == problem.steps and rest == step)
 
 
 def spaced(text):
@@ -266,17 +271,17 @@ def spaced(text):
 # The experts stand for the rollouts of a trained model, which do not exist before training. So these numbers are
 # guesses. They suit the default budget of 41 tokens, which is 8 steps a round.
 
-# Share of the samples whose experts stop where a round ends, as rollouts of one budget do. All others stop anywhere, so
-# that the model can also read tails of other budgets.
+# Chance that a sample's experts stop where a round ends, as rollouts of one budget do. Else they stop anywhere, so that
+# the model can also read tails of other budgets.
 END_OF_ROUND = 0.4
-# Share of the samples whose experts have done all steps, so that only the answer is left to say. RSA has such rounds:
-# short problems need fewer than it runs.
+# Chance that a sample's experts have done all steps in any case, so that only the answer is left to say. RSA has such
+# rounds: short problems need fewer than it runs.
 FINISHED = 0.2
-# Share of the finished whose last round had few steps left to write: fewer than FEW, that is 0, 1 or 2.
+# Share of the finished whose last round had few steps left to write: 0 to FEW - 1.
 SHORT_LAST = 0.5
 FEW = 3
-# Share of the finished whose last round had room for the answer. One program in 8 ends just where a round does, which
-# leaves no room; with a smaller budget it is more of them.
+# Share of the finished whose last round had room for the answer. A third of the programs end just where a round does,
+# which leaves no room; with a smaller budget it is more of them.
 ANSWERS = 0.8
 # Share of the samples that end after one step. What they have to teach is the value stated first; how the steps go is
 # learned from whole solutions.
@@ -286,8 +291,8 @@ SHORT = 0.7
 ERRING = 0.1, 0.3, 0.5
 # Share of the errors that are a step left out. The others, a wrong value, are the commoner kind.
 SKIPPING = 0.25
-# Share of the experts that are behind. At least one of 4 is in 41% of the samples, but two or more only in 8%: they
-# must be read past, and seldom win the vote.
+# Share of the experts that are behind, by LAGS steps. At least one of 4 is in 41% of the samples, but two or more only
+# in 8%: they must be read past, and seldom win the vote.
 LAGGING = 1 / 8
 # By how many steps an expert is behind, each equally often: mostly by one, sometimes by a whole round.
 LAGS = 1, 1, 2, 3, 8
@@ -296,10 +301,10 @@ EARLY = 1 / 30
 
 
 def expert(rng, problem, end, wrong):
-    """Draw the chain of an expert, of `end` steps or, if it lags, fewer.
+    """Draw the chain of an expert, of `end` steps, fewer if it lags, one more if it leaves one out.
 
-    With probability `wrong` it makes one error, at any step. If that is before the tail, every step in the tail is
-    right, and only the value it started from is wrong.
+    With probability `wrong` it makes one error, at any step. An error before the tail shows there only as a wrong value
+    to begin with: the steps from it are right.
     """
     n = end if rng.random() < 1 - LAGGING else max(0, end - rng.choice(LAGS))
     chain, error = [(0, problem.start)], rng.randrange(1, n + 1) if n and rng.random() < wrong else None
@@ -322,7 +327,8 @@ def tail_of(rng, problem, chain, tail, written, answers=True):
     An expert who has done all steps says the answer, if `answers`; a few say one too early.
     """
     there = chain[-1][0] == problem.steps
-    tokens = write(problem, chain[-1 - max(written, not there):])               # before the end, at least one step
+    steps = written if there else max(1, written)                               # before the end, at least one step
+    tokens = write(problem, chain[-1 - steps:])
     if there and answers or rng.random() < EARLY:
         tokens += [CLOSE, *ENC.encode_ordinary(str(chain[-1][1]))]
     return tokens[-tail:]
