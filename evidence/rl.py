@@ -9,16 +9,16 @@
     python -m evidence.rl errors     how many outputs of all rounds of RSA are wrong, and what went wrong in them
     python -m evidence.rl replay     the generator's and the learner's probabilities, with router replay and without
 
-Claims (ZAYA1-8B report, arXiv 2605.05365, IV). (1) Rewards for answers alone unlearn the errors that the training data
-has on purpose. (2) With replay, both probabilities of a token agree in spite of rounding: KL 1.3e-4, Pearson's r above
-0.9996. (3) After it, the mean of RSA's candidates is no lower than the majority of as many independent chains.
+Claims (ZAYA1-8B report, arXiv 2605.05365, IV). (1) Rewards alone unlearn the errors that the training data has on
+purpose. (2) With replay, the generator's and the learner's probabilities of a token agree: KL 1.3e-4, Pearson's r above
+0.9996. (3) After RL, the mean of RSA's candidates is no lower than the majority of as many independent chains.
 
-Tests, on held-out problems, some longer than any that RL had. (1) is refuted where the mean before RL is not below
-that after it. (2): rollouts by weights in bf16 and int8, and the float32 learner on them; refuted where replay brings
-them no nearer. (3) is refuted where the mean of C=4 lies below the majority of C=1.
+Tests, on held-out problems, some with more steps than any of RL's. (1) is refuted where the mean before RL is not below
+that after it. (2): bf16 and int8 weights write, the float32 learner scores; refuted where replay brings the two no
+nearer. (3) is refuted where the mean of C=4 lies below the majority of C=1; alike, they are not to be told apart.
 
-A seed is one of RL, and of the rollouts of problems. The model that RL begins with is one; its rows have seed 0. In
-`models` each seed has its own.
+A seed is one of RL, and of the rollouts of problems. All begin with one model, whose own rows have seed 0; only in
+`models`, each seed has a model of its own.
 """
 import functools
 import random
@@ -63,7 +63,7 @@ def measured(name, config, model, runs, lengths, problems, models=(0,)):
     """Fill and report results/NAME.csv: a row for each length, run and way to think. Return the rows.
 
     model(seed) -> the folder of the model that RL begins with. runs: {name: the settings of rl.py that it changes}, or
-    None: the model as it is, without RL. problems: how many of each length. models: the seeds of rows without RL."""
+    None: the model as it is, without RL. problems: how many of each length. models: seeds of the rows without RL."""
     lengths, problems, settings = 'easy' if config.quick else lengths, 1 if config.quick else problems, {}
     for setting, (split, how) in methods(lengths).items():
         length, way = setting.split(': ')
@@ -118,7 +118,7 @@ def aggregation(config):
 
 
 def long(config):
-    """The model was trained on 3 to 72 steps: of up to 26 operations, run up to 9 times, but not so many so often."""
+    """The model was trained on programs of up to 26 operations, run up to 9 times, but of 72 steps at most."""
     model = lambda seed: trained_model(config, 'long', 0, data_of(config, f'{config.out}/long', operations=26))[0]
     rows = measured('rl_long', config, model, {'before': None, 'RL': dict(operations=26)},
                     'hard deep deeper deepest', 40)
@@ -149,7 +149,7 @@ def ends_and_vote(problem, tails):
 def what_went_wrong(problem, tails, output, budget):
     """None for a right output. Else 'outvoted': the tails' vote is wrong, a tie, or not to be read; 'place': it does
     not go on from a tail; 'misread': it states a wrong value though the vote is right; 'computed': a right value, then
-    a wrong step."""
+    a wrong step or end."""
     if task.verify(problem.question, tails, output, budget):
         return None
     ends, vote = ends_and_vote(problem, tails)
@@ -189,8 +189,10 @@ def report_errors(rows):
     print(f'\n| steps, C | model | outputs | wrong | {" | ".join(KINDS)} | problems without a right answer |')
     print('| --- ' * (5 + len(KINDS)) + '|')
     for setting in dict.fromkeys(row['setting'] for row in rows):
-        sums = [sum(by_seed(rows, setting, column)) for column in ('outputs', 'wrong', *KINDS, 'lost')]
-        print(f'| {setting.replace(": ", " | ")} | {" | ".join(f"{count:,.0f}" for count in sums)} |')
+        outputs, wrong, *kinds = (
+            int(sum(by_seed(rows, setting, column))) for column in ('outputs', 'wrong', *KINDS, 'lost'))
+        print(f'| {setting.replace(": ", " | ")} | {outputs:,} | {wrong:,} ({wrong / outputs:.1%}) '
+              f'| {" | ".join(f"{count:,}" for count in kinds)} |')
 
 
 def errors(config):
@@ -219,8 +221,8 @@ def report_replay(rows):
 
 @torch.no_grad()
 def replay(config):
-    """One batch of rollouts by each generator, and the learner's probabilities of their tokens. KL is the mean of its
-    unbiased, never negative estimate p/q - 1 - ln(p/q), over the tokens drawn from q."""
+    """One batch of rollouts by each generator, and the learner's probabilities of their tokens. KL is estimated
+    as the mean of p/q - 1 - ln(p/q), which is never negative, over the tokens drawn from q."""
     learner, rng = load_speaker(MODEL, torch.device('cpu')).model, random.Random(0)
     generators = {'float32': lambda: learner, 'bf16': lambda: rl.generator_of(learner, 'bfloat16'),
                   'int8': lambda: in_few_bits(learner, CHANGES['int8'])}
