@@ -105,7 +105,7 @@ def verdict(claim, a, b):
     mean, half = paired(a, b)
     word = 'not to be told apart at this size' if abs(mean) <= half else 'reproduced' if mean < 0 else 'contradicted'
     enough = '' if abs(mean) > half or len(a) < 2 else \
-        f'; as many as {seeds_needed(a, b)} seeds would tell a difference of that size'
+        f'; it takes {seeds_needed(a, b)} seeds to tell a difference of that size'
     print(f'{claim}: {mean:+.4g} +-{half:.2g} over {len(a)} seeds: {word}{enough}')
     return word
 

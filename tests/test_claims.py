@@ -47,7 +47,7 @@ SAME = 'not to be told apart at this size'
 def test_a_verdict_is_told_only_where_the_interval_leaves_out_zero(a, b, word, needed, capsys):
     assert claims.verdict('a below b', a, b) == word
     out = capsys.readouterr().out
-    assert f'as many as {needed} seeds' in out if needed else 'as many as' not in out
+    assert f'it takes {needed} seeds' in out if needed else 'it takes' not in out
 
 
 # ---- what is compared ----
