@@ -82,7 +82,7 @@ def test_no_reward_without_a_solution():
     for still in '4', '43a':                                    # it stands still
         assert not task.verify(question, [tail], encode(still), len(encode(still)))
     assert not task.verify(question, [tail], encode('22b*7=4'), 6)              # it goes where no tail ends
-    for end, output in ('9a-2=5', '59b*7=5'), ('4z-2=5', '54z-2=5'), ('what?', '59b*7=5'):       # no step of the program
+    for end, output in ('9a-2=5', '59b*7=5'), ('4z-2=5', '54z-2=5'), ('what?', '59b*7=5'):  # no such steps
         assert not task.verify(question, [encode(end)], encode(output), 6)
     assert not task.verify(question, [tail], encode(f'{answer}</think>{answer}<|end|>'), 41)
     for end in f'1c+3={answer}', f'1b*7=11c+3={answer}</think>{answer}':        # all steps were done before
