@@ -9,7 +9,7 @@ from evidence.claims import RESULTS, ClaimConfig, by_seed, read_table, with_seed
 
 TEXTS = {name: (ROOT / name).read_text().replace('**', '') for name in ('RESULTS.md', 'README.md')}
 TABLES = [(rsa.report, 'rsa_lengths'), (rsa.report, 'rsa_aggregation'), (rsa.report, 'trimming'),
-          *[(rsa.report, name) for name in ('rl', 'rl_models', 'rl_compare', 'rl_aggregation', 'rl_long', 'rl_without')],
+          *[(rsa.report, f'rl{name}') for name in ('', '_models', '_compare', '_aggregation', '_long', '_without')],
           (rl.report_errors, 'rl_errors'), (rl.report_replay, 'rl_replay'),
           (rsa_cost.report, 'rsa_cost'), (lambda rows: balancer.report(router.derived(rows)), 'balancer'),
           (lambda *tables: router.report(*map(router.derived, tables)), 'router router_deep')]
