@@ -184,6 +184,7 @@ def test_who_is_right_is_what_the_verifier_says_and_all_that_was_read_is_shown(l
     ('21c+3=5</think>5<|end|>', {11}, ' 2| 1c+3=5| </think>5| <|end|>'),
     ('21c+3=5</think>6<|end|>', {11}, ' 2| 1c+3=5|!</think>6|-<|end|>'),
     ('5</think>5<|end|>', {12}, ' 5| </think>5| <|end|>'),
+    ('69b*7=2', {0}, '!6|-9b*7=2'), ('54z-2=3', {0, None}, ' 5|!4z-2=3'),       # no steps of the program
     ('4a-2=3', {0}, '!4a-2=3'), ('hello', {0}, '!hello'), ('<|user|>', {0}, '!<|-|user|>')])
 def test_a_step_is_marked_where_it_first_goes_wrong(text, places, marks):
     pieces = view.marked(task.parse(QUESTION), text, places)
