@@ -17,7 +17,7 @@ demo: data/stdlib/meta.json data/loops/votes/meta.json
 	$(PY) train.py config/loops.py
 	$(PY) -m data.loops.evaluate --ckpt=runs/loops --split=hard
 
-# Two files of tests at once, each with one thread: the tests' tensors are tiny, and threads would only wait for each other.
+# Two files of tests at once, each with one thread: the tests' tensors are tiny, threads would only wait for each other.
 test: environment
 	$(PY) -m ruff check -q
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=loadfile

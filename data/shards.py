@@ -8,7 +8,7 @@ torch.distributed.checkpoint writes the parts, as safetensors, and reads those t
 processes: a folder of them and run.pt, which holds all that is not in parts.
 
 A checkpoint is as safe as that of one process: files with checksums, a name only when all are on the disk, the one
-before kept. No file holds code: torch's usual format for this would (its index is a pickle), safetensors cannot.
+before kept. No file holds code: the parts are safetensors, where torch's usual format has a pickle for its index.
 
 Legend:  W processes   k matrices of one shape, m x n each   N experts
 """

@@ -59,11 +59,11 @@ def learned(config, run, seed, model, **changes):
     return out
 
 
-def measured(name, config, model, runs, lengths, problems, models=(0,)):
+def measured(name, config, model, runs, lengths, problems, seeds_before=(0,)):
     """Fill and report results/NAME.csv: a row for each length, run and way to think. Return the rows.
 
     model(seed) -> the folder of the model that RL begins with. runs: {name: the settings of rl.py that it changes}, or
-    None: the model as it is, without RL. problems: how many of each length. models: seeds of the rows without RL."""
+    None: the model as it is, without RL. problems: how many of each length. seeds_before: of the rows without RL."""
     lengths, problems, settings = 'easy' if config.quick else lengths, 1 if config.quick else problems, {}
     for setting, (split, how) in methods(lengths).items():
         length, way = setting.split(': ')
@@ -75,7 +75,7 @@ def measured(name, config, model, runs, lengths, problems, models=(0,)):
         folder = model(seed) if runs[run] is None else learned(config, run, seed, model(seed), **runs[run])
         return figures(loaded(folder), task.test_problems(split, problems), seed, **how)
     before = [setting for setting, (run, *_) in settings.items() if runs[run] is None]
-    table(name, config, before, one, seeds=models)
+    table(name, config, before, one, seeds=seeds_before)
     rows = table(name, config, [setting for setting in settings if setting not in before], one)
     report(rows)
     return rows
@@ -93,7 +93,7 @@ def main_table(config):
 
 def models(config):
     model = lambda seed: trained_model(config, 'with', seed, data_of(config))[0]
-    rows = measured('rl_models', config, model, {'before': None, 'RL': {}}, 'hard deep', 40, models=range(config.seeds))
+    rows = measured('rl_models', config, model, {'before': None, 'RL': {}}, 'hard deep', 40, range(config.seeds))
     judge(rows, *[(f'before: {way}', f'RL: {way}') for way in WAYS])
     judge(rows, ('RL: C=1', 'RL: C=4'), columns=('majority', 'mean'))
 

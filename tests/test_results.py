@@ -64,8 +64,6 @@ def test_readme_tells_the_losses_of_the_demo():
     assert f'falls from {first:.2f}' in text and f'to {last:.2f} after 200 steps' in text
 
 
-
-
 def test_readme_tells_what_rl_gains_at_25_to_32_steps():
     rollout, four = (statistics.fmean(by_seed(rows_of('rl'), f'25-32: RL: {way}', 'mean'))
                      for way in ('one unbounded rollout each', 'C=4, T=4'))

@@ -145,11 +145,13 @@ def continue_chain(problem, chain, n, rng, noise):
 
 def texts_of(problem, chain):
     """Return the texts of a chain, one for each of its pairs (steps done, value): the first value, then the steps."""
-    texts, K = [str(chain[0][1])], len(problem.operations)
-    for done, value in chain[1:]:
-        loop, i = divmod(done - 1, K)
-        texts.append(f'{problem.loops - loop}{LABELS[i]}{problem.operations[i]}={value}')
-    return texts
+    return [str(chain[0][1]), *(f'{step_text(problem, done - 1)}{value}' for done, value in chain[1:])]
+
+
+def step_text(problem, done):
+    """Return the text of the step that comes after so many, up to its value: '4a-2='."""
+    loop, i = divmod(done, len(problem.operations))
+    return f'{problem.loops - loop}{LABELS[i]}{problem.operations[i]}='
 
 
 def write(problem, chain):
@@ -211,14 +213,14 @@ def judge(question, text):
     if not (steps := re.findall(r'([1-9])([a-z])[-+*][0-9]=([0-9])', text)):
         return ''
     loops_left, label, said = steps[-1]
-    before = steps_before(problem, loops_left, label)
-    return 'ok' if before is not None and int(said) == value_at(problem, before + 1) else 'wrong'
+    done = steps_done(problem, loops_left, label)
+    return 'ok' if done and int(said) == value_at(problem, done) else 'wrong'
 
 
-def steps_before(problem, loops_left, label):
-    """Return how many steps of the program come before this one, or None if it is no step of the program."""
+def steps_done(problem, loops_left, label):
+    """Return how many steps are done after this one, or None if it is no step of the program."""
     loop, i, K = problem.loops - int(loops_left), LABELS.index(label), len(problem.operations)
-    return loop * K + i if loop >= 0 and i < K else None
+    return loop * K + i + 1 if loop >= 0 and i < K else None
 
 
 def place_of(problem, text):
@@ -226,15 +228,17 @@ def place_of(problem, text):
     if re.search(r'</think>[0-9]?(<\|end\|>)?$', text):
         return problem.steps
     last = re.search(r'([1-9])([a-z])[-+*][0-9]=[0-9]$', text)
-    before = steps_before(problem, *last.groups()) if last else None
-    return None if before is None else before + 1
+    return steps_done(problem, *last.groups()) if last else None
 
 
 def begin_of(problem, text):
     """Return how many steps are done where the text of an output begins: all, if no step follows its first value; None
     if that is no step of the program."""
     first = re.match(r'[0-9]([1-9])([a-z])', text)
-    return steps_before(problem, *first.groups()) if first else problem.steps
+    if not first:
+        return problem.steps
+    done = steps_done(problem, *first.groups())
+    return done - 1 if done else None
 
 
 def verify(question, tails, output, budget):
@@ -246,13 +250,13 @@ def verify(question, tails, output, budget):
     solution is wrong, and so is an output that stops early, stands still, or begins anew.
     """
     problem, text = parse(question), ENC.decode(output)
-    K, ends = len(problem.operations), {place_of(problem, ENC.decode(without_end(tail))) for tail in tails} or {0}
+    ends = {place_of(problem, ENC.decode(without_end(tail))) for tail in tails} or {0}
     done = begin = begin_of(problem, text)
     if begin is None or begin not in ends or not re.match('[0-9]', text):
         return False
     said, rest = text[0], text[1:]                 # the last value, and what comes after it
     while done < problem.steps:
-        step = f'{problem.loops - done // K}{LABELS[done % K]}{problem.operations[done % K]}='
+        step = step_text(problem, done)
         if not re.match(re.escape(step) + '[0-9]', rest):
             break
         said, rest, done = rest[len(step)], rest[len(step) + 1:], done + 1
