@@ -11,11 +11,11 @@ else
 PY := .venv/bin/python
 endif
 
-demo: data/stdlib/meta.json data/loops/votes/meta.json
+demo: data/stdlib/meta.json tasks/loops/votes/meta.json
 	$(PY) train.py config/demo.py
 	$(PY) sample.py --ckpt=runs/demo --prompt='    def __init__(self' --max_new_tokens=45 --temperature=0.5 --seed=2
 	$(PY) train.py config/loops.py
-	$(PY) -m data.loops.evaluate --ckpt=runs/loops --split=hard
+	$(PY) evaluate.py --ckpt=runs/loops --split=hard
 
 # Two files of tests at once, each with one thread: the tests' tensors are tiny, threads would only wait for each other.
 test: environment
@@ -34,8 +34,8 @@ pictures: environment
 data/stdlib/meta.json: | environment
 	$(PY) -m data.stdlib.prepare
 
-data/loops/votes/meta.json: | environment
-	$(PY) -m data.loops.prepare
+tasks/loops/votes/meta.json: | environment
+	$(PY) -m tasks.loops.prepare
 
 ifeq ($(PY),.venv/bin/python)
 environment: .venv/ready

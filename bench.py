@@ -28,11 +28,12 @@ from pathlib import Path
 import torch
 
 import configurator
-from checkpoint import save_pretrained
+from runtime.pretrained import save_pretrained
 from model import Zaya, ZayaConfig, sizes
 from optim import make_optimizers
 from router import Balancer, load_entropy
 from sample import generate
+from runtime.device import name_and_peak, pick_device, pick_dtype, products_in
 
 
 @dataclass
@@ -124,7 +125,7 @@ def training(model, B, S, optimizer='AdamW', dtype=torch.float32, compiled=False
 
     def products():
         if isinstance(model, Zaya):
-            return configurator.products_in(dtype, tokens.device)
+            return products_in(dtype, tokens.device)
         return torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32)
 
     @torch.enable_grad()
@@ -201,17 +202,17 @@ def memory(device, make_model, make_work, arguments):
         return pool.apply(peak_memory, (device, make_model, make_work, arguments))
 
 
-def begin(arguments, settings_class):
+def set_up(arguments, settings_class):
     """Read the command line, and print what the figures are measured on -> settings, device, dtype."""
     settings, = configurator.read(arguments, settings_class)
-    device = configurator.pick_device(settings.device)
+    device = pick_device(settings.device)
     if settings.quick:
         settings.repeats = 2
     cpu = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
     name = (re.findall(r'model name\s*: (.*)', cpu) or [platform.processor() or platform.machine()])[0]
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{name}, {torch.get_num_threads()} threads'
     print(f'{name}, torch {torch.__version__}, Python {platform.python_version()}')
-    return settings, device, configurator.pick_dtype(settings.dtype, device)
+    return settings, device, pick_dtype(settings.dtype, device)
 
 
 # ---- the table ----
@@ -246,7 +247,7 @@ def side_by_side(device, dtype, settings):
         mib = [memory(device, partial(one_of_pair, which, config, device, settings.seed, experts), make_work, arguments)
                for which in (0, 1)]
         print_row(name, shape, n, *times, f'{mib[0]:,.0f} MiB | {mib[1]:,.0f} MiB')
-    gpu, peak = device.type == 'cuda', configurator.name_and_peak(device, dtype)[1] or math.inf
+    gpu, peak = device.type == 'cuda', name_and_peak(device, dtype)[1] or math.inf
     best = [(SMALL, decoding, 1, prompt, new), (SMALL, decoding, B, prompt, new),
             (SMALL, training, B, S, 'AdamW'), (MEDIUM, training, 32, 1024, 'AdamW')]
     for config, make_work, B, S, *rest in [] if settings.quick else best if gpu else best[:-1]:
@@ -270,5 +271,5 @@ def side_by_side(device, dtype, settings):
 
 if __name__ == '__main__':
     with configurator.one_line_errors('bench.py'):
-        settings, device, dtype = begin(sys.argv[1:], BenchConfig)
+        settings, device, dtype = set_up(sys.argv[1:], BenchConfig)
         side_by_side(device, dtype, settings)

@@ -11,10 +11,10 @@ each layer keeps a state of constant size: what the convolutions and the value s
 Rows hold prompts of different lengths. A forward over S new columns, of which row b's first n_new[b] are real and the
 rest padding, is
 
-    positions, mask = cache.begin(S, n_new)                     once
+    positions, mask = cache.reserve(S, n_new)                     once
     cache.qk[layer], cache.v_last[layer]                        in each layer: the past to go on from, then
     k, v = cache.update(layer, qk, v_delayed, k, v)             the new columns are taken in; k and v are now all
-    cache.end()                                                 once
+    cache.commit()                                                 once
 
 Legend:  B rows   S new columns   P positions looked at   Hk KV heads   d head dim   C convolution channels
 """
@@ -34,7 +34,7 @@ class Cache:
         self.v_last = zeros(1, Hk * d // 2, dtype=torch.float32)
         self.lengths, self.capacity, self.device = [0] * B, capacity, device   # lengths: how many tokens each row holds
 
-    def begin(self, S, n_new=None, whole=False):
+    def reserve(self, S, n_new=None, whole=False):
         """Announce S new columns, of which row b's first n_new[b] are real (None: all). Return the columns' positions,
         (B, S) int64, and the mask: which positions each may see, (B, 1, S, P) bool; None if it is plainly causal.
         whole: look at the whole capacity, masked, so that no shape changes from step to step (decode.compiled).
@@ -71,7 +71,7 @@ class Cache:
             store[self.rows, :, self.target] = new.transpose(1, 2).to(store.dtype)
         return [k, v] if self.P is None else [store[layer][:, :, :self.P].to(k.dtype) for store in (self.k, self.v)]
 
-    def end(self):
+    def commit(self):
         """Count the new tokens as held."""
         self.lengths = [length + n for length, n in zip(self.lengths, self.n_new)]
 

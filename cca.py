@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import bf16_inside, wide
+from layers import bf16_inside, upcast
 
 # ---- step 2: the two convolutions, as one ----
 
@@ -42,14 +42,14 @@ def merge_convolutions(w1, b1, w2, b2):
     w1 (C, 1, 2), b1 (C), w2 (C, d, 2), b2 (C), laid out as in nn.Conv1d: out, in, time.
     Return the weights (H, d, 3d), the three taps side by side from old to new, and the bias (H, d), in float32."""
     C, d, _ = w2.shape
-    w1, b1, w2, b2 = map(wide, (w1, b1, w2, b2))                # products of weights: rounded once, where they are used
+    w1, b1, w2, b2 = map(upcast, (w1, b1, w2, b2))              # products of weights: rounded once, where they are used
     w_0, w_1 = w1.view(C // d, 1, d, 2).unbind(-1)                  # (H, 1, d): one factor for each input channel
     W_0, W_1 = w2.view(C // d, d, d, 2).unbind(-1)                  # (H, d, d)
     weight = torch.cat([W_0 * w_0, W_0 * w_1 + W_1 * w_0, W_1 * w_1], -1)
     return weight, ((W_0 + W_1) @ b1.view(-1, d, 1))[..., 0] + b2.view(-1, d)
 
 
-def out_of_sight(start):
+def document_boundary_masks(start):
     """Return which tokens may not see x_{t-2}, and which not x_{t-1}: two (B, S) bool. start (B, S) bool: a document
     begins here."""
     return start | F.pad(start, (1, 0))[:, :-1], start
@@ -104,13 +104,13 @@ def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
     x = x.unflatten(-1, (H, d)).permute(2, 0, 1, 3)                         # (H, B, S + 2, d): heads first from here on
     taps = [x[:, :, :-2], x[:, :, 1:-1], x[:, :, 2:]]                           # x_{t-2}, x_{t-1}, x_t
     if start is not None:
-        taps[:2] = [tap.masked_fill(hidden[..., None], 0) for tap, hidden in zip(taps, out_of_sight(start))]
+        taps[:2] = [tap.masked_fill(hidden[..., None], 0) for tap, hidden in zip(taps, document_boundary_masks(start))]
     weight, bias = (t.to(qk.dtype) for t in merge_convolutions(w1, b1, w2, b2))
     taps = torch.cat(taps, -1).flatten(1, 2)                                    # (H, B S, 3d)
     z = torch.baddbmm(bias[:, None], taps, weight.mT).view(H, B, S, d)          # one product a head
     # 3 to 5 in float32: here small errors would bend every attention logit. Queries and keys go together.
-    z = wide(z) + torch.cat(qk_mean(*wide(x[:, :, 2:]).split([Hq, Hk])))
-    size = d ** 0.5 * F.pad(wide(temperature), (Hq, 0), value=1.0)        # (H): sqrt(d) for queries, T sqrt(d) for keys
+    z = upcast(z) + torch.cat(qk_mean(*upcast(x[:, :, 2:]).split([Hq, Hk])))
+    size = d ** 0.5 * F.pad(upcast(temperature), (Hq, 0), value=1.0)      # (H): sqrt(d) for queries, T sqrt(d) for keys
     q, k = rope(norm(z, size), cos, sin).to(qk.dtype).split([Hq, Hk])           # (Hq or Hk, B, S, d)
     return q.transpose(0, 1), k.transpose(0, 1)
 
@@ -138,7 +138,7 @@ class CCA(nn.Module):
         """x (B, S, E) -> (B, S, E). cos, sin (B or 1, S, n) from rope_table.
         mask: bool, what each token may attend to, (B or 1, 1, S, P); None: itself and all before it.
         start (B, S) bool: a document begins here, and nothing before it may be seen (packed windows).
-        cache: a Cache, after its begin()."""
+        cache: a Cache, after its reserve()."""
         B, S, _ = x.shape
         Hq, Hk, d = self.Hq, self.Hk, self.head_dim
         # 1. Down into the latents, all four in one product.

@@ -28,17 +28,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from cca import merge_convolutions, rope_table
-from layers import wide
+from layers import upcast
 from model import Experts, swiglu
 
 
 def fold(layer):
     """Multiply out the weights of a Block. Those marked * are float32, the others in the model's dtype."""
     attn, router, a, m = layer.attn, layer.moe.router, layer.attn_residual, layer.moe_residual
-    d, T = attn.head_dim, wide(attn.temperature)
+    d, T = attn.head_dim, upcast(attn.temperature)
     # RMSNorm divides by |x| / sqrt(E). `step` divides by |x|, and the sqrt(E) is here, beside the norm's weight.
-    norm_weight = lambda norm: wide(norm.weight) * len(norm.weight) ** 0.5
-    constant = lambda s: wide(s.residual_bias * s.residual_scale + s.branch_bias * s.branch_scale)
+    norm_weight = lambda norm: upcast(norm.weight) * len(norm.weight) ** 0.5
+    constant = lambda s: upcast(s.residual_bias * s.residual_scale + s.branch_bias * s.branch_scale)
     taps, bias = merge_convolutions(attn.conv_depthwise_weight, attn.conv_depthwise_bias,
                                     attn.conv_grouped_weight, attn.conv_grouped_bias)      # (H, d, 3 d), (H, d)
     taps = 2 * taps
@@ -49,14 +49,14 @@ def fold(layer):
         taps=taps.mT.contiguous(), taps_bias=2 * bias[:, None],                             # (H, 3 d, d), (H, 1, d) *
         size=torch.cat([T.new_ones(attn.Hq), T * d ** 0.5])[:, None],                       # (H, 1) *: of each head
         o=product(attn.o_proj),                                                             # (B, Hq d) -> (B, E)
-        attn_scale=wide(a.residual_scale), attn_constant=constant(a), attn_branch=wide(a.branch_scale),    # (E) * each
+        attn_scale=upcast(a.residual_scale), attn_constant=constant(a), attn_branch=upcast(a.branch_scale), # (E) * each
         moe_norm=norm_weight(layer.moe_norm),                                               # (E) *
         router_down=router.down_proj.weight, router_bias=router.down_proj.bias,             # (R, E), (R)
         eda_scale=router.eda_scale,                                                         # (R), None in layer 0
-        fc1=(wide(router.fc1.weight) * norm_weight(router.norm)).to(router.fc1.weight.dtype),          # (R, R)
+        fc1=(upcast(router.fc1.weight) * norm_weight(router.norm)).to(router.fc1.weight.dtype),          # (R, R)
         fc1_bias=router.fc1.bias, fc2=router.fc2.weight, fc2_bias=router.fc2.bias,          # (R), (R, R), (R)
         out=router.out_proj.weight,                                                         # (M, R)
-        moe_scale=wide(m.residual_scale), moe_constant=constant(m), moe_branch=wide(m.branch_scale))       # (E) * each
+        moe_scale=upcast(m.residual_scale), moe_constant=constant(m), moe_branch=upcast(m.branch_scale))    # (E) * each
 
 
 def product(*linears):
@@ -118,10 +118,10 @@ def folded(model):
         B = len(tokens)
         experts = one_expert if B == 1 and tokens.device.type == 'cpu' else nn.Module.__call__
         # The same for all layers: positions, mask, rotation.
-        positions, mask = cache.begin(1)                                        # (B, 1), (B, 1, 1, P)
+        positions, mask = cache.reserve(1)                                        # (B, 1), (B, 1, 1, P)
         mask = torch.where(mask, 0.0, -torch.inf).to(dtype)                     # (B, 1, 1, P)
         rotate = rotation(*rope_table(positions[:, 0], config.rope_dim, config.rope_base), d)          # (B, d, d)
-        x, r = wide((model.embedding(tokens) + model.embedding_bias) * model.embedding_scale), None    # (B, E)
+        x, r = upcast((model.embedding(tokens) + model.embedding_bias) * model.embedding_scale), None    # (B, E)
         for i, (layer, w) in enumerate(zip(model.layers, layers)):
             # Attention.
             h = (x / length(x) * w.attn_norm).to(dtype)                         # (B, E)
@@ -151,7 +151,7 @@ def folded(model):
             # Experts.
             y = experts(layer.moe.experts, h, expert, weight)
             x = torch.addcmul(torch.addcmul(w.moe_constant, x, w.moe_scale), y, w.moe_branch)
-        cache.end()
+        cache.commit()
         return model.head(x)
     return step
 
@@ -173,7 +173,7 @@ class GatheredExperts(nn.Module):
 
 
 @functools.cache
-def program(device_type):
+def compiled_forward(device_type):
     """The plain forward pass for one token a row as one program, on a CPU in C++ throughout. To write it takes half a
     minute for 6 layers, later on the same machine some seconds; anew for each B and capacity, at most a hundred."""
     torch._dynamo.config.recompile_limit = 100                                 # instead of 8, which is to find mistakes
@@ -218,13 +218,13 @@ def compiled(model):
     model = copy.deepcopy(model, tensors)                                       # another model around the same tensors
     for layer in model.layers:
         layer.moe.experts = GatheredExperts(layer.moe.experts)
-    run = program(model.device.type)
+    run = compiled_forward(model.device.type)
     run = recorded(run) if model.device.type == 'cuda' else run
 
     @torch.no_grad()
     def step(cache, tokens):
-        positions, mask = cache.begin(1, whole=True)                            # (B, 1), (B, 1, 1, capacity)
+        positions, mask = cache.reserve(1, whole=True)                            # (B, 1), (B, 1, 1, capacity)
         logits = run(model, tokens[:, None], positions, mask, cache)
-        cache.end()
+        cache.commit()
         return logits[:, 0]                                                     # (B, V)
     return step

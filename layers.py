@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 
-def wide(x):
+def upcast(x):
     """Return x in float32, the least precision of the delicate steps (report, IV-D); float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.compiler.assume_constant_result
 def bf16_inside():
-    """Whether products of float32 tensors may round their factors to bf16 (configurator.products_in)."""
+    """Whether products of float32 tensors may round their factors to bf16 (products_in)."""
     return torch.get_float32_matmul_precision() != 'highest'
 
 
@@ -33,9 +33,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x = wide(x)
+        x = upcast(x)
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]         # (..., 1)
-        return (x * torch.rsqrt(mean_square + self.eps) * wide(self.weight)).to(self.weight.dtype)
+        return (x * torch.rsqrt(mean_square + self.eps) * upcast(self.weight)).to(self.weight.dtype)
 
 
 class ResidualScaling(nn.Module):
@@ -51,4 +51,4 @@ class ResidualScaling(nn.Module):
     def forward(self, x, f):
         # Multiplied out, (b_r a_r + b_f a_f) + x a_r + f a_f: what is in brackets is one vector for all tokens.
         constant = self.residual_bias * self.residual_scale + self.branch_bias * self.branch_scale     # (E)
-        return torch.addcmul(torch.addcmul(constant, x, self.residual_scale), wide(f), self.branch_scale)
+        return torch.addcmul(torch.addcmul(constant, x, self.residual_scale), upcast(f), self.branch_scale)

@@ -24,7 +24,7 @@ from torch import nn
 from cache import Cache
 from cca import CCA, rope_table
 from configurator import check_ranges
-from layers import ResidualScaling, RMSNorm, bf16_inside, wide
+from layers import ResidualScaling, RMSNorm, bf16_inside, upcast
 from router import Router
 
 
@@ -179,7 +179,7 @@ class Zaya(nn.Module):
         """All initialisation: matrices and convolutions normal(0, init_std), biases 0, scales and temperatures 1,
         balancing biases 0 except 'skip', whose -1 makes it lose against any probability. The router's matrices are
         larger, so that its first probabilities differ from token to token: else all tokens choose alike.
-        put(p, value) stores the whole value of p, of which a process may hold a part only (data/shards.py: put)."""
+        put(p, value) stores the whole value of p, of which a process may hold a part only (runtime/distributed.py)."""
         for name, p in self.named_parameters():
             value = torch.full(p.shape, 0.0 if name.endswith('bias') else 1.0)  # norms, scales, temperature: 1
             if p.ndim > 1:
@@ -213,27 +213,27 @@ class Zaya(nn.Module):
         t, mask = torch.arange(S, device=tokens.device), None
         positions = t[None]
         if cache is not None:
-            positions, mask = cache.begin(S, n_new)
+            positions, mask = cache.reserve(S, n_new)
         elif start is not None:
             document = start.cumsum(1)                          # (B, S): which document of the window a token is in
             positions = t - torch.where(start, t, 0).cummax(1).values           # counted from the document's start
             mask = ((document[:, None] == document[..., None]) & (t <= t[:, None]))[:, None]    # (B, 1, S, S)
         x = self.stream(tokens, positions, mask, start, cache)                             # (B, S, E) float32
         if cache is not None:
-            cache.end()
+            cache.commit()
         if last_only:
             last = torch.tensor(n_new or [S], device=tokens.device) - 1
             x = x[torch.arange(B, device=tokens.device), last][:, None]                    # (B, 1, E)
         if targets is None:
             return self.head(x), None
         with torch.autocast(tokens.device.type, enabled=False):                 # the loss in float32 (report, IV-D)
-            x = wide(self.norm(x)).flatten(0, 1)                                # (T, E)
-            return None, CrossEntropy.apply(x, wide(self.embedding.weight), targets.flatten())
+            x = upcast(self.norm(x)).flatten(0, 1)                                # (T, E)
+            return None, CrossEntropy.apply(x, upcast(self.embedding.weight), targets.flatten())
 
     def stream(self, tokens, positions, mask=None, start=None, cache=None):
         """The residual stream after the last layer, (B, S, E) float32. positions (1 or B, S), mask: see CCA.forward."""
         cos, sin = rope_table(positions, self.config.rope_dim, self.config.rope_base)      # (1 or B, S, rope_dim / 2)
-        x = wide((self.embedding(tokens) + self.embedding_bias) * self.embedding_scale)
+        x = upcast((self.embedding(tokens) + self.embedding_bias) * self.embedding_scale)
         r = None                                                # the router state climbs the layers beside x
         for layer in self.layers:
             x, r = layer(x, r, cos, sin, mask, start, cache)
@@ -242,7 +242,7 @@ class Zaya(nn.Module):
     def head(self, x):
         """Logits in float32 (report, IV-D). x (B, S, E) -> (B, S, V)."""
         with torch.autocast(x.device.type, enabled=False):
-            return logits(wide(self.norm(x)), self.embedding.weight)
+            return logits(upcast(self.norm(x)), self.embedding.weight)
 
     @property
     def routers(self):

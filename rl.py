@@ -19,7 +19,7 @@ Prompts are of two kinds. Some are problems, solved in one rollout; they become 
 are rounds of Markovian RSA (rsa.py): the G rollouts of a prompt are a population, and in its next round G new rollouts
 read some of its tails, errors too: the model's own, not made up as in its data. Most rounds end before an answer. Then
 the last value written must be right, which is as sure a sign: the program says what it is after any step. A rollout
-that does not go on from a tail has no reward (data/loops/task.py: verify).
+that does not go on from a tail has no reward (tasks/loops/task.py: verify).
 
 Legend:  G rollouts of a prompt   R rollouts learned from   B rows   L layers   S tokens of prompt and output   n output
 """
@@ -41,14 +41,15 @@ from tqdm import tqdm
 
 import configurator
 import decode
-from checkpoint import load_checkpoint, restore, save_checkpoint, write_log
-from data.loops import task
-from data.loops.evaluate import TableConfig, measure
-from data.problems import repeats
+from runtime.checkpoint import load_checkpoint, restore, save_checkpoint, write_log
+from tasks.loops import task
+from evaluate import TableConfig, measure
+from tasks.problems import repeats
 from optim import make_optimizers
 from router import Balancer, choose, load_entropy
-from rsa import load_speaker
+from rsa import load_policy
 from sample import generate
+from runtime.device import pick_device
 
 
 @dataclass
@@ -238,30 +239,30 @@ SHOWN = 'reward round_reward level length entropy masked replayed tokens_per_s'.
 COLUMNS = ['step', *SHOWN, *'groups generated grad_norm load_entropy lr seconds held_out'.split()]      # log.csv
 
 
-def begin(config):
-    """Continue the run in out_dir, or begin with the weights of init_from. Return the speaker (rsa.py), optimizers,
+def set_up(config):
+    """Continue the run in out_dir, or begin with the weights of init_from. Return the policy (rsa.py), optimizers,
     balancer, and what else moves: step, level, populations. Raise ValueError for a run of another kind."""
     saved = load_checkpoint(config.out_dir)
     if saved and 'populations' not in saved:
         raise ValueError(f'out_dir: {config.out_dir} holds another kind of run, choose another folder')
-    speaker = load_speaker(config.out_dir if saved else config.init_from, configurator.pick_device(config.device))
-    if speaker.build_prompt is not task.build_prompt:
+    policy = load_policy(config.out_dir if saved else config.init_from, pick_device(config.device))
+    if policy.build_prompt is not task.build_prompt:
         raise ValueError(f'init_from: {config.init_from} was not trained on the loops task (config/loops.py)')
-    optimizers = make_optimizers(speaker.model, config.lr, weight_decay=0)
+    optimizers = make_optimizers(policy.model, config.lr, weight_decay=0)
     optimizers[0].param_groups[0]['momentum'] = 0
-    balancer = Balancer(speaker.model.routers, lr=config.balancer_lr)
+    balancer = Balancer(policy.model.routers, lr=config.balancer_lr)
     if not saved:
         os.makedirs(config.out_dir, exist_ok=True)
-        shutil.copy(os.path.join(config.init_from, 'bpe.json'), config.out_dir)       # load_speaker has just read it
-        return speaker, optimizers, balancer, 0, config.level, []
+        shutil.copy(os.path.join(config.init_from, 'bpe.json'), config.out_dir)       # load_policy has just read it
+        return policy, optimizers, balancer, 0, config.level, []
     restore([*optimizers, balancer.adamw], saved['states'], config.out_dir)
-    return speaker, optimizers, balancer, saved['step'], saved['level'], saved['populations']
+    return policy, optimizers, balancer, saved['step'], saved['level'], saved['populations']
 
 
 def train(config):
     """Run or continue the run of `config`."""
-    speaker, optimizers, balancer, step, level, populations = begin(config)
-    model, held_out = speaker.model, task.test_problems('hard', config.eval_problems)
+    policy, optimizers, balancer, step, level, populations = set_up(config)
+    model, held_out = policy.model, task.test_problems('hard', config.eval_problems)
     # A prompt has 2 tokens an operation and 9 more, an output 5 a step and 8 more.
     longest = min(9 * config.operations, (model.config.context - (2 * config.operations + 9) - 8) // task.STEP)
     level = min(level, longest)
@@ -282,7 +283,7 @@ def train(config):
             row |= dict(step=step, level=level, lr=lr, seconds=seconds, tokens_per_s=row['generated'] / seconds)
             if save := (step % config.eval_every == 0 or step == config.max_steps):
                 if held_out:
-                    row['held_out'] = measure(speaker._replace(step=decode.folded(model)), held_out, TableConfig(),
+                    row['held_out'] = measure(policy._replace(step=decode.folded(model)), held_out, TableConfig(),
                                               'held out', candidates=1, rounds=0, tail=1).mean
                     tqdm.write(f'step {step}: {100 * row["held_out"]:.1f} % of held-out problems')
             write_log(config.out_dir, row, COLUMNS)

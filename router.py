@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from layers import RMSNorm, wide
+from layers import RMSNorm, upcast
 
 
 def choose(probs, bias):
@@ -57,7 +57,7 @@ class Router(nn.Module):
             r = r + self.eda_scale * r_below
         h = F.gelu(self.fc1(self.norm(r)))
         h = F.gelu(self.fc2(h))
-        probs = wide(self.out_proj(h)).softmax(-1)                              # s_l (B, S, M), float32
+        probs = upcast(self.out_proj(h)).softmax(-1)                              # s_l (B, S, M), float32
         expert, weight = self.choose(probs, self.balancing_bias)
         if self.training:
             self.load += F.one_hot(expert.flatten(), len(self.load)).sum(0)     # no bincount: it would wait for the GPU

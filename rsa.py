@@ -23,12 +23,13 @@ from collections import namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import checkpoint
+from runtime import pretrained
 import configurator
 import decode
 import sample
-from data import problems, server
-from data.loops import task
+from tasks import client, problems
+from tasks.loops import task
+from runtime.device import pick_device
 
 
 def markovian_rsa(questions, *args, **settings):
@@ -45,7 +46,7 @@ def markovian_rsa(questions, *args, **settings):
 
 def rounds_of(questions, generate, build_prompt, *, population=16, candidates=4, rounds=2, budget, tail,
               final_budget=None, compact='tail', answer_of=None, thought_of=list, seed=0, done=()):
-    """Think in rounds. After each, yield for each question a dict: 'draws', N lists of C numbers, empty in round 0;
+    """Think in rounds. After each, yield for each question a dict: 'sampled', N lists of C numbers, empty in round 0;
     'prompts', N lists, None where nothing was generated; 'outputs', N lists; 'answers', N lists or None; 'tails', N
     lists; 'tokens', how many were generated.
 
@@ -76,7 +77,7 @@ def rounds_of(questions, generate, build_prompt, *, population=16, candidates=4,
         if t < len(done):
             before = done[t]
             continue
-        now = [{'draws': draws, 'prompts': [                    # None: who reads nobody else, and has finished
+        now = [{'sampled': draws, 'prompts': [                    # None: who reads nobody else, and has finished
             None if len(draw) == 1 and before[q]['answers'][draw[0]] is not None else
             build_prompt(question, [before[q]['tails'][j] for j in draw]) for draw in draws]}
             for q, (question, draws) in enumerate(zip(questions, drawn))]
@@ -102,38 +103,38 @@ def rounds_of(questions, generate, build_prompt, *, population=16, candidates=4,
 
 
 # A model that speaks. step: of decode.py; stop: tokens that end an output; encode(question); the rest as in rounds_of.
-Speaker = namedtuple('Speaker', 'model step decode stop encode build_prompt answer_of thought_of')
+Policy = namedtuple('Policy', 'model step decode stop encode build_prompt answer_of thought_of')
 
 
-def load_speaker(folder, device, words=None, compact='tail'):
-    """Read a Speaker: of a model trained on the loops task, in that task's own tokens, else in words, by its chat
+def load_policy(folder, device, words=None, compact='tail'):
+    """Read a Policy: of a model trained on the loops task, in that task's own tokens, else in words, by its chat
     template. words, compact: see problems.message. Raise ValueError if the folder holds no model."""
-    model, language = checkpoint.load(folder, device)
+    model, language = pretrained.load(folder, device)
     common = model, decode.folded(model), language.decode, language.stop, language.encode
     if language.digest == task.DIGEST:
-        return Speaker(*common, task.build_prompt, task.answer_of, list)
+        return Policy(*common, task.build_prompt, task.answer_of, list)
     prompt = lambda question, tails: language.prompt(
         [{'role': 'user', 'content': problems.message(question, tails, words, compact)}])
-    return Speaker(*common, prompt, language.answer, language.thought)
+    return Policy(*common, prompt, language.answer, language.thought)
 
 
-def sampler(speaker, config, stream=None, first=0):
+def sampler(policy, config, stream=None, first=0):
     """Return a `generate` for rounds_of: sample.generate, with another seed at every call."""
     seeds = itertools.count(config.seed * 1_000_003 + first)
     return lambda prompts, max_new_tokens: sample.generate(
-        speaker.model, prompts, max_new_tokens, config.temperature, 0, config.top_p, config.min_p, speaker.stop,
-        next(seeds), stream, step=speaker.step)
+        policy.model, prompts, max_new_tokens, config.temperature, 0, config.top_p, config.min_p, policy.stop,
+        next(seeds), stream, step=policy.step)
 
 
 @dataclass
 class RSAConfig:
     ckpt: str = ''                  # a run folder of train.py, or a released folder; '': runs/loops
-    server: str = ''                # the URL of an OpenAI API (data/server.py); ckpt is for the tokenizer then
+    server: str = ''                # the URL of an OpenAI API (tasks/client.py); ckpt is for the tokenizer then
     model: str = ''                 # on that server; '': the only one it has
     parallel: int = 16              # requests to it at once
     question: str = '-'             # '-': the first held-out 'hard' problem, for a model trained on the loops task
     show: bool = False              # print what every candidate says, round by round
-    problems: str = ''              # a file of problems (data/problems.py), in place of a question
+    problems: str = ''              # a file of problems (tasks/problems.py), in place of a question
     out: str = ''                   # what becomes of them, and of a run that was killed; '': FILE.rsa.jsonl
     dry_run: bool = False           # only say what these problems will take
     aggregation_prompt: str = ''    # a file of other words for it, with {problem} and {candidates} in them
@@ -161,10 +162,10 @@ def main(config):
     words = problems.read_words(config.aggregation_prompt) if config.aggregation_prompt else None
     listed = problems.read_problems(config.problems) if config.problems else None
     path = listed and (config.out or config.problems.removesuffix('.jsonl') + '.rsa.jsonl')
-    speaker = server.speaker(config, words, path) if config.server else load_speaker(
-        config.ckpt, configurator.pick_device(config.device), words, config.compact)
-    draw = server.sampler if config.server else sampler
-    question, extras, loops = config.question, (), speaker.build_prompt is task.build_prompt
+    policy = client.load_policy(config, words, path) if config.server else load_policy(
+        config.ckpt, pick_device(config.device), words, config.compact)
+    draw = client.sampler if config.server else sampler
+    question, extras, loops = config.question, (), policy.build_prompt is task.build_prompt
     budget, tail, rounds, last = 16_384, 4096, 2, config.budget or 40_960       # the report's
     if loops and not listed:
         question = question if question != '-' else task.test_problems('hard', 1)[0].question
@@ -174,21 +175,21 @@ def main(config):
         print(f'{question}   {steps} steps, the answer is {task.solve(question)}')
     elif loops or question == '-' and not listed:
         raise ValueError(f'{config.server or config.ckpt} ' + (
-            'was trained on the loops task: data.loops.evaluate has its problems' if loops else
+            'was trained on the loops task: evaluate has its problems' if loops else
             'needs a --question or a file of --problems'))
     settings = dict(population=config.population, candidates=config.candidates, budget=config.budget or budget,
                     rounds=rounds if config.rounds < 0 else config.rounds, tail=config.tail or tail,
                     final_budget=config.final_budget or last, compact=config.compact, seed=config.seed)
-    problems.check_room(speaker, [text + problems.INSTRUCTION for text, _ in listed or ()] or [question], **settings)
-    functions = dict(answer_of=speaker.answer_of, thought_of=speaker.thought_of)
+    problems.check_room(policy, [text + problems.INSTRUCTION for text, _ in listed or ()] or [question], **settings)
+    functions = dict(answer_of=policy.answer_of, thought_of=policy.thought_of)
     if not listed:
-        result, = markovian_rsa([speaker.encode(question)], draw(speaker, config), speaker.build_prompt, **settings,
+        result, = markovian_rsa([policy.encode(question)], draw(policy, config), policy.build_prompt, **settings,
                                 **functions)
-        return problems.print_result(result, question, speaker.decode, config.show, *extras)
+        return problems.print_result(result, question, policy.decode, config.show, *extras)
     think = lambda k, question, done, stream: rounds_of(
-        [question], draw(speaker, config, stream, 1000 * k + len(done)), speaker.build_prompt, done=done, **settings,
+        [question], draw(policy, config, stream, 1000 * k + len(done)), policy.build_prompt, done=done, **settings,
         **functions)
-    problems.solve(listed, speaker, think, path, settings, config)
+    problems.solve(listed, policy, think, path, settings, config)
 
 
 if __name__ == '__main__':

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint
+from runtime import pretrained
 import configurator
 import decode
 import kernels
-from data.chat.talk import Conversation, talk, write_on
+from runtime.chat import Conversation, chat_loop, complete_prompts
+from runtime.device import pick_device
 
 
-def sample_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+def sample_from_logits(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Draw one token a row. logits (B, V), u (B) uniform in [0, 1) -> (B) int64; -1 if the logits are not finite.
 
     Unlikely tokens can be dropped before: all but the top_k likeliest (0: keep all); those beyond a total probability
@@ -93,7 +94,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         step = step or (decode.compiled(model) if compiled else decode.folded(model))
         rows = growing = list(range(len(prompts)))              # rows still in the batch; of these, where some grow
         for t in range(max_new_tokens):
-            next_tokens = sample_tokens(logits, u[rows, t], temperature, top_k, top_p, min_p)   # (B)
+            next_tokens = sample_from_logits(logits, u[rows, t], temperature, top_k, top_p, min_p)   # (B)
             watch(rows, logits, next_tokens)
             drawn = next_tokens.tolist()
             if min(drawn) < 0:
@@ -162,16 +163,16 @@ def main(arguments):
     config, = configurator.read(arguments, SampleConfig)
     if config.preset:
         config, = configurator.read(arguments, SampleConfig, **PRESETS[config.preset])
-    model, language = checkpoint.load(config.ckpt, configurator.pick_device(config.device))
+    model, language = pretrained.load(config.ckpt, pick_device(config.device))
     kernels.use(model, config.kernel, model.dtype)
     options = {key: getattr(config, key) for key in ('temperature', 'top_k', 'top_p', 'min_p', 'seed')}
     options['step'] = decode.compiled(model) if config.compile else decode.folded(model)
     reply = functools.partial(generate, model, stop=language.stop, compiled=config.compile, **options)
     prompt = config.prompt if config.prompt or '--prompt=' in arguments else None   # empty on purpose: gets its error
     if config.chat:
-        talk(Conversation(model, language, config.think), reply, config.max_new_tokens, config.show_think, prompt)
+        chat_loop(Conversation(model, language, config.think), reply, config.max_new_tokens, config.show_think, prompt)
     else:
-        write_on(model, language, reply, config.max_new_tokens or 200, config.num_samples, prompt)
+        complete_prompts(model, language, reply, config.max_new_tokens or 200, config.num_samples, prompt)
 
 
 if __name__ == '__main__':

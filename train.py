@@ -10,7 +10,7 @@ was; on a CPU its losses are bit for bit those of a run that was never interrupt
 
 Several GPUs: `torchrun --nproc_per_node=8 train.py config/NAME.py`. Every process runs all of this file, on its share
 of the micro-batches; the one of rank 0 alone speaks and writes. A model too large for one GPU: --shard=True as well,
-and each holds a part of every tensor (data/shards.py).
+and each holds a part of every tensor (runtime/distributed.py).
 """
 import contextlib
 import functools
@@ -28,15 +28,16 @@ from tqdm import tqdm
 
 import configurator
 import kernels
-from checkpoint import save_checkpoint, take_up, write_log
-from data.folder import alone
+from runtime.checkpoint import save_checkpoint, resume, write_log
+from runtime.checkpoint import exclusive_lock
 from data.loader import open_dataset
-from data.shards import orthogonalize_shards, put, shard
+from runtime.distributed import copy_into, orthogonalize_shards, shard
 from data.tokenizer import digest, save_tokenizer
 from model import Block, Zaya, ZayaConfig, sizes
 from optim import make_optimizers, orthogonalize
 from router import Balancer, load_entropy
 from sample import generate
+from runtime.device import name_and_peak, pick_device, pick_dtype, products_in
 
 
 @dataclass
@@ -96,7 +97,7 @@ def start_processes(config):
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1 and torch.cuda.is_available():                 # first of all, or each would put something on GPU 0
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    device = configurator.pick_device(config.device)
+    device = pick_device(config.device)
     if config.shard and 'RANK' not in os.environ:
         raise ValueError('shard spreads a model over processes: start it by torchrun --nproc_per_node=8 train.py ...')
     if world > 1 or config.shard:
@@ -131,8 +132,8 @@ def build(config, model_config, device):
         Block(model_config, layer)
     with torch.device('meta'):                                  # without memory
         model = Zaya(model_config)
-    shard(model, device, configurator.pick_dtype(config.dtype, device) if device.type == 'cuda' else torch.float32)
-    model.initialize(put)
+    shard(model, device, pick_dtype(config.dtype, device) if device.type == 'cuda' else torch.float32)
+    model.initialize(copy_into)
     return model
 
 
@@ -204,7 +205,7 @@ def train(config, model_config):
     logged as {step: loss}. Raises ValueError for settings, data or checkpoints that do not fit."""
     processes, data = start_processes(config), open_data(config, model_config)
     os.makedirs(config.out_dir, exist_ok=True)
-    with alone(os.path.join(config.out_dir, 'lock')) if processes[0] == 0 else contextlib.nullcontext():
+    with exclusive_lock(os.path.join(config.out_dir, 'lock')) if processes[0] == 0 else contextlib.nullcontext():
         return run(config, *processes, *data)
 
 
@@ -218,13 +219,13 @@ def run(config, rank, world, device, loader, val_loader, tokenizer, model_config
     if config.shard:
         optimizers[0].orthogonalize = functools.partial(orthogonalize_shards, orthogonalize)
     balancer = Balancer(model.routers, config.balancer, config.balancer_lr)
-    step = take_up(config, model, optimizers, balancer, tokenizer, say)
-    dtype = configurator.pick_dtype(config.dtype, device, model_config.n_embd)         # the same in every process
-    config.dtype, autocast = str(dtype)[6:], configurator.products_in(dtype, device)       # what a checkpoint remembers
+    step = resume(config, model, optimizers, balancer, tokenizer, say)
+    dtype = pick_dtype(config.dtype, device, model_config.n_embd)         # the same in every process
+    config.dtype, autocast = str(dtype)[6:], products_in(dtype, device)       # what a checkpoint remembers
     kernels.use(model, config.kernel, torch.float32 if device.type == 'cpu' else dtype)
     if rank == 0 and step == 0:                                 # sample.py finds it with the weights
         save_tokenizer(os.path.join(config.out_dir, 'bpe.json'), tokenizer)
-    name, peak = configurator.name_and_peak(device, dtype)
+    name, peak = name_and_peak(device, dtype)
     n, tokens_per_step = sizes(model_config), config.batch_size * model_config.context * config.grad_accum
     say(f'{n["total"]:,} parameters, {n["active"]:,} active a token (without the embedding), on {name} in '
         f'{config.dtype}{" x " + str(world) if world > 1 else ""}; data: {loader.n_tokens:,} tokens, '

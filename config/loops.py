@@ -1,6 +1,6 @@
-# The loops task (data/loops/): 1.1M parameters learn to reason in bounded rounds. First `python -m data.loops.prepare`.
+# The loops task (tasks/loops/): 1.1M parameters learn to reason in rounds. First `python -m tasks.loops.prepare`.
 out_dir = 'runs/loops'
-dataset = 'data/loops/traces:0.5 data/loops/votes:0.5'
+dataset = 'tasks/loops/traces:0.5 tasks/loops/votes:0.5'
 n_layer = 4
 n_embd = 128
 n_head = 4              # two KV heads: one sees this token's value, the other that of the token before

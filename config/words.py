@@ -1,6 +1,6 @@
-# The loops task in words, in the chat format (data/words/). First `python -m data.words.prepare`.
+# The loops task in words, in the chat format (tasks/words/). First `python -m tasks.words.prepare`.
 out_dir = 'runs/words'
-dataset = 'data/words'
+dataset = 'tasks/words'
 n_layer = 4
 n_embd = 128
 n_head = 4              # two KV heads: one sees this token's value, the other that of the token before

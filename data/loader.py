@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.gate import read_json
+from validate import read_json
 from data.reasoning import SCORED, STARTS
 from data.tokenizer import digest, load_tokenizer
 

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.gate import parse_json
+from validate import parse_json
 from data.prepare import token_dtype, write_meta
 from data.tokenizer import digest, save_tokenizer
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 import regex
 import tiktoken
 
-from data.gate import read_json, reading
+from validate import read_json, reading
 
 # Text is first cut into pieces, and no token crosses a cut: otherwise ` the,`, ` the.` and so on would each become a
 # token of their own. At each position the first alternative that matches is taken. None looks ahead or backtracks, so

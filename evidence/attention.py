@@ -27,7 +27,7 @@ import torch
 
 from cca import CCA
 from evidence.baselines import GQA, MLA
-from evidence.claims import by_seed, program, replaced, table, trained, verdict, with_seeds
+from evidence.claims import by_seed, run_claim, replaced, table, trained, verdict, with_seeds
 from model import Zaya, ZayaConfig
 
 RATES = 2.5e-3, 5e-3, 1e-2, 2e-2
@@ -105,4 +105,4 @@ def draw(plt, rows):
 
 
 if __name__ == '__main__':
-    program('attention', main, draw)
+    run_claim('attention', main, draw)

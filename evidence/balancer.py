@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 import router
 import train
-from evidence.claims import by_seed, program, replaced, table, trained, verdict, with_seeds
+from evidence.claims import by_seed, run_claim, replaced, table, trained, verdict, with_seeds
 from evidence.router import QUICK, derived, entropies, even_at, recipe, small
 
 STEPS, CHANGE, EVERY = 150, 110, 2
@@ -153,4 +153,4 @@ def draw(plt, rows):
 
 
 if __name__ == '__main__':
-    program('balancer', main, draw)
+    run_claim('balancer', main, draw)

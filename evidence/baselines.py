@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from cca import norm, rope
-from layers import RMSNorm, wide
+from layers import RMSNorm, upcast
 
 
 def attend(q, k, v, temperature, cos, sin, mask):
     """Steps 4, 5 and 7 of cca.py. q (Hq, B, S, d), k (Hk, B, S, d), v (B, Hk, S, d) -> (B, S, Hq d)."""
     d = q.shape[-1]
-    q = rope(norm(wide(q), q.new_full((len(q),), d ** 0.5)), cos, sin).to(v.dtype).transpose(0, 1)
-    k = rope(norm(wide(k), d ** 0.5 * temperature), cos, sin).to(v.dtype).transpose(0, 1)
+    q = rope(norm(upcast(q), q.new_full((len(q),), d ** 0.5)), cos, sin).to(v.dtype).transpose(0, 1)
+    k = rope(norm(upcast(k), d ** 0.5 * temperature), cos, sin).to(v.dtype).transpose(0, 1)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2).flatten(-2)
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import cca
 from evidence.attention import matched, run
-from evidence.claims import by_seed, program, replaced, table, verdict, with_seeds
+from evidence.claims import by_seed, run_claim, replaced, table, verdict, with_seeds
 
 LR = 1e-2
 PUBLISHED = 2.280, 2.264, 2.252, 2.248, 2.241
@@ -101,4 +101,4 @@ def draw(plt, rows):
 
 
 if __name__ == '__main__':
-    program('cca_parts', main, draw)
+    run_claim('cca_parts', main, draw)

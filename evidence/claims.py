@@ -121,7 +121,7 @@ def one_line_errors(name):
     return configurator.one_line_errors(f'evidence.{name}', '', 'the same command goes on where it was')
 
 
-def programs(name, experiments):
+def run_experiments(name, experiments):
     """What a script of several experiments does when it is run. experiments: {first argument: function of config}."""
     with one_line_errors(name):
         if len(sys.argv) < 2 or sys.argv[1] not in experiments:
@@ -139,7 +139,7 @@ def picture(name, draw):
     print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def program(name, main, draw):
+def run_claim(name, main, draw):
     """What a script does when it is run: main(config), then its picture, unless it was a first look."""
     with one_line_errors(name):
         config, = configurator.read(sys.argv[1:], ClaimConfig)

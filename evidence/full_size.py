@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-import checkpoint
+from runtime import pretrained
 import configurator
 import decode
 from bench import alternate
 from model import Zaya, ZayaConfig
-from quantize import quantize_folder
+from runtime.quantize_folder import quantize_folder
 
 
 @dataclass
@@ -65,11 +65,11 @@ def write_random(folder, config):
 
     place = lambda name: name.split('.')[1] if name.startswith('layers.') else ''
     for number, (_, names) in enumerate(itertools.groupby(shapes, place)):
-        tensors = {checkpoint.released_name(name): random(name, shapes[name]).contiguous() for name in names}
+        tensors = {pretrained.released_name(name): random(name, shapes[name]).contiguous() for name in names}
         file = f'model-{number:05}.safetensors'
         save_file(tensors, os.path.join(folder, file), metadata={'format': 'pt'})
         weight_map |= dict.fromkeys(tensors, file)
-    settings = checkpoint.config_to_json(config) | {'dtype': 'bfloat16', 'eos_token_id': 1}
+    settings = pretrained.config_to_json(config) | {'dtype': 'bfloat16', 'eos_token_id': 1}
     index = {'metadata': {}, 'weight_map': weight_map}
     for name, content in ('model.safetensors.index.json', index), ('config.json', settings):
         with open(os.path.join(folder, name), 'w') as file:
@@ -107,7 +107,7 @@ def bytes_a_step(config, bits, B, context):
 def measure(folder, config, bits, peer, steps):
     """Print the rows of one model."""
     began = time.perf_counter()
-    model = checkpoint.from_pretrained(folder)
+    model = pretrained.from_pretrained(folder)
     step = decode.folded(model)
     loaded = time.perf_counter() - began
     for t in [*model.parameters(), *model.buffers()]:           # from the disk into memory, once: each page of 4 KiB

@@ -23,7 +23,7 @@ from torch import nn
 import decode
 from bench import alternate
 from cca import CCA, rope, rope_table
-from evidence.claims import by_seed, program, table, verdict
+from evidence.claims import by_seed, run_claim, table, verdict
 from model import Zaya, ZayaConfig
 
 PROMPTS, CONTEXTS = (1024, 4096, 8192), (1024, 2048, 4096, 8192, 16_384, 32_768)
@@ -133,4 +133,4 @@ def draw(plt, rows):
 
 
 if __name__ == '__main__':
-    program('kv_cache', main, draw)
+    run_claim('kv_cache', main, draw)

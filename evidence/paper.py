@@ -1,6 +1,6 @@
 """What the full size takes, on paper: `python -m evidence.paper`. Every figure is worked out by a function below.
 
-    memory      bytes of a process, when W of them train with --shard=True --recompute=True       (data/shards.py)
+    memory      bytes of a process, when W of them train with --shard=True --recompute=True     (runtime/distributed.py)
     training    hours to train on T tokens = FLOPs a token x T / (W x peak x MFU)                 (model.sizes)
     thinking    hours of AIME'25 under Markovian RSA, from bytes that a decoding step reads       (report, VI)
 
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 import configurator
-from data.shards import orthogonalize_shards, own_part
+from runtime.distributed import orthogonalize_shards, local_part
 from model import Block, Zaya, ZayaConfig, sizes
 from optim import make_optimizers, orthogonalize
 from train import TrainConfig, build
@@ -159,11 +159,11 @@ def measure(config=ZayaConfig(n_layer=4, n_embd=128, n_expert=4, expert_dim=128)
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     model(tokens, tokens)[1].backward()
     held = {'parameters': model.parameters(), 'gradients': (p.grad for p in model.parameters())}
-    held = {name: sum(own_part(t).nbytes for t in tensors) for name, tensors in held.items()}
+    held = {name: sum(local_part(t).nbytes for t in tensors) for name, tensors in held.items()}
     for optimizer in optimizers:
         optimizer.step()
     momenta = [t for o in optimizers for state in o.state.values() for t in state.values() if t.ndim]
-    held['optimizers'] = sum(own_part(t).nbytes for t in momenta)
+    held['optimizers'] = sum(local_part(t).nbytes for t in momenta)
     return held, memory(config, dist.get_world_size())
 
 

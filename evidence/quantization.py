@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-import checkpoint
+from runtime import checkpoint, pretrained
 import configurator
 import decode
 from data.loader import open_dataset
-from data.loops import task
-from data.loops.evaluate import TableConfig, measure
+from tasks.loops import task
+from evaluate import TableConfig, measure
 from quantize import dequantize, quantize
-from rsa import load_speaker
+from rsa import load_policy
 
 
 @dataclass
@@ -65,10 +65,10 @@ def val_loss(model, loader, batches):
 
 
 def main(config):
-    demo, _ = checkpoint.load(config.demo)
+    demo, _ = pretrained.load(config.demo)
     settings = checkpoint.load_checkpoint(config.demo)['config']
     loader, _ = open_dataset(settings['dataset'], 'val', settings['batch_size'], demo.config.context, settings['seed'])
-    speaker = load_speaker(config.loops, torch.device('cpu'))
+    policy = load_policy(config.loops, torch.device('cpu'))
     problems, table = task.test_problems('hard', config.problems), TableConfig(problems=config.problems)
     rounds = task.rounds_needed(task.LENGTHS['hard'][1], table.budget)
     print('weights,val_loss,more_than_float32,rsa_mean,ci95')
@@ -76,8 +76,8 @@ def main(config):
     for name, change in CHANGES.items():
         loss = val_loss(in_few_bits(demo, change), loader, config.batches)
         first = first or loss
-        model = in_few_bits(speaker.model, change)
-        row = measure(speaker._replace(model=model, step=decode.folded(model)), problems, table, name, candidates=4,
+        model = in_few_bits(policy.model, change)
+        row = measure(policy._replace(model=model, step=decode.folded(model)), problems, table, name, candidates=4,
                       rounds=rounds, budget=table.budget, tail=table.tail)
         print(f'{name!r},{loss:.4f},{loss - first:+.4f},{100 * row.mean:.1f},{100 * row.half:.1f}', flush=True)
 

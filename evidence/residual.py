@@ -23,9 +23,9 @@ from torch import nn
 
 import train
 from evidence.attention import SETTINGS
-from evidence.claims import by_seed, program, replaced, table, trained, verdict, with_seeds
+from evidence.claims import by_seed, run_claim, replaced, table, trained, verdict, with_seeds
 from evidence.plot import by_layer
-from layers import ResidualScaling, wide
+from layers import ResidualScaling, upcast
 from model import Zaya, ZayaConfig
 
 SIZES = ZayaConfig(vocab_size=512, context=64, n_layer=40, n_embd=32, n_head=2, n_kv_head=1, head_dim=8, n_expert=1,
@@ -40,7 +40,7 @@ class PlainSum(nn.Module):
         super().__init__()
 
     def forward(self, x, f):
-        return x + wide(f)
+        return x + upcast(f)
 
 
 SCALINGS = {'plain sum': PlainSum, 'residual scaling': ResidualScaling}
@@ -116,4 +116,4 @@ def draw(plt, rows):
 
 
 if __name__ == '__main__':
-    program('residual', main, draw)
+    run_claim('residual', main, draw)

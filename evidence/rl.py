@@ -29,14 +29,14 @@ from pathlib import Path
 
 import torch
 
-import configurator
 import rl
-from data.loops import task
-from data.loops.evaluate import TableConfig, steps
-from evidence.claims import by_seed, picture, programs, read_table, table, verdict
+from tasks.loops import task
+from evaluate import TableConfig, steps
+from evidence.claims import by_seed, picture, run_experiments, read_table, table, verdict
 from evidence.quantization import CHANGES, in_few_bits
 from evidence.rsa import BOUNDS, data_of, figures, judge, methods, report, trained_model
-from rsa import load_speaker, markovian_rsa, sampler
+from rsa import load_policy, markovian_rsa, sampler
+from runtime.device import pick_device
 
 MODEL = 'runs/loops'                                            # with which RL begins, if nothing else is said
 WAYS = 'one unbounded rollout each', 'C=1', 'C=4'
@@ -49,7 +49,7 @@ QUICK_RL = dict(max_steps=1, groups=4, rollouts=2, draws=1, candidates=2, level=
 
 
 def loaded(folder):
-    return load_speaker(folder, configurator.pick_device('auto'))
+    return load_policy(folder, pick_device('auto'))
 
 
 def learned(config, run, seed, model, **changes):
@@ -165,22 +165,22 @@ def what_went_wrong(problem, tails, output, budget):
 KINDS = 'outvoted', 'place', 'misread', 'computed'
 
 
-def wrong_outputs(speaker, problems, C, T, seed):
+def wrong_outputs(policy, problems, C, T, seed):
     """Let RSA solve the problems. Return how many outputs it had in all rounds, how many were wrong and why, and how
     many problems have no right answer among their last outputs."""
     questions, counts, lost = [problem.question for problem in problems], Counter(), 0
-    results = markovian_rsa([speaker.encode(question) for question in questions],
-                            sampler(speaker, TableConfig(seed=seed)), speaker.build_prompt, candidates=C, rounds=T,
-                            answer_of=speaker.answer_of, seed=seed, **BOUNDS)
+    results = markovian_rsa([policy.encode(question) for question in questions],
+                            sampler(policy, TableConfig(seed=seed)), policy.build_prompt, candidates=C, rounds=T,
+                            answer_of=policy.answer_of, seed=seed, **BOUNDS)
     for problem, result in zip(problems, results):
         tails = []
         for now in result['rounds']:
-            for draw, prompt, output in zip(now['draws'], now['prompts'], now['outputs']):
+            for draw, prompt, output in zip(now['sampled'], now['prompts'], now['outputs']):
                 if prompt is not None:
                     counts[what_went_wrong(problem, [tails[j] for j in draw], output, BOUNDS['budget'])] += 1
             tails = now['tails']
         right = str(task.solve(problem.question))
-        lost += not any(answer and speaker.decode(answer) == right for answer in result['answers'])
+        lost += not any(answer and policy.decode(answer) == right for answer in result['answers'])
     return dict(outputs=counts.total(), wrong=counts.total() - counts[None], **{kind: counts[kind] for kind in KINDS},
                 lost=lost)
 
@@ -202,9 +202,9 @@ def errors(config):
 
     def one(setting, seed):
         run, split, C = settings[setting]
-        speaker = loaded(MODEL if run == 'before' else learned(config, 'RL', seed, MODEL))
+        policy = loaded(MODEL if run == 'before' else learned(config, 'RL', seed, MODEL))
         T = task.rounds_needed(task.LENGTHS[split][1], BOUNDS['budget'])
-        return wrong_outputs(speaker, task.test_problems(split, problems), C, T, seed)
+        return wrong_outputs(policy, task.test_problems(split, problems), C, T, seed)
     report_errors(table('rl_errors', config, settings, one))
 
 
@@ -223,7 +223,7 @@ def report_replay(rows):
 def replay(config):
     """One batch of rollouts by each generator, and the learner's probabilities of their tokens. KL is estimated
     as the mean of p/q - 1 - ln(p/q), which is never negative, over the tokens drawn from q."""
-    learner, rng = load_speaker(MODEL, torch.device('cpu')).model, random.Random(0)
+    learner, rng = load_policy(MODEL, torch.device('cpu')).model, random.Random(0)
     generators = {'float32': lambda: learner, 'bf16': lambda: rl.generator_of(learner, 'bfloat16'),
                   'int8': lambda: in_few_bits(learner, CHANGES['int8'])}
     rollouts_of = functools.cache(lambda name: rl.roll_out(generators[name](), prompts, 170, seed=0))
@@ -300,5 +300,6 @@ def draw_replay(plt, rows):
 
 
 if __name__ == '__main__':
-    programs('rl', {'main': main_table, 'models': models, 'compare': compare, 'aggregation': aggregation, 'long': long,
+    run_experiments('rl', {'main': main_table, 'models': models, 'compare': compare, 'aggregation': aggregation,
+                            'long': long,
                     'without': without, 'errors': errors, 'replay': replay})

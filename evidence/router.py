@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import router
-from evidence.claims import by_seed, program, replaced, table, trained, verdict, with_seeds
-from layers import wide
+from evidence.claims import by_seed, run_claim, replaced, table, trained, verdict, with_seeds
+from layers import upcast
 from model import ZayaConfig, sizes
 
 STEPS, DEEP_STEPS, EVERY, EVEN = 400, 100, 10, 0.95
@@ -44,7 +44,7 @@ class Linear(nn.Module):
         self.register_buffer('load', torch.zeros(self.n_expert, dtype=torch.int64), persistent=False)
 
     def forward(self, x, r_below=None):
-        probs = wide(self.out_proj(x)).softmax(-1)                              # s (B, S, N), float32
+        probs = upcast(self.out_proj(x)).softmax(-1)                              # s (B, S, N), float32
         expert, weight = router.choose(probs, self.balancing_bias)
         if self.training:
             self.load += F.one_hot(expert.flatten(), self.n_expert).sum(0)
@@ -163,4 +163,4 @@ def draw(plt, rows):
 
 
 if __name__ == '__main__':
-    program('router', main, draw)
+    run_claim('router', main, draw)

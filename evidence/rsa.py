@@ -22,19 +22,20 @@ from pathlib import Path
 
 import configurator
 import train
-from data.loops import task
-from data.loops.evaluate import TableConfig, measure, steps
-from data.loops.prepare import LoopsConfig, prepare_loops
-from evidence.claims import by_seed, picture, programs, table, verdict, with_seeds
+from tasks.loops import task
+from evaluate import TableConfig, measure, steps
+from tasks.loops.prepare import LoopsConfig, prepare_loops
+from evidence.claims import by_seed, picture, run_experiments, table, verdict, with_seeds
 from model import ZayaConfig
-from rsa import load_speaker
+from rsa import load_policy
+from runtime.device import pick_device
 
 BOUNDS = dict(budget=41, tail=10)
 UNBOUNDED = dict(candidates=1, rounds=0, tail=1)                # its budget is what the question leaves of the context
 QUICK = '--max_steps=2 --eval_batches=1 --n_layer=1 --n_embd=32 --head_dim=8 --expert_dim=16'.split()
 
 
-def data_of(config, folder='data/loops', **settings):
+def data_of(config, folder='tasks/loops', **settings):
     """The folder of the task's two sets, prepared if they are not there. settings: of LoopsConfig. For a quick look the
     sets are small."""
     folder, samples = (config.folder(Path(folder).name), 100) if config.quick else (folder, 30_000)
@@ -44,18 +45,18 @@ def data_of(config, folder='data/loops', **settings):
 
 
 @functools.lru_cache(1)
-def speaker_of(folder, *flags):
-    """Train by the recipe of the loops task into a folder, or go on there. Return the model's Speaker."""
+def policy_of(folder, *flags):
+    """Train by the recipe of the loops task into a folder, or go on there. Return the model's Policy."""
     train.train(*configurator.read(['config/loops.py', f'--out_dir={folder}', *flags], train.TrainConfig, ZayaConfig))
-    return load_speaker(folder, configurator.pick_device('auto'))
+    return load_policy(folder, pick_device('auto'))
 
 
 def trained_model(config, label, seed, data, *flags):
-    """The run folder of a model of the task, and its Speaker. label: 'with' aggregation examples, 'without', or another
+    """The run folder of a model of the task, and its Policy. label: 'with' aggregation examples, 'without', or another
     name for 'with' other data or flags of train.py."""
     sets = f'{data}/traces' if label == 'without' else f'{data}/traces:0.5 {data}/votes:0.5'
     folder = f'{config.folder("loops")}/{label}{seed}'
-    return folder, speaker_of(folder, f'--seed={seed}', f'--dataset={sets}', *flags, *QUICK * config.quick)
+    return folder, policy_of(folder, f'--seed={seed}', f'--dataset={sets}', *flags, *QUICK * config.quick)
 
 
 def methods(lengths):
@@ -72,9 +73,9 @@ def methods(lengths):
     return found
 
 
-def figures(speaker, problems, seed, N=16, rows=512, **settings):
+def figures(policy, problems, seed, N=16, rows=512, **settings):
     """Let RSA solve the problems, `rows` rollouts at a time. Return what the table keeps."""
-    row = measure(speaker, problems, TableConfig(seed=seed, population=N, candidates=1, rows=rows), '', **settings)
+    row = measure(policy, problems, TableConfig(seed=seed, population=N, candidates=1, rows=rows), '', **settings)
     return {'mean': 100 * row.mean, 'majority': 100 * row.majority, 'tokens': row.tokens, 'longest': row.longest}
 
 
@@ -171,4 +172,4 @@ def draw_aggregation(plt, rows):
 
 
 if __name__ == '__main__':
-    programs('rsa', {'main': main_table, 'aggregation': aggregation})
+    run_experiments('rsa', {'main': main_table, 'aggregation': aggregation})

@@ -20,11 +20,11 @@ Legend:  N population   C candidates   T rounds after round 0   tau tail   beta 
 import statistics
 import time
 
-import configurator
-from data.loops import task
-from evidence.claims import by_seed, program, table, verdict, with_seeds
+from tasks.loops import task
+from evidence.claims import by_seed, run_claim, table, verdict, with_seeds
 from evidence.rsa import UNBOUNDED, figures
-from rsa import load_speaker
+from rsa import load_policy
+from runtime.device import pick_device
 
 BASE = dict(N=16, C=4, T=4, tau=10)
 CHANGES = [{}, dict(C=1), dict(C=2), dict(C=8), dict(N=4), dict(N=8), dict(T=2), dict(T=3), dict(T=6), dict(tau=5),
@@ -67,15 +67,15 @@ def judge(rows):
 
 
 def main(config):
-    n, speaker = 2 if config.quick else 8, load_speaker('runs/loops', configurator.pick_device('auto'))
+    n, policy = 2 if config.quick else 8, load_policy('runs/loops', pick_device('auto'))
 
     def measure(setting, seed):
         problems = task.test_problems('hard', n * (seed + 1))[-n:]
         began = time.process_time()
         if setting in TIMED:
-            figures(speaker, problems[:2], seed, rows=1, **SETTINGS[setting])
+            figures(policy, problems[:2], seed, rows=1, **SETTINGS[setting])
         seconds = (time.process_time() - began) / 2 if setting in TIMED else ''
-        return figures(speaker, problems, seed, **SETTINGS[setting]) | {'seconds': seconds}
+        return figures(policy, problems, seed, **SETTINGS[setting]) | {'seconds': seconds}
     rows = table('rsa_cost', config, SETTINGS, measure)
     report(rows)
     judge(rows)
@@ -100,4 +100,4 @@ def draw(plt, rows):
 
 
 if __name__ == '__main__':
-    program('rsa_cost', main, draw)
+    run_claim('rsa_cost', main, draw)

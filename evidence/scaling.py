@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import configurator
 import decode
-from bench import SMALL, TINY, BenchConfig, alternate, begin, memory, random_tokens, training, zaya
+from bench import SMALL, TINY, BenchConfig, alternate, set_up, memory, random_tokens, training, zaya
 
 
 def sizes_to_try(quick):
@@ -89,7 +89,7 @@ class ScalingConfig(BenchConfig):
 
 if __name__ == '__main__':
     with configurator.one_line_errors('evidence.scaling'):
-        settings, device, _ = begin(sys.argv[1:], ScalingConfig)
+        settings, device, _ = set_up(sys.argv[1:], ScalingConfig)
         results = scaling(device, settings)
         if settings.plot:
             try:

@@ -14,9 +14,9 @@ The rows of seeds 0 to 2 come from the table that an earlier program printed: sh
 and longest prompts are those of all seeds together.
 """
 
-from data.loops import task
-from data.loops.evaluate import steps
-from evidence.claims import program, table
+from tasks.loops import task
+from evaluate import steps
+from evidence.claims import run_claim, table
 from evidence.rsa import BOUNDS, UNBOUNDED, bars, data_of, figures, judge, report, trained_model
 
 CONTEXT, RULES = 116, ('ap', 'truncate', 'drop')
@@ -40,8 +40,8 @@ def main(config):
     def one(setting, seed):
         rule, split, how = settings[setting]
         data = data_of(config, f'{config.out}/trimming_{rule}', context=CONTEXT, rule=rule)
-        _, speaker = trained_model(config, rule, seed, data, f'--context={CONTEXT}', '--batch_size=18')
-        return figures(speaker, task.test_problems(split, problems), seed, **how)
+        _, policy = trained_model(config, rule, seed, data, f'--context={CONTEXT}', '--batch_size=18')
+        return figures(policy, task.test_problems(split, problems), seed, **how)
     rows = table('trimming', config, settings, one)
     report(rows)
     judge(rows, *((f'{rule}: {way}', f'ap: {way}') for way in ('one rollout', 'C=4') for rule in RULES[1:]))
@@ -56,4 +56,4 @@ def draw(plt, rows):
 
 
 if __name__ == '__main__':
-    program('trimming', main, draw)
+    run_claim('trimming', main, draw)

@@ -29,17 +29,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+from runtime import pretrained
 import configurator
-from data import problems
-from data.loops import task
-from data.loops.evaluate import TableConfig
+from tasks import problems
+from tasks.loops import task
+from evaluate import TableConfig
 from evidence.claims import replaced
 from evidence.plot import by_layer, read_log
 from evidence.rl import ends_and_vote, state, what_went_wrong
 from router import load_entropy
-from rsa import load_speaker, markovian_rsa, sampler
+from rsa import load_policy, markovian_rsa, sampler
 from sample import generate
+from runtime.device import pick_device
 
 TEMPLATE = Path(__file__).with_suffix('.html')
 LIMIT = 500_000                 # bytes of a page
@@ -63,21 +64,21 @@ class ViewConfig:
 
 # ---- a population that thinks ----
 
-def think(speaker, question, seed):
+def think(policy, question, seed):
     """Let a population think about a problem of the loops task. Return what the page shows of it, and the tokens of all
     candidates: rounds of (prompt, output)."""
     problem, table = task.parse(question), TableConfig(seed=seed)
     settings = dict(population=table.population, candidates=table.candidates, budget=table.budget, tail=table.tail,
                     rounds=task.rounds_needed(problem.steps, table.budget))
-    problems.check_room(speaker, [question], final_budget=table.budget, **settings)
-    result, = markovian_rsa([speaker.encode(question)], sampler(speaker, table), speaker.build_prompt, seed=seed,
-                            answer_of=speaker.answer_of, **settings)
+    problems.check_room(policy, [question], final_budget=table.budget, **settings)
+    result, = markovian_rsa([policy.encode(question)], sampler(policy, table), policy.build_prompt, seed=seed,
+                            answer_of=policy.answer_of, **settings)
     rounds, tails = [], []                                      # tails: those of the round before
     for now in result['rounds']:
         rounds.append([candidate(problem, [tails[j] for j in draw], output, tail, table.budget) | {'reads': draw}
-                       for draw, output, tail in zip(now['draws'], now['outputs'], now['tails'])])
+                       for draw, output, tail in zip(now['sampled'], now['outputs'], now['tails'])])
         tails = now['tails']
-    answers = [speaker.decode(answer) if answer else None for answer in result['answers']]
+    answers = [policy.decode(answer) if answer else None for answer in result['answers']]
     shown = {'question': question, 'steps': problem.steps, 'answer': task.solve(question), 'rounds': rounds,
              'answers': answers, 'tokens': result['tokens'], 'budget': table.budget, 'tail': table.tail}
     return shown, [list(zip(now['prompts'], now['outputs'])) for now in result['rounds']]
@@ -200,7 +201,7 @@ def texts_of_rsa(model, decode, rounds, spoken, room):
 
 def text_written_on(model, language, question, seed, room):
     """The text that a model makes of a prompt, which it reads behind what begins any text."""
-    prompt, most = [*language.begin, *language.encode(question)], room_for(model.config, room)
+    prompt, most = [*language.bos, *language.encode(question)], room_for(model.config, room)
     if not prompt or len(prompt) >= most:
         raise ValueError(f'question has {len(prompt)} tokens: a page has room for 1 to {most - 1} of this model')
     output, = generate(model, [prompt], min(NEW, most - len(prompt)), stop=language.stop, seed=seed)
@@ -243,8 +244,8 @@ def page(shown):
 
 def view(config):
     """Gather all that the page shows. Raises ValueError if the folder or the question is of no use."""
-    device = configurator.pick_device('auto')
-    model, language = checkpoint.load(config.ckpt, device)
+    device = pick_device('auto')
+    model, language = pretrained.load(config.ckpt, device)
     sizes, loops = model.config, language.digest == task.DIGEST
     if not loops and config.question == '-':
         raise ValueError(f'{config.ckpt} needs a --question: a text to write on after')
@@ -255,7 +256,7 @@ def view(config):
     room = lambda: LIMIT - 2000 - len(page(shown).encode())
     if loops:
         question = config.question if config.question != '-' else task.test_problems('hard', 1)[0].question
-        shown['rsa'], spoken = think(load_speaker(config.ckpt, device), question, config.seed)
+        shown['rsa'], spoken = think(load_policy(config.ckpt, device), question, config.seed)
         shown['texts'] = texts_of_rsa(model, language.decode, shown['rsa']['rounds'], spoken, room())
     else:
         shown['texts'] = [text_written_on(model, language, config.question, config.seed, room())]

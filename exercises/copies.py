@@ -16,7 +16,8 @@ from xml.etree import ElementTree
 import configurator
 
 ROOT = Path(__file__).parent.parent
-COPIED = '*.py *.toml README.md config/*.py data/**/*.py data/words/*.txt evidence/*.py kernels/*.* tests/*.py'.split()
+COPIED = ('*.py *.toml README.md config/*.py runtime/*.py data/**/*.py tasks/**/*.py tasks/words/*.txt evidence/*.py '
+          'kernels/*.* tests/*.py').split()
 SECONDS = 600                                                   # after which a check is given up
 
 

@@ -22,7 +22,7 @@ class Exercise(NamedTuple):
 EXERCISES = [
     Exercise('rmsnorm', 'layers.RMSNorm.forward', """
         x (..., E) -> (..., E):  x / sqrt(mean of x^2 over the last dim + eps) * w,  with w = self.weight.
-        Compute in float32, whatever x is (`wide`); return the weight's dtype. [Z8] IV-D.""",
+        Compute in float32, whatever x is (`upcast`); return the weight's dtype. [Z8] IV-D.""",
              'torch.rsqrt is 1 / sqrt; keepdim=True lets the mean divide what it is the mean of.',
              'test_model: test_rms_norm_has_unit_rms_and_forgets_the_scale test_rms_norm_is_torch_s_own '
              'test_the_numbers_of_section_iv_d_are_float32_under_bf16'),
@@ -45,7 +45,7 @@ EXERCISES = [
     Exercise('convolution', 'cca.merge_convolutions', """
         One convolution of kernel 3 that equals the two of kernel 2, by the equations above. [CCA] II-B.
         Weights (H, d, 3d): for each head a matrix, out x in, for each of three taps, from old to new, side by side.
-        Bias (H, d). All in float32 (`wide`).""",
+        Bias (H, d). All in float32 (`upcast`).""",
              'View w1 as (H, 1, d, 2) and w2 as (H, d, d, 2): a depthwise factor then scales a column of a matrix.',
              'test_cca: test_the_merged_convolution_equals_the_two '
              'test_mix_equals_the_steps_one_by_one_with_its_gradients'),
@@ -106,7 +106,7 @@ EXERCISES = [
              'test_model: test_dispatch_equals_the_dense_one_hot_formula '
              'test_gradients_of_dispatch_are_those_of_each_expert_alone '
              'test_skipped_tokens_get_zero_and_finite_gradients_from_undefined_rows'),
-    Exercise('sample', 'sample.sample_tokens', """
+    Exercise('sample', 'sample.sample_from_logits', """
         Draw by inverse CDF. Of softmax(logits / temperature), sorted from likely to unlikely, keep a token if less than
         top_p lies before it, if it has at least min_p times the largest, and if it is one of top_k (0: all); the
         likeliest always stays. Then the first kept token at which the sum of those kept exceeds u times their total.
@@ -157,7 +157,7 @@ EXERCISES = [
              'test_compact_answer_passes_on_the_answer_of_the_finished_and_the_tail_of_others '
              'test_a_chain_that_ended_without_an_answer_gets_another_try '
              'test_what_makes_no_sense_is_refused_in_one_line'),
-    Exercise('vote', 'data.problems.majority_vote', """
+    Exercise('vote', 'tasks.problems.majority_vote', """
         The most frequent answer, of several the first to appear; equal(a, b) says whether two are the same. None is no
         vote; if nobody votes, the result is None.""",
              'max(..., key=...) returns the first of the largest.',

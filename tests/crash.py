@@ -24,7 +24,8 @@ import torch._dynamo      # the optimizers need it; here, so that not every chil
 
 import configurator
 import train
-from checkpoint import load_checkpoint, save_checkpoint, write, write_log
+from runtime.checkpoint import load_checkpoint, save_checkpoint, write_log
+from runtime.distributed import save_and_sync
 from common import ENV, ROOT, TINY_RUN
 from data.prepare import prepare
 from model import ZayaConfig
@@ -61,7 +62,7 @@ def killed(line, functions, work):
 def kill_training(seed, *arguments):
     rng = random.Random(int(seed))
     configs = configurator.read(arguments, train.TrainConfig, ZayaConfig)
-    functions = train.train, train.take_up, train.train_step, write_log, save_checkpoint, load_checkpoint
+    functions = train.train, train.resume, train.train_step, write_log, save_checkpoint, load_checkpoint
     kills = 0
     while killed(rng.randrange(1, 500), functions, lambda: train.train(*configs)):
         kills += 1
@@ -83,7 +84,7 @@ def kill_saving(folder):
             if 'damaged' in before:
                 path = os.path.join(folder, 'ckpt.pt')
                 os.truncate(path, os.path.getsize(path) // 2)
-            functions = save_checkpoint, write, torch.serialization._save
+            functions = save_checkpoint, save_and_sync, torch.serialization._save
             died = killed(line, functions, lambda: save_checkpoint(folder, state(3)))
             found = load_checkpoint(folder)
             newest = max((version for version in before if version != 'damaged'), default=None)

@@ -35,14 +35,13 @@ from pathlib import Path
 import torch
 import torch._dynamo      # the optimizers need it; here, so that not every child must import it
 
-import checkpoint
 import configurator
-import data.chat.prepare
-import data.loops.evaluate
+import evaluate
 import rsa
 import sample
 import train
-from data.loops import task
+from runtime import checkpoint, pretrained
+from tasks.loops import task
 from data.prepare import prepare
 from data.tokenizer import save_tokenizer
 from model import ZayaConfig
@@ -192,7 +191,7 @@ class World:
         train.train(*configurator.read([*self.flags, f'--out_dir={self.resumed}', '--max_steps=6'], train.TrainConfig,
                                        ZayaConfig))
         self.resumed_state = checkpoint.load_checkpoint(self.resumed)
-        self.model, self.language = checkpoint.load(self.run)
+        self.model, self.language = pretrained.load(self.run)
         assert self.released_sample and all(self.samples.values())
 
     def write_released(self):
@@ -207,7 +206,7 @@ class World:
         bpe.save(str(self.released / 'tokenizer.json'))
         model = tiny_model(vocab_size=300, context=512, n_layer=1, skip_expert=True)
         model.released_config = {'eos_token_id': 1}
-        checkpoint.save_pretrained(model, self.released)
+        pretrained.save_pretrained(model, self.released)
         (self.released / 'tokenizer_config.json').write_text('{"bos_token": "<bos>"}')
         (self.released / 'generation_config.json').write_text('{"eos_token_id": [1]}')
         (self.released / 'chat_template.jinja').write_text(
@@ -272,7 +271,7 @@ def command_line(rng, world):
         ('train.py', (train.TrainConfig, ZayaConfig), [*world.flags, f'--out_dir={world.case}/new']),
         ('sample.py', (sample.SampleConfig,), [f'--ckpt={world.run}', *SAMPLE]),
         ('rsa.py', (rsa.RSAConfig,), [f'--ckpt={world.loops}', *RSA]),
-        ('data.loops.evaluate', (data.loops.evaluate.TableConfig,),
+        ('evaluate', (evaluate.TableConfig,),
          [f'--ckpt={world.loops}', '--split=easy', '--problems=1', *RSA])])
     flags, last = [], {}
     for _ in range(rng.randrange(1, 4)):
@@ -479,7 +478,7 @@ def problems_file(rng, world):
         path.write_bytes(damaged(rng, path.read_bytes()) if rng.random() < 0.5 else json.dumps(top).encode())
         return 'rsa.py', flags, b'', lambda out, err: out.startswith('| problems | mean')
     row = {'problem': 0, 'round': 0, 'answers': [None, None], 'right': [False, False], 'tokens': 4, 'longest_prompt': 9,
-           'seconds': 0.1, 'draws': [[], []], 'tails': ['a', 'b'], 'tail_tokens': [[5], [6]],
+           'seconds': 0.1, 'sampled': [[], []], 'tails': ['a', 'b'], 'tail_tokens': [[5], [6]],
            'answer_tokens': [None, None]}
     settings = dict(population=2, candidates=1, budget=2, rounds=1, tail=1, final_budget=2, compact='tail', seed=0,
                     ckpt=str(world.released), problems=str(path), temperature=1.0, top_p=1.0, min_p=0.0,

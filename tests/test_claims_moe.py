@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 import router
 import train
-from checkpoint import save_checkpoint
+from runtime.checkpoint import save_checkpoint
 from common import randomize, tiny_config, tiny_model
-from data.loops import task
+from tasks.loops import task
 from data.prepare import prepare
 from data.tokenizer import save_tokenizer
 from evidence import balancer, rl, rsa, rsa_cost, trimming
@@ -154,7 +154,7 @@ def test_quick_runs_through_and_a_second_call_measures_nothing_again(main, setti
     assert sum(len(read_table(path)) for path in tmp_path.glob('quick_*.csv')) == settings
     for program in train, rl.rl:
         monkeypatch.setattr(program, 'train', lambda *args: pytest.fail('trained again'))
-    rsa.speaker_of.cache_clear()
+    rsa.policy_of.cache_clear()
     main(config)
     again = capsys.readouterr().out
     table = [line for line in first.splitlines() if line.startswith('| ')]

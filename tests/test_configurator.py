@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 import configurator
 from layers import bf16_inside
 from model import logits
+from runtime import device
+from runtime.device import pick_dtype, products_in
 
 
 @dataclasses.dataclass
@@ -259,10 +261,10 @@ def test_what_is_our_own_mistake_keeps_its_traceback(error):
 def test_auto_takes_bf16_on_a_cpu_that_has_units_for_it_and_is_faster(monkeypatch, seconds, units, chosen):
     """On a CPU without them both products are the same, however long a busy machine takes for each."""
     clock, turn = itertools.accumulate(itertools.cycle([0, seconds[0], 0, seconds[1]])), itertools.count()
-    monkeypatch.setattr(configurator.time, 'perf_counter', lambda: next(clock))
+    monkeypatch.setattr(device.time, 'perf_counter', lambda: next(clock))
     monkeypatch.setattr(torch.Tensor, '__matmul__', lambda x, W: torch.full((1,), float(next(turn) % 2 * units)))
-    assert configurator.pick_dtype('auto', torch.device('cpu')) == chosen
-    assert configurator.pick_dtype('float32', torch.device('cpu')) == torch.float32
+    assert pick_dtype('auto', torch.device('cpu')) == chosen
+    assert pick_dtype('float32', torch.device('cpu')) == torch.float32
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -271,7 +273,7 @@ def test_products_in_bf16_leave_the_head_in_float32(monkeypatch, dtype):
     linear, seen = F.linear, []
     monkeypatch.setattr(F, 'linear', lambda x, W: [seen.append(bf16_inside()), linear(x, W)][1])
     x, W = torch.randn(6, 8), torch.randn(5, 8)
-    with configurator.products_in(dtype, torch.device('cpu')):
+    with products_in(dtype, torch.device('cpu')):
         F.linear(x, W)
         assert logits(x, W).equal(x @ W.T) or dtype == torch.bfloat16
         F.linear(x, W)

@@ -1,4 +1,4 @@
-"""The table of Markovian RSA on the loops task (data/loops/evaluate.py), with tiny random models."""
+"""The table of Markovian RSA on the loops task (evaluate.py), with tiny random models."""
 import itertools
 import re
 from collections import Counter
@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import sample
-from checkpoint import save_checkpoint
+from runtime.checkpoint import save_checkpoint
 from common import run_script, tiny_model
-from data.loops import task
-from data.loops.evaluate import TableConfig, measure
-from data.loops.task import ENC, test_problems as problems_of
+from tasks.loops import task
+from evaluate import TableConfig, measure
+from tasks.loops.task import ENC, test_problems as problems_of
 from data.tokenizer import save_tokenizer
-from rsa import load_speaker
+from rsa import load_policy
 
-PROGRAM = 'data.loops.evaluate'
+PROGRAM = 'evaluate'
 FLAGS = ['--problems=3', '--population=4', '--candidates=2', '--device=cpu']
 
 
@@ -73,14 +73,14 @@ def test_a_split_too_deep_for_the_context_has_no_unbounded_row(run_folder, monke
 def test_more_rows_at_a_time_change_neither_problems_nor_draws(run_folder):
     """One problem at a time, or all at once: the same prompts go in, in the same order, if the model says the same."""
     def prompts(rows):
-        speaker, seen = load_speaker(run_folder, torch.device('cpu')), []
+        policy, seen = load_policy(run_folder, torch.device('cpu')), []
         config = TableConfig(problems=5, population=3, candidates=2, rows=rows, temperature=0)
         with pytest.MonkeyPatch.context() as patch:
             def fake(model, batch, n, *args, **kwargs):
                 seen.extend(map(tuple, batch))
                 return [prompt[-7:-3] for prompt in batch]
             patch.setattr(sample, 'generate', fake)
-            measure(speaker, problems_of('easy', 5), config, '', candidates=2, rounds=3, budget=11, tail=5)
+            measure(policy, problems_of('easy', 5), config, '', candidates=2, rounds=3, budget=11, tail=5)
         return Counter(seen)
     assert prompts(1) == prompts(6) == prompts(512)
 

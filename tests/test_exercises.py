@@ -15,10 +15,10 @@ from exercises.table import EXERCISES
 
 # Typical wrong answers: (what the function's source says, what it says instead).
 WRONG = {
-    'rmsnorm': [(' * wide(self.weight)', ''), (' / x.shape[-1]', ''), ('mean_square + self.eps', 'mean_square')],
+    'rmsnorm': [(' * upcast(self.weight)', ''), (' / x.shape[-1]', ''), ('mean_square + self.eps', 'mean_square')],
     'residual': [('self.residual_bias * self.residual_scale', 'self.residual_bias'),
                  ('(constant, x, self.residual_scale)', '(constant, x, self.branch_scale)'),
-                 ('constant, x, self.residual_scale), wide(f)', 'constant, wide(f), self.residual_scale), x')],
+                 ('constant, x, self.residual_scale), upcast(f)', 'constant, upcast(f), self.residual_scale), x')],
     'cache': [('self.newest is None', 'True'), (':, self.target]', ':, self.target - self.target[:, :1]]'),
               ('if self.P is None', 'if True')],
     'convolution': [('W_0 * w_0, W_0 * w_1 + W_1 * w_0, W_1 * w_1', 'W_1 * w_1, W_0 * w_1 + W_1 * w_0, W_0 * w_0'),

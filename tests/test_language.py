@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from data.language import released_language, run_language
+from runtime.language import released_language, run_language
 from data.reasoning import prompt_tokens
 from data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
@@ -68,7 +68,7 @@ def run_folder(tmp_path_factory):
 
 def test_nothing_is_put_around_a_text_whatever_the_tokenizer_would_do(folder):
     language, tokenizer = released_language(folder), tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
-    assert language.encode('') == [] and language.begin == [0] * ('<bos>' in tokenizer.encode('').tokens)
+    assert language.encode('') == [] and language.bos == [0] * ('<bos>' in tokenizer.encode('').tokens)
     text = language.encode('What is')
     assert language.decode(text) == 'What is' and not set(text) & set(range(len(CONTROLS)))
 

@@ -1,4 +1,4 @@
-"""The loops task (data/loops/): the verifier, the traces, the made-up experts, the prepared sets, the experiments."""
+"""The loops task (tasks/loops/): the verifier, the traces, the made-up experts, the prepared sets, the experiments."""
 import json
 import random
 import re
@@ -12,9 +12,9 @@ from hypothesis import given, strategies as st
 
 from common import ENV, ROOT
 from data.loader import open_dataset
-from data.loops import task
-from data.loops.prepare import LoopsConfig, prepare_loops
-from data.loops.task import (CLOSE, END, ENC, LENGTHS, OPERATIONS, STEP, THINK, Problem, aggregation_sample, answer_of,
+from tasks.loops import task
+from tasks.loops.prepare import LoopsConfig, prepare_loops
+from tasks.loops.task import (CLOSE, END, ENC, LENGTHS, OPERATIONS, STEP, THINK, Problem, aggregation_sample, answer_of,
                              build_prompt, continue_chain, draw_problem, expert, judge, parse, side, solve, tail_of,
                              test_problems as problems_of, trace_sample, vote, write)
 from data.reasoning import flatten
@@ -346,8 +346,8 @@ def test_the_rules_treat_long_solutions_as_they_say(tmp_path, rule, answers):
 
 
 def test_the_script_prints_what_it_wrote_and_gives_errors_one_line(tmp_path):
-    command = [sys.executable, '-m', 'data.loops.prepare', f'--out={tmp_path}', '--traces=40', '--votes=40']
+    command = [sys.executable, '-m', 'tasks.loops.prepare', f'--out={tmp_path}', '--traces=40', '--votes=40']
     good, out = (subprocess.run([*command, flag], cwd=ROOT, env=ENV, capture_output=True, text=True)
                  for flag in ('--context=128', '--context=3'))
     assert good.stdout.count('windows of 128') == 4
-    assert out.returncode == 1 and out.stderr.startswith('data.loops.prepare: ') and out.stderr.count('\n') == 1
+    assert out.returncode == 1 and out.stderr.startswith('tasks.loops.prepare: ') and out.stderr.count('\n') == 1

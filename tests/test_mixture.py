@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 import configurator
 import train
-from checkpoint import load_checkpoint
+from runtime.checkpoint import load_checkpoint
 from common import TINY_RUN, tiny_model, tokens as some_tokens
 from data.loader import MixtureLoader, TokenLoader, dataset_folders, open_dataset
 from data.prepare import prepare

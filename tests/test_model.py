@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
 import model as model_module
-from checkpoint import save_pretrained
+from runtime.pretrained import save_pretrained
 from common import randomize, tiny_config, tiny_model, tokens
 from layers import ResidualScaling, RMSNorm
 from model import CrossEntropy, Experts, Zaya, ZayaConfig, sizes, swiglu

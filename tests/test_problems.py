@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from common import run_script, tiny_model
-from data import problems
-from data.language import released_language
-from data.problems import canonical, equal, final_answer, majority_vote, message, read_problems, read_words
+from tasks import problems
+from runtime.language import released_language
+from tasks.problems import canonical, equal, final_answer, majority_vote, message, read_problems, read_words
 from rsa import rounds_of
 from test_language import write_language
 
@@ -96,7 +96,7 @@ LISTED = [('a', '1'), ('b', '2'), ('c', '3')]
 SETTINGS = dict(population=4, candidates=2, rounds=2, budget=6, tail=3, final_budget=6, compact='tail', seed=0)
 
 
-def speaker():
+def policy():
     """Says of every problem in turn its right answer and others, as character codes; 0 ends a reply."""
     return SimpleNamespace(encode=lambda text: [ord(text[0])], decode=lambda tokens: ''.join(map(chr, tokens)))
 
@@ -127,38 +127,38 @@ def kept(written):
 @given(st.integers(0, 9), st.integers(0, 40))
 def test_a_killed_run_goes_on_where_it_was(tmp_path_factory, rounds, cut):
     folder, calls, again = tmp_path_factory.mktemp('run'), [], []
-    whole = problems.run(LISTED, speaker(), think(calls=calls), folder / 'whole', SETTINGS)
+    whole = problems.run(LISTED, policy(), think(calls=calls), folder / 'whole', SETTINGS)
     try:
-        problems.run(LISTED, speaker(), think(stop_after=rounds), folder / 'killed', SETTINGS)
+        problems.run(LISTED, policy(), think(stop_after=rounds), folder / 'killed', SETTINGS)
     except KeyboardInterrupt:
         content = (folder / 'killed').read_bytes()
         (folder / 'killed').write_bytes(content + b'{"problem": 1, "rou'[:cut])        # killed while it wrote a line
-    written = problems.run(LISTED, speaker(), think(calls=again), folder / 'killed', SETTINGS)
+    written = problems.run(LISTED, policy(), think(calls=again), folder / 'killed', SETTINGS)
     assert kept(written) == kept(whole) and again == calls[min(rounds, 9):]
     assert (folder / 'killed').read_text().count('\n') == 1 + 9
-    assert kept(problems.take_up(folder / 'killed', SETTINGS)) == kept(whole)          # and what it wrote can be read
+    assert kept(problems.read_results(folder / 'killed', SETTINGS)) == kept(whole)      # and what it wrote can be read
     assert problems.table(LISTED, written).splitlines()[-1].startswith('| 3 | ')
 
 
 def test_a_run_goes_on_with_the_same_settings_only(tmp_path):
-    problems.run(LISTED, speaker(), think(), tmp_path / 'run', SETTINGS)
+    problems.run(LISTED, policy(), think(), tmp_path / 'run', SETTINGS)
     with pytest.raises(ValueError, match='was begun with another tail, 3: name another file with --out'):
-        problems.run(LISTED, speaker(), think(), tmp_path / 'run', SETTINGS | {'tail': 2})
+        problems.run(LISTED, policy(), think(), tmp_path / 'run', SETTINGS | {'tail': 2})
     (tmp_path / 'run').write_text('my notes\n')
     with pytest.raises(ValueError, match='was not written by such a run'):
-        problems.run(LISTED, speaker(), think(), tmp_path / 'run', SETTINGS)
+        problems.run(LISTED, policy(), think(), tmp_path / 'run', SETTINGS)
     assert (tmp_path / 'run').read_text() == 'my notes\n'
     for text in 'my notes', 'my notes\nmore':                   # whose last line does not end
         (tmp_path / 'run').write_text(text)
         with pytest.raises(ValueError, match='was not written by such a run'):
-            problems.run(LISTED, speaker(), think(), tmp_path / 'run', SETTINGS)
+            problems.run(LISTED, policy(), think(), tmp_path / 'run', SETTINGS)
         assert (tmp_path / 'run').read_text() == text
 
 
 @pytest.fixture(scope='module')
 def released_folder(tmp_path_factory):
     pytest.importorskip('safetensors')
-    from checkpoint import save_pretrained
+    from runtime.pretrained import save_pretrained
     model = tiny_model(vocab_size=300, context=2048, skip_expert=True)
     model.released_config = {'eos_token_id': 2}
     folder = write_language(tmp_path_factory.mktemp('released'))

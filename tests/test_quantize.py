@@ -12,9 +12,10 @@ pytest.importorskip('safetensors')
 
 import decode
 import quantize
-from checkpoint import from_pretrained, save_pretrained
+from runtime.pretrained import from_pretrained, save_pretrained
 from common import run_script, tiny_model, tokens
-from quantize import GROUP, Matrix, dequantize, quantize_folder, unpack
+from quantize import GROUP, Matrix, dequantize, unpack
+from runtime.quantize_folder import quantize_folder
 from test_language import write_language
 
 seeds, bits_ = st.integers(0, 10**6), st.sampled_from([4, 8])

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from checkpoint import from_pretrained, released_name, save_pretrained
+from runtime.pretrained import from_pretrained, released_name, save_pretrained
 from common import randomize, tokens
 from model import ZayaConfig, sizes
 
@@ -209,7 +209,7 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path):
                    num_experts=16, num_hidden_layers=4)
     size = os.path.getsize(tmp_path / 'model.safetensors')
     assert size > 150e6
-    program = ('import resource, sys, torch, safetensors.torch; from checkpoint import from_pretrained\n'
+    program = ('import resource, sys, torch, safetensors.torch; from runtime.pretrained import from_pretrained\n'
                'peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n'
                'before = peak(); from_pretrained(sys.argv[1]); print(peak() - before)')
     out = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -10,10 +10,10 @@ import torch
 import model as model_module
 import rl
 import sample
-from checkpoint import load_checkpoint, save_checkpoint
+from runtime.checkpoint import load_checkpoint, save_checkpoint
 from common import randomize, run_script, tiny_model, tokens
-from data.loops import task
-from data.problems import repeats
+from tasks.loops import task
+from tasks.problems import repeats
 from data.tokenizer import save_tokenizer, train_bpe
 from evidence import rl as evidence
 
@@ -155,13 +155,13 @@ def test_the_gradient_is_that_of_the_plain_formula(monkeypatch):
 # ---- rollouts and replay ----
 
 def test_a_rollout_has_the_sampler_s_own_probabilities_bit_for_bit(monkeypatch):
-    model, drawn, plain = tiny_model(), [], sample.sample_tokens
+    model, drawn, plain = tiny_model(), [], sample.sample_from_logits
 
     def spy(logits, u, *args):
         token = plain(logits, u, *args)
         drawn.append((logits.softmax(-1), token))
         return token
-    monkeypatch.setattr(sample, 'sample_tokens', spy)
+    monkeypatch.setattr(sample, 'sample_from_logits', spy)
     monkeypatch.setattr(task, 'END', 3)                         # some rollouts end with it
     rollouts = rollouts_of(model, n=8, budget=50)
     assert len({len(x.output) for x in rollouts}) > 2

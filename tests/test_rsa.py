@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, strategies as st
 
 from common import run_script, tiny_model
-from data.loops import task
-from data.loops.task import ENC, test_problems as problems_of
-from data.problems import majority_vote, mean_ci95, print_population, score
+from tasks.loops import task
+from tasks.loops.task import ENC, test_problems as problems_of
+from tasks.problems import majority_vote, mean_ci95, print_population, score
 from data.tokenizer import save_tokenizer
-from checkpoint import save_checkpoint, save_pretrained
-from rsa import RSAConfig, load_speaker, markovian_rsa, sampler
+from runtime.checkpoint import save_checkpoint
+from runtime.pretrained import save_pretrained
+from rsa import RSAConfig, load_policy, markovian_rsa, sampler
 from test_language import write_language
 
 OPEN, CLOSE, MARK = 100, 101, 9         # a tail's brackets in a prompt; the answer follows the first MARK in an output
@@ -79,7 +80,7 @@ def test_without_rounds_it_is_parallel_sampling(qs, kwargs):
     assert calls == [([q for q in qs for _ in range(n)], budget)]
     for q, result in zip(qs, results):
         assert result['outputs'] == fake_generate()([q] * n, budget)
-        assert result['rounds'][0]['draws'] == [[]] * n
+        assert result['rounds'][0]['sampled'] == [[]] * n
 
 
 @given(questions, settings(compact='tail'))
@@ -90,7 +91,8 @@ def test_a_tail_as_long_as_the_budget_is_full_chain_rsa(qs, kwargs):
     for q, result in zip(qs, markovian_rsa(qs, fake_generate(), build_prompt, **kwargs)):
         for now, before in with_before(result):
             assert before['tails'] == before['outputs']
-            assert now['prompts'] == [build_prompt(q, [before['outputs'][j] for j in drawn]) for drawn in now['draws']]
+            assert now['prompts'] == [build_prompt(q, [before['outputs'][j] for j in sampled])
+                                      for sampled in now['sampled']]
 
 
 @given(questions, settings(candidates=1, compact='tail'))
@@ -98,7 +100,7 @@ def test_one_candidate_carries_its_own_tail(qs, kwargs):
     for q, result in zip(qs, markovian_rsa(qs, fake_generate(), build_prompt, **kwargs)):
         for now, before in with_before(result):
             for i, prompt in enumerate(now['prompts']):
-                assert now['draws'][i] == [i]
+                assert now['sampled'][i] == [i]
                 if before['answers'][i] is None:
                     assert prompt == q + [OPEN, *before['outputs'][i][-kwargs['tail']:], CLOSE]
                 else:
@@ -152,8 +154,8 @@ def test_draws_are_without_replacement_and_from_the_population(qs, kwargs):
     for result in markovian_rsa(qs, fake_generate(), build_prompt, **kwargs):
         assert len(result['rounds']) == kwargs['rounds'] + 1
         for now, _ in with_before(result):
-            assert len(now['draws']) == kwargs['population']
-            for drawn in now['draws']:
+            assert len(now['sampled']) == kwargs['population']
+            for drawn in now['sampled']:
                 assert len(set(drawn)) == len(drawn) == kwargs['candidates']
                 assert set(drawn) <= set(range(kwargs['population']))
 
@@ -161,7 +163,7 @@ def test_draws_are_without_replacement_and_from_the_population(qs, kwargs):
 def all_draws(population, candidates, rounds, questions=((1,),), seed=0):
     results = markovian_rsa([list(q) for q in questions], lambda prompts, n: [[0]] * len(prompts), build_prompt,
                             population=population, candidates=candidates, rounds=rounds, budget=1, tail=1, seed=seed)
-    return [[now['draws'] for now in result['rounds'][1:]] for result in results]
+    return [[now['sampled'] for now in result['rounds'][1:]] for result in results]
 
 
 def chi_square(samples, outcomes):
@@ -265,7 +267,7 @@ def test_the_record_is_what_happened(qs, kwargs):
                 source = output if answer is None or kwargs['compact'] == 'tail' else answer
                 assert passed == source[max(0, len(source) - tail):]
         for now, before in with_before(result):
-            for prompt, drawn in zip(now['prompts'], now['draws']):
+            for prompt, drawn in zip(now['prompts'], now['sampled']):
                 assert prompt is None or prompt == build_prompt(q, [before['tails'][j] for j in drawn])
 
 
@@ -286,9 +288,9 @@ def test_short_empty_and_answerless_outputs_are_passed_on():
     first, second = run(OUTPUTS)
     assert first['tails'] == [[4, 5, 6], [1], [], [2, MARK, 8]]
     assert first['answers'] == [None, None, None, [8]]
-    for prompt, drawn in zip(second['prompts'], second['draws']):               # always two, the empty one too
+    for prompt, drawn in zip(second['prompts'], second['sampled']):               # always two, the empty one too
         assert prompt == [1, *(x for j in drawn for x in [OPEN, *first['tails'][j], CLOSE])]
-    assert any(2 in drawn for drawn in second['draws'])
+    assert any(2 in drawn for drawn in second['sampled'])
     assert (first['tokens'], second['tokens']) == (10, 4)
 
 
@@ -448,12 +450,12 @@ def released_folder(tmp_path_factory):
 
 
 def test_no_two_calls_draw_the_same_random_numbers(run_folder):
-    generate = sampler(load_speaker(run_folder, torch.device('cpu')), RSAConfig())
+    generate = sampler(load_policy(run_folder, torch.device('cpu')), RSAConfig())
     prompts = [[task.USER, 50]] * 2
     first, second = generate(prompts, 20), generate(prompts, 20)
     assert len({tuple(output) for output in first + second}) == 4
-    assert first == sampler(load_speaker(run_folder, torch.device('cpu')), RSAConfig())(prompts, 20)
-    assert first != sampler(load_speaker(run_folder, torch.device('cpu')), RSAConfig(seed=1))(prompts, 20)
+    assert first == sampler(load_policy(run_folder, torch.device('cpu')), RSAConfig())(prompts, 20)
+    assert first != sampler(load_policy(run_folder, torch.device('cpu')), RSAConfig(seed=1))(prompts, 20)
 
 
 def test_show_tells_every_round_and_who_read_whom(run_folder, monkeypatch, capsys):
@@ -490,21 +492,21 @@ def test_show_marks_what_is_right_so_far(capsys):
 
 
 def test_a_released_model_is_asked_in_its_chat_format(released_folder, monkeypatch, capsys):
-    speaker = load_speaker(str(released_folder), torch.device('cpu'))
-    question = speaker.encode('2 + 2?')
-    text = lambda tokens: speaker.decode(tokens)
-    assert text(speaker.build_prompt(question, [])) == \
+    policy = load_policy(str(released_folder), torch.device('cpu'))
+    question = policy.encode('2 + 2?')
+    text = lambda tokens: policy.decode(tokens)
+    assert text(policy.build_prompt(question, [])) == \
         '<bos><|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n<think>\n'
-    tails = [speaker.encode('so it is 4'), speaker.encode('</think>5<|im_end|>'), []]
-    prompt = text(speaker.build_prompt(question, tails))
+    tails = [policy.encode('so it is 4'), policy.encode('</think>5<|im_end|>'), []]
+    prompt = text(policy.build_prompt(question, tails))
     assert prompt.startswith('<bos><|im_start|>user\nBelow') and '# Problem\n2 + 2?\n' in prompt
     assert prompt.endswith('\\boxed{}.<|im_end|>\n<|im_start|>assistant\n<think>\n') and '3 attempts' in prompt
     assert '--- 1 ---\nso it is 4\n--- 2 ---\n</think>5<|im_end|>\n--- 3 ---\n\n' in prompt
-    assert sum(token == 2 for token in speaker.build_prompt(question, tails)) == 1    # text makes none
-    long = len(speaker.build_prompt(question, [[9] * 100] * 4))
-    assert long - len(speaker.build_prompt(question, [[9]] * 4)) == 4 * 99
+    assert sum(token == 2 for token in policy.build_prompt(question, tails)) == 1    # text makes none
+    long = len(policy.build_prompt(question, [[9] * 100] * 4))
+    assert long - len(policy.build_prompt(question, [[9]] * 4)) == 4 * 99
     ended = [97, 4, 98, 4, 99, 2]                                               # a </think> b </think> c <|im_end|>
-    assert speaker.answer_of(ended) == [99] and speaker.thought_of(ended) == [97, 4, 98]
+    assert policy.answer_of(ended) == [99] and policy.thought_of(ended) == [97, 4, 98]
 
     out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={released_folder}', '--question=2 + 2?',
                               '--budget=6', '--tail=3', '--show=True', *FLAGS)

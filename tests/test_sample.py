@@ -11,16 +11,17 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import checkpoint
+from runtime import pretrained
 import configurator
 import sample
 import train
-from checkpoint import from_pretrained, load_checkpoint
+from runtime.checkpoint import load_checkpoint
+from runtime.pretrained import from_pretrained
 from common import ENV, ROOT, TINY_RUN, run_script, tiny_model
-from data.chat.talk import complete
+from runtime.chat import complete
 from data.tokenizer import load_tokenizer
 from model import Zaya, ZayaConfig
-from sample import generate, sample_tokens
+from sample import generate, sample_from_logits
 
 BELOW_1 = 1 - 2**-24                                    # the largest float32 that torch.rand can return
 logit_rows = st.lists(st.integers(-300, 300), min_size=1, max_size=12, unique=True).map(
@@ -33,7 +34,7 @@ filters = st.fixed_dictionaries({}, optional=dict(
 
 @given(logit_rows, filters, st.floats(0, BELOW_1, width=32))
 def test_temperature_zero_takes_the_likeliest(logits, filters, u):
-    assert sample_tokens(logits, torch.tensor([u]), **filters | {'temperature': 0}) == logits.argmax(-1)
+    assert sample_from_logits(logits, torch.tensor([u]), **filters | {'temperature': 0}) == logits.argmax(-1)
 
 
 def kept(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, slack=0.0):
@@ -53,7 +54,7 @@ def kept(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, slack=0.0):
 @given(logit_rows, filters, st.floats(0, BELOW_1, width=32))
 @example(torch.tensor([[0.0, -60.0, -90.0]]), {}, BELOW_1)
 def test_an_excluded_token_is_never_drawn(logits, filters, u):
-    token = sample_tokens(logits, torch.tensor([u]), **filters).item()
+    token = sample_from_logits(logits, torch.tensor([u]), **filters).item()
     assert token in kept(logits[0], **filters, slack=1e-5)
 
 
@@ -64,7 +65,7 @@ def test_shares_of_u_are_the_renormalised_probabilities(logits, filters):
     if narrow.keys() != wide.keys():                    # a limit falls onto a token: either side is right
         return
     n = 1000
-    drawn = sample_tokens(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, **filters)
+    drawn = sample_from_logits(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, **filters)
     for token, count in enumerate(drawn.bincount(minlength=logits.shape[1]).tolist()):
         assert abs(count - n * wide.get(token, 0)) <= 1 + 1e-3 * n * (token in wide), token
 
@@ -73,7 +74,7 @@ def test_shares_of_u_are_the_renormalised_probabilities(logits, filters):
                                      {'min_p': 0.2}])
 def test_frequencies_follow_the_softmax(filters):
     logits, n = torch.randn(1, 12) * 1.5, 20_000
-    drawn = sample_tokens(logits.expand(n, -1), torch.rand(n), **filters)
+    drawn = sample_from_logits(logits.expand(n, -1), torch.rand(n), **filters)
     expected = kept(logits[0], **filters)
     count = drawn.bincount(minlength=12).tolist()
     assert sum(count[token] for token in expected) == n
@@ -86,19 +87,19 @@ def test_frequencies_follow_the_softmax(filters):
 def test_the_largest_u_gives_a_kept_token(vocab_size, u):
     logits = torch.randn(4, vocab_size) * 5
     for filters in {}, {'top_k': 3}, {'top_p': 0.5}, {'min_p': 0.1}:
-        drawn = sample_tokens(logits, torch.full((4,), u), **filters)
+        drawn = sample_from_logits(logits, torch.full((4,), u), **filters)
         for row, token in zip(logits, drawn.tolist()):
             assert token in kept(row, **filters, slack=1e-5)
 
 
 def test_a_u_between_two_tokens_belongs_to_the_second():
     """Four equal tokens own [0, 1/4), [1/4, 1/2), ...: no token twice."""
-    assert len(set(sample_tokens(torch.zeros(4, 4), torch.tensor([0, 0.25, 0.5, 0.75])).tolist())) == 4
+    assert len(set(sample_from_logits(torch.zeros(4, 4), torch.tensor([0, 0.25, 0.5, 0.75])).tolist())) == 4
 
 
 @given(logit_rows, st.sampled_from([1e-300, 1e-45, 1e-38, 1e-30, 1e-9]), st.floats(0, BELOW_1, width=32))
 def test_the_smallest_temperatures_take_the_likeliest(logits, temperature, u):
-    assert sample_tokens(logits * 1e3, torch.tensor([u]), temperature) == logits.argmax(-1)
+    assert sample_from_logits(logits * 1e3, torch.tensor([u]), temperature) == logits.argmax(-1)
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])
@@ -106,7 +107,7 @@ def test_the_smallest_temperatures_take_the_likeliest(logits, temperature, u):
 def test_logits_that_are_not_finite_draw_nothing(value, temperature):
     logits = torch.zeros(3, 5)
     logits[1, 2] = value
-    assert (sample_tokens(logits, torch.rand(3), temperature) < 0).tolist() == [False, True, False]
+    assert (sample_from_logits(logits, torch.rand(3), temperature) < 0).tolist() == [False, True, False]
     model = tiny_model()
     model.norm.weight.data[:] = value
     with pytest.raises(ValueError, match='logits are not finite'):
@@ -115,8 +116,8 @@ def test_logits_that_are_not_finite_draw_nothing(value, temperature):
 
 def test_rows_are_drawn_independently():
     logits, u = torch.randn(5, 20), torch.rand(5)
-    alone = [sample_tokens(logits[i:i + 1], u[i:i + 1], top_p=0.9, top_k=7).item() for i in range(5)]
-    assert sample_tokens(logits, u, top_p=0.9, top_k=7).tolist() == alone
+    alone = [sample_from_logits(logits[i:i + 1], u[i:i + 1], top_p=0.9, top_k=7).item() for i in range(5)]
+    assert sample_from_logits(logits, u, top_p=0.9, top_k=7).tolist() == alone
 
 
 # ---- whole rows ----
@@ -268,7 +269,7 @@ def test_streamed_text_is_the_decoded_whole_and_shows_no_half_character(data):
         for token in ids:
             stream(0, token)
         return [ids]
-    language = SimpleNamespace(begin=[], encode=lambda text: list(text.encode()), decode=decode, stop=[],
+    language = SimpleNamespace(bos=[], encode=lambda text: list(text.encode()), decode=decode, stop=[],
                                open_think=[], close_think=[])
     terminal = Terminal()
     with pytest.MonkeyPatch.context() as patch:
@@ -371,7 +372,7 @@ def test_a_prompt_in_a_config_file_counts(run_folder, tmp_path, monkeypatch, cap
 
 
 def test_no_more_tokens_than_fit_are_drawn_and_that_is_told(run_folder, capsys):
-    model, language = checkpoint.load(run_folder, 'cpu')
+    model, language = pretrained.load(run_folder, 'cpu')
     complete(model, language, partial(generate, model, temperature=0), 500, 1, 'self')
     room = 16 - len(load_tokenizer(run_folder / 'bpe.json').encode_ordinary('self'))    # 16: the tiny run's context
     assert capsys.readouterr() == (expected_text(run_folder, 'self', room, temperature=0)[0] + '\n',
@@ -395,7 +396,7 @@ def test_a_chat_prompt_is_a_user_s_turn(run_folder, monkeypatch, capsys):
     tokenizer = load_tokenizer(run_folder / 'bpe.json')
     turn = [*tokenizer.encode('<|user|>', allowed_special='all'), *tokenizer.encode_ordinary('self'),
             *tokenizer.encode('<|end|><|assistant|>', allowed_special='all')]
-    model, language = checkpoint.load(run_folder, 'cpu')
+    model, language = pretrained.load(run_folder, 'cpu')
     assert language.prompt([{'role': 'user', 'content': 'self'}]) == turn
     out, message = run_script(monkeypatch, capsys, 'sample.py', f'--ckpt={run_folder}', '--prompt=self', '--chat=True',
                               '--max_new_tokens=5', '--temperature=0')
@@ -405,7 +406,7 @@ def test_a_chat_prompt_is_a_user_s_turn(run_folder, monkeypatch, capsys):
 
 
 def test_generation_stops_at_the_end_of_a_document_and_of_a_turn(run_folder):
-    _, language = checkpoint.load(run_folder, 'cpu')
+    _, language = pretrained.load(run_folder, 'cpu')
     assert [language.decode([token]) for token in language.stop] == ['<|endoftext|>', '<|end|>']
     assert language.decode(language.encode('naïve')) == 'naïve'
     assert not set(language.stop) & set(language.encode('<|endoftext|><|end|>'))        # a prompt cannot forge them

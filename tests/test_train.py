@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import configurator
 import train
 from common import ENV, HAS_COMPILER, ROOT, TINY_RUN, run_script, tiny_model, tokens
-from checkpoint import load_checkpoint, save_checkpoint, write_log
+from runtime.checkpoint import load_checkpoint, save_checkpoint, write_log
 from data.loader import TokenLoader
 from data.prepare import prepare
 from model import Zaya, ZayaConfig

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 import router
-from checkpoint import load, save_checkpoint, save_pretrained
+from runtime.checkpoint import save_checkpoint
+from runtime.pretrained import load, save_pretrained
 from common import run_script, tiny_model, tokens
-from data.loops import task
+from tasks.loops import task
 from data.tokenizer import SPECIAL_TOKENS, make_encoding, save_tokenizer
 from evidence import view
 from evidence.rl import state

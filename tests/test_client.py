@@ -17,9 +17,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from checkpoint import save_pretrained
+from runtime.pretrained import save_pretrained
 from common import ENV, ROOT, run_script, tiny_model
-from data import server
+from tasks import client
 from test_language import write_language
 
 pytest.importorskip('openai')
@@ -31,7 +31,7 @@ FLAGS = ['--population=3', '--candidates=2', '--rounds=1', '--budget=12', '--tai
 def slept(monkeypatch):
     """The seconds that were waited for between tries, in no time. And a key for the server."""
     seconds, sleep = [], asyncio.sleep
-    monkeypatch.setattr(server.asyncio, 'sleep', lambda t: seconds.append(t) or sleep(0))
+    monkeypatch.setattr(client.asyncio, 'sleep', lambda t: seconds.append(t) or sleep(0))
     monkeypatch.setenv('OPENAI_API_KEY', SECRET)
     return seconds
 
@@ -269,7 +269,7 @@ def whole(once, problems, monkeypatch, capsys):
 def test_whatever_fails_for_the_moment_is_asked_for_again_and_changes_nothing(
         fault, words, whole, problems, monkeypatch, capsys, slept):
     said = []
-    monkeypatch.setattr(server.tqdm, 'write', lambda text, file: said.append(text))
+    monkeypatch.setattr(client.tqdm, 'write', lambda text, file: said.append(text))
     with stand_in(lambda number, body: fault if number in (1, 4, 5, 6) else None) as s:
         _, message, path = run(monkeypatch, capsys, s.url, problems, 'out', '--parallel=1')
     assert message is None and rows_of(path) == whole and len(s.requests) == 6 + len(said) == 10
@@ -281,7 +281,7 @@ def test_whatever_fails_for_the_moment_is_asked_for_again_and_changes_nothing(
 
 
 def test_a_server_that_dies_in_mid_run_costs_nothing_that_it_had_said(whole, problems, monkeypatch, capsys):
-    monkeypatch.setattr(server, 'TRIES', 2)
+    monkeypatch.setattr(client, 'TRIES', 2)
     with stand_in(lambda number, body: 'no answer' if number > 4 else None) as dying:
         _, message, path = run(monkeypatch, capsys, dying.url, problems, 'out', '--parallel=1')
     assert message.startswith(f'rsa.py: {dying.url} failed 2 times, at last with: Connection error.')
@@ -320,15 +320,15 @@ def test_replies_of_a_run_that_is_begun_anew_are_not_used(whole, problems, monke
 
 
 def test_a_silent_server_is_given_up_in_one_line(problems, monkeypatch, capsys):
-    monkeypatch.setattr(server, 'SILENCE', 0.2)
-    monkeypatch.setattr(server, 'TRIES', 2)
+    monkeypatch.setattr(client, 'SILENCE', 0.2)
+    monkeypatch.setattr(client, 'TRIES', 2)
     with stand_in(lambda number, body: 'silent') as s:
         _, message, _ = run(monkeypatch, capsys, s.url, problems, 'out')
     assert 'failed 2 times, at last with: Request timed out.' in message
 
 
 def test_a_slow_server_is_waited_for_as_long_as_it_says_something(whole, problems, monkeypatch, capsys):
-    monkeypatch.setattr(server, 'SILENCE', 0.6)
+    monkeypatch.setattr(client, 'SILENCE', 0.6)
     with stand_in(lambda number, body: 0.2 if number == 1 else None) as s:      # a second and more for a reply
         _, message, path = run(monkeypatch, capsys, s.url, problems, 'out')
     assert message is None and rows_of(path) == whole and len(s.requests) == 6
@@ -360,7 +360,7 @@ def test_without_a_tokenizer_a_tail_is_four_characters_for_each_token(whole, pro
     assert message is None and 'tails are counted in characters, 4 to a token' in out
     tails, prompts = whole[0]['tails'], [body['messages'][0]['content'] for body in s.requests[3:]]
     assert sorted(tails) == sorted(thought(body)[-4 * 5:] for body in s.requests[:3])
-    for i, j in whole[1]['draws']:
+    for i, j in whole[1]['sampled']:
         assert any(f'--- 1 ---\n{tails[i]}\n--- 2 ---\n{tails[j]}\n' in prompt for prompt in prompts)
 
 
@@ -413,5 +413,5 @@ characters = st.text(st.characters(exclude_categories=['Cs']), max_size=40)
 
 @given(characters, st.integers(1, 12))
 def test_the_last_pieces_are_the_last_characters(text, n):
-    assert server.joined(server.pieces(text)) == text
-    assert server.joined(server.pieces(text)[-n:]) == text[-4 * n:]
+    assert client.joined(client.pieces(text)) == text
+    assert client.joined(client.pieces(text)[-n:]) == text[-4 * n:]

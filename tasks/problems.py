@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.gate import parse_json, read_bytes, reading
+from validate import parse_json, read_bytes, reading
 
 INSTRUCTION = '\n\nReason step by step, and put the final answer into \\boxed{}.'
 
@@ -196,7 +196,7 @@ def print_population(result, question, decode, judge=lambda question, text: '', 
         said, before = [decode(output) for output in now['outputs']], marks
         marks = [judge(question, text) for text in said]
         print(f'\nround {t}' + (f': {marks.count("ok")} of {len(marks)} are right so far' if any(marks) else ''))
-        for i, drawn in enumerate(now['draws']):
+        for i, drawn in enumerate(now['sampled']):
             reads = ['reads', *(f'{j:2}{"!" if before[j] == "wrong" else " "}' for j in drawn), ''] if drawn else []
             print(f'{i:2}  {" ".join(reads)}{marks[i]:6}{"" if now["prompts"][i] else "(finished) "}{spaced(said[i])}')
     print()
@@ -213,23 +213,23 @@ def print_result(result, question, decode, show, *extras):
 
 # ---- the run ----
 
-def solve(problems, speaker, think, path, settings, config):
+def solve(problems, policy, think, path, settings, config):
     """Run, and print the table; or only what it will take, if config, that of rsa.py, wants a dry run. The rest as in
     run."""
     if config.dry_run:
-        return print(forecast(speaker, problems, **settings))
+        return print(forecast(policy, problems, **settings))
     names = 'ckpt problems temperature top_p min_p aggregation_prompt'.split() + ['model'] * bool(config.server)
-    print(table(problems, run(problems, speaker, think, path, settings | {key: getattr(config, key) for key in names})))
+    print(table(problems, run(problems, policy, think, path, settings | {key: getattr(config, key) for key in names})))
 
 
-def run(problems, speaker, think, path, settings):
+def run(problems, policy, think, path, settings):
     """Solve the problems, and write every round down as it ends: a run that was killed repeats no round that had ended.
 
     think(k, question, done, stream): rsa.rounds_of for problem k, after the rounds that are done; it calls stream for
     every token. path: of the file to write. settings: of the run, which must be the same when it goes on. Return
     {k: its rounds}, as written.
     """
-    written = take_up(path, settings)
+    written = read_results(path, settings)
     total, tokens, began = len(problems) * (settings['rounds'] + 1), 0, time.perf_counter()
     with open(path, 'a', encoding='utf-8') as file, tqdm(
             total=total, initial=sum(map(len, written.values())), unit='round', dynamic_ncols=True) as bar:
@@ -242,34 +242,34 @@ def run(problems, speaker, think, path, settings):
             rounds, since = written.setdefault(k, []), time.perf_counter()
             done = [[{'outputs': now['tail_tokens'], 'answers': now['answer_tokens'], 'tails': now['tail_tokens']}]
                     for now in rounds]                          # whole outputs are not written, and not needed
-            for now, in think(k, speaker.encode(problem + INSTRUCTION), done, stream):
-                texts = [None if a is None else final_answer(speaker.decode(a)) for a in now['answers']]
+            for now, in think(k, policy.encode(problem + INSTRUCTION), done, stream):
+                texts = [None if a is None else final_answer(policy.decode(a)) for a in now['answers']]
                 rounds.append({
                     'problem': k, 'round': len(rounds), 'answers': texts,
                     'right': [text is not None and equal(text, answer) for text in texts], 'tokens': now['tokens'],
                     'longest_prompt': max((len(prompt) for prompt in now['prompts'] if prompt), default=0),
-                    'seconds': round(time.perf_counter() - since, 3), 'draws': now['draws'],
-                    'tails': [speaker.decode(tail) for tail in now['tails']],
+                    'seconds': round(time.perf_counter() - since, 3), 'sampled': now['sampled'],
+                    'tails': [policy.decode(tail) for tail in now['tails']],
                     'tail_tokens': now['tails'], 'answer_tokens': now['answers']})
-                write(file, rounds[-1])
+                append_line(file, rounds[-1])
                 since = time.perf_counter()
                 bar.update()
     return written
 
 
-def write(file, row):
+def append_line(file, row):
     """Append a line, and see that it is on the disk."""
     file.write(json.dumps(row, ensure_ascii=False) + '\n')
     file.flush()
     os.fsync(file.fileno())
 
 
-COUNT, TOKEN = range(2 ** 50), range(2 ** 130)                  # a server without a tokenizer: pieces (data/server.py)
+COUNT, TOKEN = range(2 ** 50), range(2 ** 130)                  # a server without a tokenizer: pieces (tasks/client.py)
 ROW = {'problem': COUNT, 'round': COUNT, 'answers': [(None, str)], 'right': [bool], 'tokens': COUNT,
        'longest_prompt': COUNT, 'seconds': float, 'tail_tokens': [[TOKEN]], 'answer_tokens': [(None, [TOKEN])]}
 
 
-def take_up(path, settings):
+def read_results(path, settings):
     """Return {k: rounds} of the run that wrote this file; begin it if there is none. A line that was cut short goes.
     Raise ValueError if that run had other settings, or the file is something else."""
     content, header = b'', b'{"settings": '
@@ -283,7 +283,7 @@ def take_up(path, settings):
             raise ValueError
         if not whole:
             with open(path, 'w', encoding='utf-8') as file:
-                write(file, {'settings': settings})
+                append_line(file, {'settings': settings})
             return {}
         first, *rows = (parse_json(line, path, ROW if i else {'settings': dict})
                         for i, line in enumerate(content[:whole].split(b'\n')[:-1]))
@@ -321,23 +321,23 @@ def table(problems, written):
         f'| {sum(tokens) / max(sum(seconds), 1e-9):,.0f} |'])
 
 
-def check_room(speaker, questions, *, candidates, rounds, budget, tail, final_budget, **_):
+def check_room(policy, questions, *, candidates, rounds, budget, tail, final_budget, **_):
     """Raise ValueError if a prompt and what is written after it will not fit the context: now, not rounds later.
     questions: texts. The context of a server is known to nobody but the server, which will say so."""
-    if speaker.model is None:
+    if policy.model is None:
         return
-    question, tails = max(map(speaker.encode, questions), key=len), [[0] * tail] * candidates
+    question, tails = max(map(policy.encode, questions), key=len), [[0] * tail] * candidates
     first, between, last = ([], budget if rounds else final_budget), (tails, budget), (tails, final_budget)
     for tails, limit in (first, *[between] * (rounds > 1), *[last] * (rounds > 0)):
-        n, context = len(speaker.build_prompt(question, tails)), speaker.model.config.context
+        n, context = len(policy.build_prompt(question, tails)), policy.model.config.context
         if n + limit > context:
             raise ValueError(f'a prompt has {n:,} tokens; with a budget of {limit:,} new ones that is more than the '
                              f'context of {context:,}')
 
 
-def forecast(speaker, problems, *, population, candidates, rounds, budget, tail, final_budget, **_):
+def forecast(policy, problems, *, population, candidates, rounds, budget, tail, final_budget, **_):
     """Say what a run will take, after a second of measurement unless a server does it. Return it as text."""
-    model, prompts = speaker.model, []
+    model, prompts = policy.model, []
     plan = (f'{len(problems)} problems, N={population}, C={candidates}, T={rounds}, budget {budget:,}, tail {tail:,}, '
             f'last budget {final_budget:,}')
     tokens = population * (rounds * budget + final_budget)      # of a problem
@@ -345,15 +345,15 @@ def forecast(speaker, problems, *, population, candidates, rounds, budget, tail,
     if model is None:
         return f'{plan}\n{cost}'
     for problem, _ in problems:
-        question = speaker.encode(problem + INSTRUCTION)
-        prompts.append(len(speaker.build_prompt(question, [[0] * tail] * candidates if rounds else [])))
+        question = policy.encode(problem + INSTRUCTION)
+        prompts.append(len(policy.build_prompt(question, [[0] * tail] * candidates if rounds else [])))
     cache = model.make_cache(population, 1)
     place = sum(t.nbytes for t in cache.k + cache.v) / 2        # of a position, all rows: there are two
     weights = sum(p.nbytes for p in model.parameters())
     cache.grow(512)
     steps, began = 0, time.perf_counter()
     while steps < 500 and (steps < 2 or time.perf_counter() - began < 1):
-        speaker.step(cache, torch.ones(population, dtype=torch.int64, device=model.device))
+        policy.step(cache, torch.ones(population, dtype=torch.int64, device=model.device))
         steps += 1
     rate = steps * population / (time.perf_counter() - began)
     GB = 2 ** 30

@@ -6,10 +6,10 @@ from hypothesis import given, settings, strategies as st
 pytest.importorskip('tokenizers')
 
 from common import run_script, tiny_model
-from checkpoint import save_pretrained
-import data.chat.talk as talking
-from data.chat.talk import DIM, PLAIN, Conversation, Printer, talk
-from data.language import released_language
+from runtime.pretrained import save_pretrained
+from runtime import chat
+from runtime.chat import DIM, PLAIN, Conversation, Printer, chat_loop
+from runtime.language import released_language
 from sample import generate
 from test_language import TEMPLATE, write_language
 
@@ -89,13 +89,13 @@ def grown(cache, more):
 
 def test_a_conversation_s_replies_are_those_of_a_model_that_reads_it_all_anew(model, language, monkeypatch, capsys):
     said, prompts = iter(['hello', 'why?', 'a']), []
-    monkeypatch.setattr(talking, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(chat, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
 
     def reply(batch, n, stream, cache):
         new = generate(model, batch, n, 0, stop=language.stop, cache=cache, stream=stream)
         prompts.append((conversation.held + batch[0], new[0]))
     conversation = Conversation(model, language)
-    talk(conversation, reply, limit=9)
+    chat_loop(conversation, reply, limit=9)
     assert len(prompts) == 3
     for prompt, output in prompts:
         assert output == generate(model, [prompt], 9, 0, stop=language.stop)[0]
@@ -103,16 +103,16 @@ def test_a_conversation_s_replies_are_those_of_a_model_that_reads_it_all_anew(mo
 
 def test_a_full_context_is_said_and_ends_nothing(model, language, monkeypatch, capsys):
     said = iter(['a ' * 300, 'short'])
-    monkeypatch.setattr(talking, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(chat, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
     conversation = Conversation(model, language)
-    talk(conversation, lambda batch, n, stream, cache: [stream(0, t) for t in language.parse('ok')], limit=0)
+    chat_loop(conversation, lambda batch, n, stream, cache: [stream(0, t) for t in language.parse('ok')], limit=0)
     out, err = capsys.readouterr()
     assert 'the context is full' in err and 'ok' in out and len(conversation.messages) == 2
 
 
 def test_ctrl_c_ends_the_reply_and_not_the_conversation(model, language, monkeypatch, capsys):
     said = iter(['one', 'two'])
-    monkeypatch.setattr(talking, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(chat, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
     calls = []
 
     def reply(batch, n, stream, cache):
@@ -122,7 +122,7 @@ def test_ctrl_c_ends_the_reply_and_not_the_conversation(model, language, monkeyp
         if len(calls) == 1:
             raise KeyboardInterrupt
     conversation = Conversation(model, language)
-    talk(conversation, reply, limit=5)
+    chat_loop(conversation, reply, limit=5)
     assert len(calls) == 2 and '(stopped)' in capsys.readouterr().err
     assert [m['role'] for m in conversation.messages] == ['user', 'assistant'] * 2
 

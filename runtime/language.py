@@ -9,7 +9,7 @@ easy to make with them:
 
   - Some tokenizers put special tokens around all that they encode. That of ZAYA1-8B puts a begin token before AND the
     end of a turn behind it: a prompt made that way is over before the model has said a word. So text is encoded without
-    them, and `begin` goes in front of a prompt once.
+    them, and `bos` goes in front of a prompt once.
   - A user who types `<|im_end|>` would end the own turn, and could go on in the name of the model. So control tokens
     are made by the template alone. In all that people say, their names are cut after the first character, and the
     pieces encoded apart: `<` and `|im_end|>` are ordinary tokens.
@@ -21,7 +21,7 @@ import os
 import re
 
 from configurator import package
-from data.gate import read_bytes, read_json, reading
+from validate import read_bytes, read_json, reading
 from data.tokenizer import digest, load_tokenizer
 
 STOP = {'eos_token_id?': (None, int, [int])}
@@ -40,15 +40,15 @@ class Language:
 
     parse(text) -> tokens, those of control tokens' names among them, and nothing put around the text
     decode(tokens) -> text, with the names of control tokens
-    controls: the names of all control tokens. begin: the tokens that stand before any text, [] or one.
+    controls: the names of all control tokens. bos: the tokens that stand before any text, [] or one.
     stop: the tokens that end what a model says. template: jinja2 source, or None. names: what it may call, such as
     bos_token. path: of the template, for errors. vocab_size: how many tokens it knows. digest: of a run's tokenizer.
     """
 
-    def __init__(self, parse, decode, controls, begin, stop, template, names, path, vocab_size,
+    def __init__(self, parse, decode, controls, bos, stop, template, names, path, vocab_size,
                  digest=None):
         self.vocab_size, self.digest = vocab_size, digest
-        self.parse, self.decode, self.begin, self.stop = parse, decode, begin, stop
+        self.parse, self.decode, self.bos, self.stop = parse, decode, bos, stop
         self.template, self.names, self.path = template, names, path
         longest_first = '|'.join(map(re.escape, sorted(controls, key=len, reverse=True)))
         self.at_control = re.compile(f'(?s)(?={longest_first or "(?!)"})(.)')
@@ -116,7 +116,7 @@ class Language:
 
 
 @functools.lru_cache
-def program(template):
+def compile_template(template):
     """Read a template, once."""
     def raise_exception(message):
         raise ValueError(message)
@@ -132,7 +132,7 @@ def render(template, path, **names):
     """Render a chat template in jinja2's sandbox, which cannot call or change what it should not. Templates expect
     the settings and functions that `transformers` gives them. Raise ValueError, one line, for what goes wrong."""
     try:
-        return program(template).render(**names)
+        return compile_template(template).render(**names)
     except Exception as error:                                  # a template may fail in any way that Python can
         line = f', line {error.lineno}' if hasattr(error, 'lineno') else ''
         text = f'{error}'.splitlines() or [type(error).__name__]
@@ -147,7 +147,7 @@ def released_language(folder):
         tokenizer = Tokenizer.from_file(path)
     parse = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     around = tokenizer.encode('a')                              # with what the tokenizer puts around every text
-    begin = around.ids[:1] if around.special_tokens_mask[:1] == [1] else []
+    bos = around.ids[:1] if around.special_tokens_mask[:1] == [1] else []
 
     configs = {}                                                # of the two that need not be there
     for name, kind in ('tokenizer_config.json', TEMPLATES), ('generation_config.json', STOP):
@@ -169,7 +169,7 @@ def released_language(folder):
     names = {key: value.get('content') if isinstance(value, dict) else value
              for key, value in settings.items() if re.fullmatch('(bos|eos|unk|sep|pad|cls|mask)_token', key) and value}
     controls = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    return Language(parse, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False), controls, begin, stop,
+    return Language(parse, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False), controls, bos, stop,
                     template, names, template_path, tokenizer.get_vocab_size())
 
 

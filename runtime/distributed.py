@@ -20,7 +20,7 @@ import zlib
 import torch
 
 from configurator import package
-from data.gate import reading
+from validate import reading
 
 
 def shard(model, device, dtype):
@@ -46,11 +46,11 @@ def is_sharded(tensor):
     return hasattr(tensor, 'placements')
 
 
-def own_part(tensor):
+def local_part(tensor):
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def laid_out(value, like):
+def distribute_like(value, like):
     """A whole tensor in the way in which `like` is there: as it is, or this process's part of it."""
     if not is_sharded(like) or is_sharded(value):
         return value
@@ -58,7 +58,7 @@ def laid_out(value, like):
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def gathered(tensor, here):
+def gather_full(tensor, here):
     """The whole tensor, on the CPU if it was in parts, and only where `here` is true. All processes call this."""
     if not is_sharded(tensor):
         return tensor.contiguous()
@@ -66,28 +66,28 @@ def gathered(tensor, here):
     return whole.cpu() if here else None
 
 
-def is_first():
+def is_rank0():
     """Whether this is the first process, or the only one."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def together(items):
+def gather_lists(items):
     """All processes' lists in one, the same in each."""
     lists = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
 
-def by_first(function):
+def broadcast_from_rank0(function):
     """What function() returns in the first process, in all of them."""
-    result = [function() if is_first() else None]
+    result = [function() if is_rank0() else None]
     torch.distributed.broadcast_object_list(result)
     return result[0]
 
 
-def put(p, value):
+def copy_into(p, value):
     """Store a whole value in p, or this process's part of it."""
-    p.copy_(laid_out(value, p))
+    p.copy_(distribute_like(value, p))
 
 
 def orthogonalize_shards(orthogonalize, G):
@@ -106,7 +106,7 @@ def orthogonalize_shards(orthogonalize, G):
 
 # ---- checkpoints in files ----
 
-def write(path, state):
+def save_and_sync(path, state):
     with open(path, 'wb') as file:
         torch.save(state, file)
         file.flush()
@@ -160,15 +160,15 @@ def write_shards(path, state):
             return torch.empty(tensor.shape, dtype=tensor.dtype, device='meta')
         return tensor
     rest = walk(state, shape_of)
-    by_first(lambda: os.makedirs(path))
+    broadcast_from_rank0(lambda: os.makedirs(path))
     try:
         dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(path, save_distributed=True))     # with fsync
     except dcp.api.CheckpointException as error:                # no Exception, to torch
         raise OSError(str(next(iter(error.failures.values()))[0])) from None
-    names = by_first(lambda: sorted(os.listdir(path)))
-    checksums = together([(name, checksum_of(os.path.join(path, name))) for name in names[rank::world]])
+    names = broadcast_from_rank0(lambda: sorted(os.listdir(path)))
+    checksums = gather_lists([(name, checksum_of(os.path.join(path, name))) for name in names[rank::world]])
     if rank == 0:
-        write(os.path.join(path, 'run.pt'), rest | {'checksums': dict(checksums)})
+        save_and_sync(os.path.join(path, 'run.pt'), rest | {'checksums': dict(checksums)})
 
 
 def read_shards(path, state, kind, like):
@@ -182,7 +182,7 @@ def read_shards(path, state, kind, like):
         if tensor.is_meta:
             other = torch.empty(tensor.shape, dtype=tensor.dtype) if like is None else \
                 like.get(name, like.get(name.rpartition('/')[0]))               # a momentum is split as its parameter
-            if other is None or other.shape != tensor.shape:    # of another model: take_up will say so
+            if other is None or other.shape != tensor.shape:    # of another model: resume will say so
                 return tensor
             tensors[name] = torch.zeros_like(other)
         return tensors.get(name, tensor)

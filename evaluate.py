@@ -1,7 +1,7 @@
 """The table of one model: Markovian RSA (rsa.py), single rollouts and lone chains on the loops task. From the project's
 root, with the settings of TableConfig:
 
-    python -m data.loops.evaluate --ckpt=runs/loops --split=hard
+    python evaluate.py --ckpt=runs/loops --split=hard
 
 Experiments, over several trainings, are in evidence/: rsa.py, rsa_cost.py, trimming.py, rl.py.
 """
@@ -15,9 +15,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import configurator
-from data.loops import task
-from data.problems import check_room, mean_ci95, score
-from rsa import RSAConfig, load_speaker, markovian_rsa, sampler
+from tasks.loops import task
+from tasks.problems import check_room, mean_ci95, score
+from rsa import RSAConfig, load_policy, markovian_rsa, sampler
+from runtime.device import pick_device
 
 
 @dataclass
@@ -54,27 +55,27 @@ class Row(NamedTuple):
     seconds: float
 
 
-def measure(speaker, problems, config, name, budget=None, **settings):
+def measure(policy, problems, config, name, budget=None, **settings):
     """Let RSA with these settings of markovian_rsa solve all problems, some at a time. Return a Row.
 
     Without a budget, a rollout has what its question leaves of the context.
     """
-    speak, at_a_time = sampler(speaker, config), max(1, config.rows // config.population)
+    speak, at_a_time = sampler(policy, config), max(1, config.rows // config.population)
     scores, tokens, longest, began = [], 0, 0, time.perf_counter()
     groups = defaultdict(list)                                  # budget -> the problems that have it
     for problem in problems:
-        room = speaker.model.config.context - len(speaker.build_prompt(speaker.encode(problem.question), []))
+        room = policy.model.config.context - len(policy.build_prompt(policy.encode(problem.question), []))
         groups[budget or room].append(problem)
     chunks = [(limit, group[i:i + at_a_time]) for limit, group in groups.items()
               for i in range(0, len(group), at_a_time)]
     with tqdm(total=len(problems), desc=name, leave=False, dynamic_ncols=True, unit='problem') as bar:
         for limit, chunk in chunks:
-            questions = [speaker.encode(problem.question) for problem in chunk]
-            results = markovian_rsa(questions, speak, speaker.build_prompt, answer_of=speaker.answer_of, budget=limit,
+            questions = [policy.encode(problem.question) for problem in chunk]
+            results = markovian_rsa(questions, speak, policy.build_prompt, answer_of=policy.answer_of, budget=limit,
                                     population=config.population, seed=config.seed, **settings)
             for problem, result in zip(chunk, results):
                 right = str(task.solve(problem.question))
-                scores.append(score(result['answers'], lambda answer: speaker.decode(answer) == right))
+                scores.append(score(result['answers'], lambda answer: policy.decode(answer) == right))
                 tokens += result['tokens']
                 prompts = [prompt for now in result['rounds'] for prompt in now['prompts'] if prompt is not None]
                 longest = max(longest, *map(len, prompts))
@@ -89,30 +90,30 @@ def rounds_of_split(config, split):
     return config.rounds if config.rounds >= 0 else task.rounds_needed(task.LENGTHS[split][1], config.budget)
 
 
-def rows_of_table(speaker, config, split):
+def rows_of_table(policy, config, split):
     """Measure the methods on one split, cheapest first. Yield a Row for each."""
     problems, high = task.test_problems(split, config.problems), task.LENGTHS[split][1]
     T = rounds_of_split(config, split)
     bounds, last = dict(budget=config.budget, tail=config.tail), config.final_budget or None
-    yield measure(speaker, problems, config, 'one bounded rollout each, T=0', candidates=1, rounds=0, **bounds)
-    prompt = max(len(speaker.build_prompt(speaker.encode(problem.question), [])) for problem in problems)
+    yield measure(policy, problems, config, 'one bounded rollout each, T=0', candidates=1, rounds=0, **bounds)
+    prompt = max(len(policy.build_prompt(policy.encode(problem.question), [])) for problem in problems)
     longest = prompt + 1 + high * task.STEP + 3                 # start value, steps; </think>, answer, <|end|>
-    if longest <= speaker.model.config.context:
-        yield measure(speaker, problems, config, 'one unbounded rollout each', candidates=1, rounds=0, tail=1)
+    if longest <= policy.model.config.context:
+        yield measure(policy, problems, config, 'one unbounded rollout each', candidates=1, rounds=0, tail=1)
     for C in sorted({1, config.candidates}):
-        yield measure(speaker, problems, config, f'C={C}, T={T}', candidates=C, rounds=T, final_budget=last,
+        yield measure(policy, problems, config, f'C={C}, T={T}', candidates=C, rounds=T, final_budget=last,
                       compact=config.compact, **bounds)
 
 
 def print_table(config):
     """Print the table of the model in config.ckpt, row by row as they come."""
-    speaker, N = load_speaker(config.ckpt, configurator.pick_device(config.device)), config.population
-    if speaker.build_prompt is not task.build_prompt:
+    policy, N = load_policy(config.ckpt, pick_device(config.device)), config.population
+    if policy.build_prompt is not task.build_prompt:
         raise ValueError(f'{config.ckpt} was not trained on the loops task: ask it with `python rsa.py --question=...`')
     for split in config.split.split():
         T = rounds_of_split(config, split)
         questions = [problem.question for problem in task.test_problems(split, config.problems)]
-        check_room(speaker, questions, rounds=T, candidates=config.candidates, budget=config.budget,
+        check_room(policy, questions, rounds=T, candidates=config.candidates, budget=config.budget,
                             tail=config.tail, final_budget=config.final_budget or config.budget)
     print(f'{config.problems} held-out problems of each length, N={N}, beta={config.budget}, tau={config.tail}, '
           f'temperature {config.temperature:g}; mean with its 95 % CI over problems; best: if the verifier chose\n')
@@ -120,7 +121,7 @@ def print_table(config):
           '| longest prompt | seconds |')
     print('| --- | --- | --- | --- | --- | --- | --- | --- |')
     for split in config.split.split():
-        for row in rows_of_table(speaker, config, split):
+        for row in rows_of_table(policy, config, split):
             print(f'| {steps(split)} | {row.name} | {100 * row.mean:.1f} +-{100 * row.half:.1f} | '
                   f'{100 * row.majority:.1f} | {100 * row.best:.1f} | {row.tokens:,.0f} | {row.longest} | '
                   f'{row.seconds:.0f} |', flush=True)
@@ -132,5 +133,5 @@ def steps(split):
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('data.loops.evaluate', 'try a smaller --rows, --population or --budget'):
+    with configurator.one_line_errors('evaluate', 'try a smaller --rows, --population or --budget'):
         print_table(*configurator.read(sys.argv[1:], TableConfig))

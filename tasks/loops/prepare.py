@@ -1,7 +1,7 @@
 """Two packed sets of the loops task (task.py): whole solutions, and continuations of what several candidates left.
 From the project's root:
 
-    python -m data.loops.prepare --key=value ...            keys: those of LoopsConfig
+    python -m tasks.loops.prepare --key=value ...            keys: those of LoopsConfig
 
 out/traces holds problems of `low` to `high` steps with their solutions, trimmed to the context by the rule (at the
 default settings all fit). out/votes holds aggregation samples, for problems of 3 to 72 steps: of one too deep for
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from data.loops.task import ENC, MOST, NOISE, aggregation_sample, draw_problem, trace_sample
+from tasks.loops.task import ENC, MOST, NOISE, aggregation_sample, draw_problem, trace_sample
 from data.reasoning import OUTCOMES, RULES, trim, write_packed
 
 # How many candidates an aggregation sample has, each of these equally often: half the samples have the 4 that RSA takes
@@ -24,7 +24,7 @@ CANDIDATES = 0, 1, 1, 2, 4, 4, 4, 4
 
 @dataclass
 class LoopsConfig:
-    out: str = str(Path(__file__).parent)          # folder of the two sets: data/loops
+    out: str = str(Path(__file__).parent)          # folder of the two sets: tasks/loops
     context: int = 256                             # tokens in a window
     rule: str = 'ap'                               # what is done to longer solutions: 'ap', 'truncate' or 'drop'
     traces: int = 30_000                           # solutions
@@ -65,5 +65,5 @@ def prepare_loops(config):
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('data.loops.prepare'):
+    with configurator.one_line_errors('tasks.loops.prepare'):
         prepare_loops(*configurator.read(sys.argv[1:], LoopsConfig))

@@ -14,9 +14,10 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import Shard, distribute_tensor
 
-import checkpoint
+from runtime import checkpoint, pretrained
 import configurator
-from checkpoint import RESUMABLE, from_pretrained, load_checkpoint, save_checkpoint, save_pretrained
+from runtime.checkpoint import RESUMABLE, load_checkpoint, save_checkpoint
+from runtime.pretrained import from_pretrained, save_pretrained
 from common import ENV, ROOT, tiny_model
 from evidence import paper
 from model import ZayaConfig
@@ -99,7 +100,7 @@ def test_a_sharded_run_of_two_whose_process_was_killed_goes_on_with_four_and_equ
     assert_equal_runs(tmp_path / 'one', out)
     sizes = [os.path.getsize(out / 'ckpt.pt' / name) for name in sorted(os.listdir(out / 'ckpt.pt')) if 'shard' in name]
     assert len(sizes) == 4 and max(sizes) < 0.5 * sum(sizes)
-    model, language = checkpoint.load(out)
+    model, language = pretrained.load(out)
     assert generate(model, [language.encode('def')], 5)
 
 
@@ -189,7 +190,7 @@ def test_a_save_stopped_at_any_rename_leaves_a_whole_checkpoint(sharded, monkeyp
 def test_save_pretrained_writes_large_models_in_several_files_that_are_the_model(tmp_path, monkeypatch):
     model = tiny_model(skip_expert=True)
     save_pretrained(model, tmp_path / 'one')
-    monkeypatch.setattr(checkpoint, 'FILE_BYTES', 20_000)
+    monkeypatch.setattr(pretrained, 'FILE_BYTES', 20_000)
     save_pretrained(model, tmp_path / 'many')
     assert len(list((tmp_path / 'many').glob('model-*-of-*.safetensors'))) > 2
     one, many = (from_pretrained(tmp_path / name).state_dict() for name in ('one', 'many'))

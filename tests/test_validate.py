@@ -1,4 +1,4 @@
-"""What comes from outside (data/gate.py): one line for whatever is not as it should be, and nothing mixed up unseen."""
+"""What comes from outside (validate.py): one line for whatever is not as it should be, and nothing mixed up unseen."""
 import json
 import math
 import os
@@ -9,19 +9,21 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-import checkpoint
+from runtime import pretrained
 import configurator
 import train
-from checkpoint import RESUMABLE, from_pretrained, load_checkpoint, save_checkpoint, save_pretrained, write_log
+from runtime.checkpoint import RESUMABLE, load_checkpoint, save_checkpoint, write_log
+from runtime.pretrained import from_pretrained, save_pretrained
 from common import TINY_RUN, run_script, tiny_model
-from data.folder import alone, copy_folder
-from data.gate import check, parse_json
+from runtime.checkpoint import exclusive_lock
+from runtime.pretrained import copy_folder
+from validate import check, parse_json
 from data.loader import open_dataset
-from data.loops import task
+from tasks.loops import task
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer, make_encoding, save_tokenizer
 from model import ZayaConfig
-from rsa import load_speaker
+from rsa import load_policy
 
 
 # ---- the gate itself ----
@@ -110,7 +112,7 @@ def test_a_tokenizer_of_another_size_is_noticed_though_an_old_folder_has_no_dige
     state = load_checkpoint(finished)
     state.pop('tokenizer')
     save_checkpoint(tmp_path / 'run', state)
-    assert checkpoint.load(tmp_path / 'run')[1].digest == checkpoint.load(finished)[1].digest
+    assert pretrained.load(tmp_path / 'run')[1].digest == pretrained.load(finished)[1].digest
     prepare([('a', b'ab' * 50)], tmp_path / 'other', 263)
     meta = json.loads((dataset / 'meta.json').read_text())
     meta.pop('tokenizer')
@@ -118,7 +120,7 @@ def test_a_tokenizer_of_another_size_is_noticed_though_an_old_folder_has_no_dige
     for folder in 'run', 'data':
         shutil.copy(tmp_path / 'other' / 'bpe.json', tmp_path / folder)
     with pytest.raises(ValueError, match='bpe.json is not'):
-        checkpoint.load(tmp_path / 'run')
+        pretrained.load(tmp_path / 'run')
     with pytest.raises(ValueError, match='bpe.json is not'):
         open_dataset(str(tmp_path / 'data'), 'train', 4, 16, 0)
 
@@ -127,9 +129,9 @@ def test_a_model_with_as_many_tokens_is_no_loops_model(tmp_path):
     model = tiny_model(vocab_size=task.ENC.n_vocab)
     save_checkpoint(tmp_path, {'model': model.state_dict(), 'model_config': asdict(model.config), 'step': 1})
     save_tokenizer(tmp_path / 'bpe.json', task.ENC)
-    assert load_speaker(tmp_path, torch.device('cpu')).build_prompt is task.build_prompt
+    assert load_policy(tmp_path, torch.device('cpu')).build_prompt is task.build_prompt
     shuffled(task.ENC, tmp_path / 'bpe.json')
-    assert load_speaker(tmp_path, torch.device('cpu')).build_prompt is not task.build_prompt
+    assert load_policy(tmp_path, torch.device('cpu')).build_prompt is not task.build_prompt
 
 
 # ---- a checkpoint, and a log ----
@@ -167,7 +169,7 @@ def test_a_setting_that_this_version_does_not_know_is_refused(finished, tmp_path
     state['model_config']['sparse'] = True
     save_checkpoint(tmp_path, state)
     with pytest.raises(ValueError, match="setting 'sparse'"):
-        checkpoint.load(tmp_path)
+        pretrained.load(tmp_path)
 
 
 @pytest.mark.parametrize('content', [b'a,b\n1,2\n', bytes(range(256)) * 10, b'date,step\n1,2\n'])
@@ -191,7 +193,8 @@ def test_a_damaged_line_of_a_log_is_left_out(tmp_path, line):
 def test_two_runs_in_one_folder_are_one_too_many(dataset, finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != 'lock'}
-    with alone(tmp_path / 'lock'), pytest.raises(ValueError, match=f'process {os.getpid()} on .* is at work here'):
+    held = pytest.raises(ValueError, match=f'process {os.getpid()} on .* is at work here')
+    with exclusive_lock(tmp_path / 'lock'), held:
         run(dataset, tmp_path, max_steps=8)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != 'lock'}
     run(dataset, tmp_path, max_steps=8)                         # nobody is there any more

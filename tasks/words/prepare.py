@@ -1,11 +1,11 @@
-"""The loops task (data/loops/) in words, for the door that released models go through: chat format, prompts in English,
+"""The loops task (tasks/loops/) in words, through the interface of released models: chat format, English prompts,
 answers in \\boxed{}. From the project's root:
 
-    python -m data.words.prepare && python train.py config/words.py
-    python rsa.py --ckpt=runs/words --problems=data/words/problems.jsonl --aggregation_prompt=data/words/prompt.txt \\
+    python -m tasks.words.prepare && python train.py config/words.py
+    python rsa.py --ckpt=runs/words --problems=tasks/words/problems.jsonl --aggregation_prompt=tasks/words/prompt.txt \\
         --budget=59 --final_budget=59 --tail=14 --rounds=4
 
-It writes a packed set like data/loops/prepare.py, whose prompts are those that rsa.py makes (data/problems.py), and
+It writes a packed set like tasks/loops/prepare.py, whose prompts are those that rsa.py makes (tasks/problems.py), and
 problems.jsonl, held-out problems of 25 to 32 steps with their answers. A problem and the beginning of a solution:
 
     Start with 5. Do this 4 times: a) -2 b) *7 c) +3. What is the last digit?
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from data.language import run_language
-from data.loops import task
-from data.loops.prepare import CANDIDATES
-from data.problems import INSTRUCTION, message, read_words
+from runtime.language import run_language
+from tasks.loops import task
+from tasks.loops.prepare import CANDIDATES
+from tasks.problems import INSTRUCTION, message, read_words
 from data.reasoning import Turn, trim, write_packed
 from data.tokenizer import save_tokenizer, train_bpe
 
@@ -71,7 +71,7 @@ def sample(language, words, problem, tails, chain):
 
 
 def aggregation(language, words, rng, problem):
-    """Draw a sample of what experts left, as in data/loops/task.py, with their tails in words."""
+    """Draw a sample of what experts left, as in tasks/loops/task.py, with their tails in words."""
     chains, written, _, chain = task.draw_aggregation(rng, problem, rng.choice(CANDIDATES), PER_ROUND)
     tails = [''.join(lines_of(problem, c[-1 - max(written, LINES):])[1:][-LINES:]) for c in chains]
     return sample(language, words, problem, tails, chain)
@@ -111,5 +111,5 @@ def prepare_words(config):
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('data.words.prepare'):
+    with configurator.one_line_errors('tasks.words.prepare'):
         prepare_words(*configurator.read(sys.argv[1:], WordsConfig))

@@ -31,9 +31,9 @@ from types import SimpleNamespace
 from tqdm import tqdm
 
 from configurator import package
-from data.gate import parse_json, read_bytes
-from data.language import released_language
-from data.problems import message, write
+from validate import parse_json, read_bytes
+from runtime.language import released_language
+from tasks.problems import append_line, message
 
 TRIES, WAIT, SILENCE = 8, 1.0, 600      # of a request; seconds before the second; seconds without a word
 CHARACTERS = 4                          # of a piece
@@ -62,8 +62,8 @@ def joined(numbers):
     return ''.join(n.to_bytes((n.bit_length() + 7) // 8)[1:].decode() for n in numbers)
 
 
-def speaker(config, words, path):
-    """Return what rsa.py takes for a Speaker. config: of rsa.py; its `model` is filled in. path: of the run's file, or
+def load_policy(config, words, path):
+    """Return what rsa.py takes for a Policy. config: of rsa.py; its `model` is filled in. path: of the run's file, or
     '': replies are kept beside it. Raise ValueError without a server, a model on it, or a tokenizer in --ckpt."""
     if not config.server.startswith(('http://', 'https://')):
         raise ValueError(f'--server={config.server}: write a URL, such as http://127.0.0.1:8000/v1')
@@ -116,7 +116,7 @@ def describe(error):
     return text if len(text) < 300 else text[:300] + '...'
 
 
-def sampler(speaker, config, stream=None, first=0):
+def sampler(policy, config, stream=None, first=0):
     """Return a `generate` for rounds_of. Each request has a seed of its own, made from --seed, the number of the call
     and the row. stream(row, text) is called for every piece of text that comes."""
     calls = itertools.count(first)
@@ -130,13 +130,13 @@ def sampler(speaker, config, stream=None, first=0):
             'extra_body': {'chat_template_kwargs': {'enable_thinking': True}} | (
                 {'min_p': config.min_p} if config.min_p else {})} for row, prompt in enumerate(prompts)]
         keys = [hashlib.sha256(json.dumps(request).encode()).hexdigest() for request in requests]
-        kept = take_up(speaker, keys)
+        kept = read_replies(policy, keys)
 
         def keep(row, reply):
             kept[keys[row]] = reply
-            if speaker.replies:
-                with open(speaker.replies, 'a', encoding='utf-8') as file:
-                    write(file, reply | {'key': keys[row]})
+            if policy.replies:
+                with open(policy.replies, 'a', encoding='utf-8') as file:
+                    append_line(file, reply | {'key': keys[row]})
         missing = {row: request for row, request in enumerate(requests) if keys[row] not in kept}
         asyncio.run(ask_all(config, missing, keep, stream or (lambda row, text: None)))
         replies = [kept[k] for k in keys]
@@ -148,11 +148,11 @@ def sampler(speaker, config, stream=None, first=0):
     return generate
 
 
-def take_up(speaker, keys):
+def read_replies(policy, keys):
     """Return {key: reply} of those in the file of replies that a killed run left. If it has none of these, it was of
     another round, and is begun anew."""
-    path, found = speaker.replies, {}
-    if path and speaker.begun and os.path.exists(path):
+    path, found = policy.replies, {}
+    if path and policy.begun and os.path.exists(path):
         content = read_bytes(path)
         for line in content[:content.rfind(b'\n') + 1].split(b'\n')[:-1]:
             reply = parse_json(line, path, REPLY)
@@ -161,7 +161,7 @@ def take_up(speaker, keys):
     if path and not found.keys() & set(keys):
         found = {}
         open(path, 'w').close()
-    speaker.begun = True                                        # the file of the run is there from now on
+    policy.begun = True                                        # the file of the run is there from now on
     return found
 
 

@@ -113,7 +113,7 @@ class Printer:
         self.line, self.shown = [], 0
 
 
-def talk(conversation, generate, limit, show_think=True, text=None):
+def chat_loop(conversation, generate, limit, show_think=True, text=None):
     """Take turns until the end of the input; or a single one, if the user's text is given.
 
     generate: sample.generate with all but the prompts, their new tokens, stream and cache. limit: tokens of a reply; 0:
@@ -163,7 +163,7 @@ def talk(conversation, generate, limit, show_think=True, text=None):
             return
 
 
-def write_on(model, language, generate, limit, samples=1, prompt=None):
+def complete_prompts(model, language, generate, limit, samples=1, prompt=None):
     """Write on after the prompt, or after each line of the input if none is given. generate: as in `talk`."""
     if prompt is not None:
         return complete(model, language, generate, limit, samples, prompt)
@@ -179,7 +179,7 @@ def write_on(model, language, generate, limit, samples=1, prompt=None):
 
 def complete(model, language, generate, limit, samples, prompt):
     """Print continuations of at most `limit` tokens: a single one as it comes, several one after the other."""
-    tokens = language.begin + language.encode(prompt)
+    tokens = language.bos + language.encode(prompt)
     room = model.config.context - len(tokens)
     if tokens and room < 1:
         raise ValueError(f'the prompt has {len(tokens)} tokens, and the context {model.config.context}: shorten it')

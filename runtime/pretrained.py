@@ -1,0 +1,253 @@
+"""Released folders: config.json, *.safetensors, tokenizer.json, the layout of ZAYA1-8B, which `transformers` reads.
+
+`load(folder)` reads such a folder, or a run of train.py. Nothing in a file is ever executed. A file that cannot be used
+is a ValueError that names it.
+"""
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+
+import torch
+from tqdm import tqdm
+
+import quantize
+from configurator import package
+from model import Zaya, ZayaConfig
+from runtime.checkpoint import config_of, kinds, load_run
+from runtime.distributed import gather_full, is_rank0
+from runtime.language import released_language
+from validate import read_json, reading
+
+HEAD, EMBEDDING = 'lm_head.weight', 'model.embed_tokens.weight'
+
+# This project's names -> the released names: each rule in turn replaces what it finds in a name.
+RENAMING = [
+    (r'^(norm|layers)\.', r'model.\1.'), (r'^embedding\.', 'model.embed_tokens.'),
+    (r'^embedding_', 'model.input_hidden_states_'), (r'\.attn_norm\.', '.input_layernorm.'),
+    (r'\.moe_norm\.', '.post_attention_layernorm.'), (r'\.attn\.', '.self_attn.qkv_proj.'),
+    (r'qkv_proj\.o_proj', 'o_proj'), (r'qkv_proj\.temperature', 'qk_norm.temp'),
+    (r'\.v_proj\.', '.v_proj_current.'), (r'conv_(depthwise|grouped)_', r'conv_qk_\1.'),
+    (r'\.moe\.router\.', '.mlp.gate.router_mlp.'), (r'router_mlp\.down_proj', 'down_proj'),
+    (r'router_mlp\.eda_scale', 'router_states_scale'), (r'router_mlp\.balancing_bias', 'balancing_biases'),
+    (r'\.moe\.experts\.(\w+)', r'.mlp.experts.\1_proj'), (r'\.attn_residual\.', '.post_attention_residual_scale.'),
+    (r'\.moe_residual\.', '.post_mlp_residual_scale.'), (r'\.branch_', '.hidden_states_'),
+]
+
+# Config fields -> keys of config.json, those inside its rope_parameters, and keys that have one possible value here.
+CONFIG_NAMES = {
+    'vocab_size': 'vocab_size', 'context': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
+    'n_embd': 'hidden_size', 'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads',
+    'head_dim': 'head_dim', 'n_expert': 'num_experts', 'expert_dim': 'moe_intermediate_size',
+    'router_dim': 'router_hidden_size', 'norm_eps': 'rms_norm_eps', 'init_std': 'initializer_range',
+}
+ROPE_NAMES = {'rope_base': 'rope_theta', 'rope_fraction': 'partial_rotary_factor'}
+CONFIG_FIXED = {
+    'model_type': 'zaya', 'hidden_act': 'silu', 'num_experts_per_tok': 1, 'tie_word_embeddings': True,
+    'attention_bias': False, 'lm_head_bias': False, 'cca_time0': 2, 'cca_time1': 2, 'sliding_window': None,
+}
+CONFIG = {f'{key}?': value for key, value in CONFIG_FIXED.items()} | {
+    f'{theirs}?': kinds[ours] for ours, theirs in CONFIG_NAMES.items()} | {
+    'layer_types?': (None, ['hybrid']), 'rope_parameters?': (None, {'hybrid': {'rope_type?': 'default'} | {
+        f'{theirs}?': kinds[ours] for ours, theirs in ROPE_NAMES.items()}}),
+    'nanozaya_quantization?': {'bits': (4, 8)}, 'dtype?': (None, str)}
+FILE_BYTES = 5 * 2 ** 30         # of weights in one file of a released folder
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def released_name(name):
+    """'layers.3.attn.q_proj.weight' -> 'model.layers.3.self_attn.qkv_proj.q_proj.weight'."""
+    for found, replacement in RENAMING:
+        name = re.sub(found, replacement, name)
+    return name
+
+
+def from_pretrained(folder, device='cpu', dtype=None):
+    """Read a released folder -> Zaya, in eval mode. dtype: of the weights, default as stored.
+
+    The model is built without memory (on 'meta') and filled tensor by tensor, so the peak is the model itself plus one
+    tensor. Raises ValueError, naming the culprit, if the folder does not hold exactly this model.
+    """
+    safetensors, config_path = package('safetensors'), os.path.join(folder, 'config.json')
+    released_config = read_json(config_path, CONFIG)
+    with torch.device('meta'):
+        model = Zaya(config_from_json(folder))
+        if quantized := released_config.get('nanozaya_quantization'):           # by quantize.py
+            with reading(config_path):
+                quantize.replace(model, quantized['bits'])
+    repacked = bool(quantized) and quantized['bits'] == 4       # so that no file need stay in memory
+    own, state = {released_name(name): (name, tensor) for name, tensor in model.state_dict().items()}, {}
+    for path in weight_files(folder):
+        with reading(path), safetensors.safe_open(path, 'pt') as file:
+            for name in file.keys():
+                if name == 'lm_head.weight':                    # tied: the embedding once more
+                    continue
+                if name not in own:
+                    raise ValueError(f'unknown tensor {name}')
+                (our_name, like), tensor = own.pop(name), file.get_tensor(name)
+                if tensor.shape != like.shape:
+                    raise ValueError(f'{name} has shape {list(tensor.shape)}, config.json asks for {list(like.shape)}')
+                fixed = name.endswith(('.codes', '.scale', '.offset'))          # whatever dtype is
+                if tensor.dtype not in ([like.dtype] if fixed else FLOATS):
+                    raise ValueError(f'{name} is {tensor.dtype}, which is none of nanoZAYA\'s')
+                fixed = fixed or name.endswith('balancing_biases')
+                copy = repacked and '.experts.' not in our_name                 # those are laid out anew below
+                state[our_name] = tensor.to(device, like.dtype if fixed else dtype or tensor.dtype, copy=copy)
+    if own:
+        raise ValueError(f'{folder}: {len(own)} tensors are missing, the first is {min(own)}')
+    weights = [name for name, _ in model.named_parameters()]
+    stored = {state[name].dtype for name in weights}
+    for name in weights if len(stored) > 1 else ():             # mixed: the widest holds all exactly
+        state[name] = state[name].to(functools.reduce(torch.promote_types, stored))
+    model.load_state_dict(state, assign=True)                   # these tensors, not copies of them
+    del state, tensor
+    for router in model.routers:                                # not stored: the load counters
+        router.load = torch.zeros_like(router.load, device=device)
+    model.released_config = released_config                     # end-of-text token and the like
+    if quantized:
+        quantize.pack(model)
+    return model.eval()
+
+
+def save_pretrained(model, folder):
+    """Write a Zaya as config.json and model.safetensors in the released layout, tensors bit for bit, a large one in
+    several files with an index. Of a sharded model all processes call this, and the first writes. Other keys of the
+    config.json that it came from are kept. Raises ValueError for a model without the skip class."""
+    config, safetensors = config_to_json(model.config), package('safetensors.torch')
+    files, size, weight_map, tensors = [[]], 0, {}, model.state_dict()          # files: the names in each
+    for name, tensor in tensors.items():
+        size += tensor.numel() * tensor.element_size()
+        if size > FILE_BYTES and files[-1]:
+            files, size = [*files, []], tensor.numel() * tensor.element_size()
+        files[-1].append(name)
+    writes = is_rank0()
+    if writes:
+        os.makedirs(folder, exist_ok=True)
+    for i, names in enumerate(files):
+        file = 'model.safetensors' if len(files) == 1 else f'model-{i + 1:05}-of-{len(files):05}.safetensors'
+        whole = {released_name(name): gather_full(tensors[name], writes) for name in names}
+        weight_map |= dict.fromkeys(whole, file)
+        if writes:
+            safetensors.save_file(whole, os.path.join(folder, file), metadata={'format': 'pt'})
+    dtype = {'dtype': str(model.dtype).removeprefix('torch.')}
+    contents = {'config.json': getattr(model, 'released_config', {}) | config | dtype}
+    if len(files) > 1:
+        contents['model.safetensors.index.json'] = {'metadata': {}, 'weight_map': weight_map}
+    for name, content in contents.items() if writes else ():
+        with open(os.path.join(folder, name), 'w') as file:
+            json.dump(content, file, indent=2, sort_keys=True)
+
+
+def config_from_json(folder):
+    """config.json of a released folder -> ZayaConfig. Raises ValueError for a variant that is not implemented here."""
+    path = os.path.join(folder, 'config.json')
+    given = read_json(path, CONFIG)
+    rope = (given.get('rope_parameters') or {'hybrid': {}})['hybrid']
+    sizes, released = {}, ZayaConfig.zaya1_8b()                 # a key that is left out has the released model's value
+    for names, values in (CONFIG_NAMES, given), (ROPE_NAMES, rope):
+        for ours, theirs in names.items():
+            sizes[ours] = values.get(theirs, getattr(released, ours))
+    return config_of(sizes | {'skip_expert': True}, path)
+
+
+def config_to_json(config):
+    """ZayaConfig -> the contents of config.json. Raises ValueError without the skip class, which the layout demands."""
+    if not config.skip_expert:
+        raise ValueError('the released layout always has the skip class, this model has none: '
+                         'train with skip_expert=True to export it')
+    rope = {'rope_type': 'default'} | {theirs: getattr(config, ours) for ours, theirs in ROPE_NAMES.items()}
+    return CONFIG_FIXED | {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()} | {
+        'architectures': ['ZayaForCausalLM'], 'rope_parameters': {'hybrid': rope},
+        'layer_types': ['hybrid'] * config.n_layer}
+
+
+def weight_files(folder):
+    """The safetensors files of a folder: model.safetensors, or the shards that its index names. Raise ValueError if one
+    cannot be read, a tensor is in two of them, or the head, which is tied, is not the embedding."""
+    index, names = os.path.join(folder, 'model.safetensors.index.json'), ['model.safetensors']
+    if os.path.exists(index) and not os.path.exists(os.path.join(folder, names[0])):
+        names = sorted(set(read_json(index, {'weight_map': {str: str}})['weight_map'].values()))
+    safetensors, place = package('safetensors'), {}             # place: tensor -> the open file it is in
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.basename(name) != name or not os.path.isfile(path):
+                raise ValueError(f'{folder}: the weights file {name} is missing')
+            with reading(path):
+                file = stack.enter_context(safetensors.safe_open(path, 'pt'))
+            for tensor in file.keys():
+                if tensor in place:
+                    raise ValueError(f'{path}: {tensor} is in another file, too')
+                place[tensor] = file
+        if HEAD in place and EMBEDDING in place:
+            head, embedding = (place[tensor].get_slice(tensor) for tensor in (HEAD, EMBEDDING))
+            rows = head.get_shape()[0] if head.get_shape() else 0
+            if [head.get_shape(), head.get_dtype()] != [embedding.get_shape(), embedding.get_dtype()] or not all(
+                    bytes_of(head[i:i + 4096]).equal(bytes_of(embedding[i:i + 4096])) for i in range(0, rows, 4096)):
+                raise ValueError(f'{folder}: {HEAD} is not {EMBEDDING}, to which nanoZAYA ties it')
+    return [os.path.join(folder, name) for name in names]
+
+
+def bytes_of(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def copy_folder(folder, out, change, settings, share):
+    """Copy a released folder, whole or not at all; at most half a GiB of it is in memory.
+
+    change(name, tensor) -> [(name, tensor), ...] that stand in its place. settings: added to config.json. share: of the
+    weights' bytes, which the disk must have room for. Raise ValueError if the folder is incomplete, `out` is there, or
+    the disk too small.
+    """
+    safetensors, save_file = package('safetensors'), package('safetensors.torch').save_file
+    config, paths = read_json(os.path.join(folder, 'config.json')), weight_files(folder)
+    if os.path.exists(out):
+        raise ValueError(f'{out} is already there: name another folder, or remove it')
+    needed = share * sum(map(os.path.getsize, paths)) / 2 ** 30
+    free = shutil.disk_usage(os.path.dirname(os.path.abspath(out))).free / 2 ** 30
+    if free < needed:
+        raise ValueError(f'{out} needs {needed:.1f} GiB, the disk has {free:.1f} GiB left')
+    unfinished, weight_map, batch = f'{out}.unfinished', {}, {}
+    shutil.rmtree(unfinished, ignore_errors=True)
+    os.makedirs(unfinished)
+    try:
+        for path in paths:
+            with safetensors.safe_open(path, 'pt') as file:
+                names = [name for name in file.keys() if name != HEAD]                     # tied: the embedding again
+                for name in tqdm(names, desc=os.path.basename(path), unit='tensor', dynamic_ncols=True):
+                    with reading(path):                         # a tensor of another shape, say
+                        batch |= {key: value.contiguous() for key, value in change(name, file.get_tensor(name))}
+                    full = sum(value.nbytes for value in batch.values()) > 2 ** 29
+                    if full or (path, name) == (paths[-1], names[-1]):
+                        shard = f'model-{len(set(weight_map.values())):05}.safetensors'
+                        save_file(batch, os.path.join(unfinished, shard), metadata={'format': 'pt'})
+                        weight_map, batch = weight_map | dict.fromkeys(batch, shard), {}
+        for name, content in (('model.safetensors.index.json', {'metadata': {}, 'weight_map': weight_map}),
+                              ('config.json', config | settings)):
+            with open(os.path.join(unfinished, name), 'w') as file:
+                json.dump(content, file, indent=2, sort_keys=True)
+        for name in os.listdir(folder):                         # tokenizer, chat template and the like
+            if name.endswith(('.json', '.jinja', '.model', '.txt')) and name not in os.listdir(unfinished):
+                shutil.copy(os.path.join(folder, name), unfinished)
+        os.rename(unfinished, out)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f'{out} could not be written: {error}') from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def load(folder, device='cpu'):
+    """Read a run or a released folder -> the model, in eval mode, and its Language. Raises ValueError if the folder is
+    neither."""
+    if not os.path.isdir(folder):
+        raise ValueError(f'{folder}: no such folder; train a model first (make demo), or name another with --ckpt')
+    if os.path.exists(os.path.join(folder, 'config.json')):
+        language = released_language(folder)                    # before the weights, which take long
+        model = from_pretrained(folder, device)
+        if language.vocab_size > model.config.vocab_size:
+            raise ValueError(f'{folder}: tokenizer.json has {language.vocab_size:,} tokens, the model knows '
+                             f'{model.config.vocab_size:,}')
+        return model, language
+    return load_run(folder, device)
