@@ -1,9 +1,6 @@
-# `make demo` trains a small model to write and another to reason, and shows both; `make test` checks the style and runs all
-# tests. Both set up what they need, once.
-#
-# An activated environment whose torch was built for CUDA or ROCm is used as it is: no other torch is installed there, and
-# other packages only where they are missing.
-# Otherwise a virtual environment is made in .venv.
+# `make demo` trains a small language model and a small reasoning model, and shows both. `make test` checks the style and runs
+# all tests. Both install what they need at the first call: into .venv, or, if an environment with a CUDA or ROCm build of
+# torch is active, into that environment, without replacing its torch or any package it already has.
 PYTHON ?= python3
 ifeq ($(shell $(PYTHON) -c "import torch; print(bool(torch.version.cuda or torch.version.hip))" 2>/dev/null),True)
 PY := $(PYTHON)
@@ -17,16 +14,16 @@ demo: data/stdlib/meta.json tasks/loops/votes/meta.json
 	$(PY) train.py config/loops.py
 	$(PY) evaluate.py --ckpt=runs/loops --split=hard
 
-# Two files of tests at once, each with one thread: the tests' tensors are tiny, threads would only wait for each other.
+# Two test files at a time, one thread each: the tests' tensors are too small to gain from more threads.
 test: environment
 	$(PY) -m ruff check -q
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=loadfile
 
-# The benchmark on a tiny model: its figures mean nothing.
+# The benchmark on a tiny model, to see that it runs; its figures mean nothing.
 bench-quick: environment
 	$(PY) bench.py --quick=True
 
-# The pictures of README and RESULTS.md, anew from evidence/results/*.csv.
+# The pictures of README and RESULTS.md, from evidence/results/*.csv.
 pictures: environment
 	$(PY) -m pip install -q 'matplotlib>=3.8'
 	$(PY) -m evidence.pictures
