@@ -15,6 +15,7 @@ maps them to those of the released weights.
 Legend:  B batch   S sequence   T = B S tokens   E residual width   N experts   F expert width   R router width
          V vocabulary
 """
+import zlib
 from dataclasses import dataclass, fields
 
 import torch
@@ -161,8 +162,26 @@ class Block(nn.Module):
         return self.moe_residual(x, y), r
 
 
+def initial_value(name, shape, config, seed):
+    """Return the initial value, float32 on the CPU, of the tensor `name` of Zaya.state_dict().
+
+    Matrices and convolutions are normal(0, init_std), biases 0, all other vectors 1. Router matrices are normal(0,
+    1 / sqrt(fan-in)): with init_std, all tokens would be routed alike. The balancing bias of the class 'skip' is -1, so
+    that no token chooses it. The generator is seeded with `seed` and the name, so that a process of a sharded model can
+    compute any tensor on its own (train.py)."""
+    value = torch.zeros(shape, device='cpu')
+    if name.endswith('balancing_bias'):
+        value[config.n_expert:] = -1.0
+    elif len(shape) > 1:
+        generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}'.encode()))
+        value.normal_(std=shape[-1] ** -0.5 if 'router' in name else config.init_std, generator=generator)
+    elif not name.endswith('bias'):
+        value.fill_(1.0)
+    return value
+
+
 class Zaya(nn.Module):
-    """The language model, freshly initialised. See forward."""
+    """The language model. torch.manual_seed decides its initial weights. See forward."""
 
     def __init__(self, config):
         super().__init__()
@@ -172,22 +191,10 @@ class Zaya(nn.Module):
         self.embedding_bias = nn.Parameter(torch.zeros(config.n_embd))
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.initialize()
-
-    @torch.no_grad()
-    def initialize(self, put=torch.Tensor.copy_):
-        """All initialisation: matrices and convolutions normal(0, init_std), biases 0, scales and temperatures 1,
-        balancing biases 0 except 'skip', whose -1 makes it lose against any probability. The router's matrices are
-        larger, so that its first probabilities differ from token to token: else all tokens choose alike.
-        put(p, value) stores the whole value of p, of which a process may hold a part only (runtime/distributed.py)."""
-        for name, p in self.named_parameters():
-            value = torch.full(p.shape, 0.0 if name.endswith('bias') else 1.0)  # norms, scales, temperature: 1
-            if p.ndim > 1:
-                value.normal_(std=p.shape[-1] ** -0.5 if 'router' in name else self.config.init_std)
-            put(p, value)
-        for router in self.routers:
-            router.balancing_bias.zero_()
-            router.balancing_bias[self.config.n_expert:] = -1.0
+        with torch.no_grad():
+            for name, tensor in self.state_dict().items():
+                if not tensor.is_meta:
+                    tensor.copy_(initial_value(name, tensor.shape, config, torch.initial_seed()))
 
     def forward(self, tokens, targets=None, start=None, cache=None, n_new=None, last_only=False):
         """tokens (B, S) int64 -> (logits (B, S, V) float32, None), or with targets (None, loss).

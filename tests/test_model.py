@@ -8,7 +8,7 @@ import model as model_module
 from runtime.pretrained import save_pretrained
 from common import randomize, tiny_config, tiny_model, tokens
 from layers import ResidualScaling, RMSNorm
-from model import CrossEntropy, Experts, Zaya, ZayaConfig, sizes, swiglu
+from model import CrossEntropy, Experts, Zaya, ZayaConfig, initial_value, sizes, swiglu
 
 seeds = st.integers(0, 10**6)
 
@@ -156,6 +156,25 @@ def test_a_fresh_model_guesses_evenly():
     model = Zaya(ZayaConfig())
     idx = tokens(2, 64, vocab_size=4096)
     assert abs(model(idx, idx.roll(1))[1].item() - torch.tensor(4096.0).log().item()) < 0.1
+
+
+def test_initial_values_depend_on_the_seed_and_the_name_only():
+    """Whatever else used the global generator; and each matrix has its own values, with the documented std."""
+    config = tiny_config(skip_expert=True, n_embd=64)
+    torch.manual_seed(3)
+    torch.rand(5)
+    state = Zaya(config).state_dict()
+    for name, value in state.items():
+        assert value.equal(initial_value(name, value.shape, config, 3)), name
+    matrices = [(name, value) for name, value in state.items() if value.ndim > 1]
+    assert len({value.flatten()[0].item() for _, value in matrices}) == len(matrices)
+    for name, value in matrices:
+        std = value.shape[-1] ** -0.5 if 'router' in name else config.init_std
+        assert value.std().item() == pytest.approx(std, rel=4 * (2 * value.numel()) ** -0.5), name
+        assert not value.equal(initial_value(name, value.shape, config, 4)), name
+    assert state['layers.0.moe.router.balancing_bias'].tolist() == [0.0] * 4 + [-1.0]
+    assert state['layers.0.attn.temperature'].eq(1).all() and state['norm.weight'].eq(1).all()
+    assert state['embedding_bias'].eq(0).all() and state['layers.0.attn_residual.branch_bias'].eq(0).all()
 
 
 @torch.no_grad()
