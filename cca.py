@@ -1,26 +1,26 @@
-"""CCA, Compressed Convolutional Attention: attention done entirely inside a compressed latent.
+"""CCA, Compressed Convolutional Attention: attention inside a compressed latent space.
 
-The idea. Ordinary attention projects a token of width E up to full-size queries, keys and values. CCA projects it
-DOWN (8B model: 2048 -> query latent 1024, key and value latents 256 each) and never comes back up before attention is
-over, so that parameters, attention FLOPs and the KV cache all shrink by the same factor. What the small latents lose
-in expressiveness, two tiny causal convolutions, a query-key mean and a delayed half of the values give back.
+The idea. Multi-head attention projects each token of width E to full-width queries, keys and values. CCA projects to
+smaller latents (8B model: E = 2048, query latent 1024, key and value latents 256 each), attends in them, and projects
+back to E at the end. Parameters, attention FLOPs and the KV cache shrink by the compression factor. Two small causal
+convolutions, a query-key mean and a value shift recover the expressiveness that the compression loses.
 
-For a token x_t (already RMS-normed), after the CCA paper (arXiv 2510.04476, II-B and listing A.1):
+For a token x_t, after RMSNorm (CCA paper, arXiv 2510.04476, II-B and listing A.1):
 
     1. project        q~ = W_Q x,   k~ = W_K x
     2. convolve       [q; k] = conv_grouped(conv_depthwise([q~; k~]))      both causal, kernel 2
     3. QK-mean        m_q = (q~ + k~ of the head's KV group) / 2,  m_k = mean of m_q over the group's query heads
                       q += m_q,  k += m_k
-    4. norm           q <- sqrt(d) q / |q|,   k <- T sqrt(d) k / |k|       T: one learned number for each KV head
-    5. RoPE           rotates the first half of each head's dims
+    4. norm           q <- sqrt(d) q / |q|,   k <- T sqrt(d) k / |k|       T: learned, one scalar per KV head
+    5. RoPE           rotate the first half of each head's dims by the position
     6. value shift    v_t = [W_V1 x_t ; W_V2 x_{t-1}]                      x_{-1} = 0
     7. attend         softmax(q k^T / sqrt(d)) v, causal, then W_O back to width E
 
-T itself scales the keys, not exp(T) as in the paper, so that logits grow no faster than T (ZAYA1-8B report,
-2605.05365, App. C). Steps 2 to 5 are one function, `mix`, in whose place a kernel may be put (kernels/).
+The keys are scaled by T, not by exp(T) as in the paper: attention logits then grow only linearly in T (ZAYA1-8B report,
+arXiv 2605.05365, App. C). Steps 2 to 5 are one function, `mix`, which a fused kernel can replace (kernels/).
 
 Legend:  B batch   S sequence (new tokens)   P positions attended to   E residual width
-         Hq, Hk query / KV heads   H = Hq + Hk   G = Hq / Hk query heads a KV head   d head dim   C = H d channels
+         Hq, Hk query / KV heads   H = Hq + Hk   G = Hq / Hk query heads per KV head   d head dim   C = H d channels
 """
 import torch
 import torch.nn.functional as F
@@ -28,37 +28,36 @@ from torch import nn
 
 from layers import bf16_inside, upcast
 
-# ---- step 2: the two convolutions, as one ----
-
+# ---- step 2 ----
 
 def merge_convolutions(w1, b1, w2, b2):
-    """Merge two convolutions with nothing between them into one, of kernel 3. With W for the grouped and w for the
-    depthwise one, index 1 at the newer of two tokens:
+    """Return the weight (H, d, 3d) and bias (H, d), float32, of the one convolution, of kernel 3, that equals the two.
+    The three taps of the weight are side by side, oldest first.
 
-        a_t = w_0 x_{t-1} + w_1 x_t + b1                            each channel by itself
-        y_t = W_0 a_{t-1} + W_1 a_t + b2                            the d channels of a head among themselves
-            = W_0 w_0 x_{t-2} + (W_0 w_1 + W_1 w_0) x_{t-1} + W_1 w_1 x_t  +  (W_0 + W_1) b1 + b2
+    w1 (C, 1, 2), b1 (C): depthwise; w2 (C, d, 2), b2 (C): grouped, one group per head; laid out as in nn.Conv1d. With w
+    for the depthwise and W for the grouped weight, index 1 being the newer token:
 
-    w1 (C, 1, 2), b1 (C), w2 (C, d, 2), b2 (C), laid out as in nn.Conv1d: out, in, time.
-    Return the weights (H, d, 3d), the three taps side by side from old to new, and the bias (H, d), in float32."""
+        a_t = w_0 x_{t-1} + w_1 x_t + b1                            within each channel
+        y_t = W_0 a_{t-1} + W_1 a_t + b2                            within the d channels of a head
+            = W_0 w_0 x_{t-2} + (W_0 w_1 + W_1 w_0) x_{t-1} + W_1 w_1 x_t  +  (W_0 + W_1) b1 + b2"""
     C, d, _ = w2.shape
-    w1, b1, w2, b2 = map(upcast, (w1, b1, w2, b2))              # products of weights: rounded once, where they are used
-    w_0, w_1 = w1.view(C // d, 1, d, 2).unbind(-1)                  # (H, 1, d): one factor for each input channel
+    w1, b1, w2, b2 = map(upcast, (w1, b1, w2, b2))              # products of weights, which the caller rounds
+    w_0, w_1 = w1.view(C // d, 1, d, 2).unbind(-1)                  # (H, 1, d): one factor per input channel
     W_0, W_1 = w2.view(C // d, d, d, 2).unbind(-1)                  # (H, d, d)
     weight = torch.cat([W_0 * w_0, W_0 * w_1 + W_1 * w_0, W_1 * w_1], -1)
     return weight, ((W_0 + W_1) @ b1.view(-1, d, 1))[..., 0] + b2.view(-1, d)
 
 
 def document_boundary_masks(start):
-    """Return which tokens may not see x_{t-2}, and which not x_{t-1}: two (B, S) bool. start (B, S) bool: a document
-    begins here."""
+    """Return two masks, (B, S) bool: where x_{t-2} and where x_{t-1} belong to an earlier document than x_t.
+    start (B, S) bool: True at the first token of a document."""
     return start | F.pad(start, (1, 0))[:, :-1], start
 
 
 # ---- step 3 ----
 
 def qk_mean(q, k):
-    """Average the latents from BEFORE the convolution. q (Hq, ...), k (Hk, ...) -> m_q, m_k of the same shapes."""
+    """Return m_q, m_k of the latents BEFORE the convolutions. q (Hq, ...), k (Hk, ...) -> the same shapes."""
     q = q.unflatten(0, (len(k), -1))                              # (Hk, G, ...): query head h belongs to KV head h // G
     m_q = (q + k[:, None]) / 2
     return m_q.flatten(0, 1), m_q.mean(1)
@@ -67,7 +66,7 @@ def qk_mean(q, k):
 # ---- step 4 ----
 
 def norm(x, size):
-    """Give each vector x (H, B, S, d) its head's length, size (H). A zero vector stays zero instead of 0 / 0."""
+    """Scale each vector of x (H, B, S, d) to the norm size (H) of its head. A zero vector stays zero, not 0 / 0."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)     # (H, B, S, 1)
     return x * (size[:, None, None, None] / length)
 
@@ -75,40 +74,40 @@ def norm(x, size):
 # ---- step 5 ----
 
 def rope_table(positions, dim, base):
-    """Return cos and sin of position * base^(-2i / dim) for i < dim / 2.
-    positions (..., S) int -> two (..., S, dim / 2) float32."""
+    """Return cos and sin of position * base^(-2i / dim), i < dim / 2: (..., S, dim / 2) float32 each.
+    positions (..., S) int."""
     frequency = base ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     angle = positions[..., None].float() * frequency
     return angle.cos(), angle.sin()
 
 
 def rope(x, cos, sin):
-    """Rotate pairs (x_i, x_{i + n}) by their angle; dims past 2n pass. x (H, B, S, d); cos, sin (B or 1, S, n)."""
+    """Rotate the pairs (x_i, x_{i + n}), i < n; dims from 2n on stay. x (H, B, S, d); cos, sin (B or 1, S, n)."""
     n = cos.shape[-1]
     a, b, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
-# ---- steps 2 to 5 in a row ----
+# ---- steps 2 to 5 ----
 
 def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
-    """Make queries (B, Hq, S, d) and keys (B, Hk, S, d) of the projected qk = [q~; k~] (B, S, C), in qk's dtype.
+    """Return the queries (B, Hq, S, d) and keys (B, Hk, S, d), in qk's dtype. qk (B, S, C): the projections [q~; k~].
 
-    past (B, 2, C): the two columns before qk; None at the start of a sequence. w1, b1, w2, b2: see merge_convolutions.
-    temperature (Hk): T. cos, sin (B or 1, S, n): of rope_table. start (B, S) bool or None: as in CCA.forward."""
+    past (B, 2, C): qk of the two tokens before; None at the start of a sequence. w1 to b2: see merge_convolutions.
+    temperature (Hk): T. cos, sin (B or 1, S, n): of rope_table. start (B, S) bool or None: see CCA.forward."""
     (B, S, C), d, Hk = qk.shape, w2.shape[1], len(temperature)
     H, Hq = C // d, C // d - Hk
-    # 2. A kernel of 3 looks back on two columns, the past. At the start of a sequence that is zero: x before the first
-    # convolution is, so that a, before the second one, is b1 there and not zero.
+    # 2. The merged kernel of 3 reads two past tokens. At the start of a sequence qk is padded with zeros, so that the
+    # input of the second convolution is b1 there, not zero.
     x = F.pad(qk, (0, 0, 2, 0)) if past is None else torch.cat([past, qk], 1)   # (B, S + 2, C)
-    x = x.unflatten(-1, (H, d)).permute(2, 0, 1, 3)                         # (H, B, S + 2, d): heads first from here on
+    x = x.unflatten(-1, (H, d)).permute(2, 0, 1, 3)                         # (H, B, S + 2, d), heads first from here
     taps = [x[:, :, :-2], x[:, :, 1:-1], x[:, :, 2:]]                           # x_{t-2}, x_{t-1}, x_t
     if start is not None:
         taps[:2] = [tap.masked_fill(hidden[..., None], 0) for tap, hidden in zip(taps, document_boundary_masks(start))]
     weight, bias = (t.to(qk.dtype) for t in merge_convolutions(w1, b1, w2, b2))
     taps = torch.cat(taps, -1).flatten(1, 2)                                    # (H, B S, 3d)
-    z = torch.baddbmm(bias[:, None], taps, weight.mT).view(H, B, S, d)          # one product a head
-    # 3 to 5 in float32: here small errors would bend every attention logit. Queries and keys go together.
+    z = torch.baddbmm(bias[:, None], taps, weight.mT).view(H, B, S, d)          # one product per head
+    # 3 to 5. In float32, since errors here affect every attention logit. Queries and keys are processed together.
     z = upcast(z) + torch.cat(qk_mean(*upcast(x[:, :, 2:]).split([Hq, Hk])))
     size = d ** 0.5 * F.pad(upcast(temperature), (Hq, 0), value=1.0)      # (H): sqrt(d) for queries, T sqrt(d) for keys
     q, k = rope(norm(z, size), cos, sin).to(qk.dtype).split([Hq, Hk])           # (Hq or Hk, B, S, d)
@@ -116,7 +115,7 @@ def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
 
 
 class CCA(nn.Module):
-    """The attention of layer `layer`. forward: x (B, S, E) -> (B, S, E), causal."""
+    """Causal attention of layer `layer`. forward: x (B, S, E) -> (B, S, E)."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -125,8 +124,8 @@ class CCA(nn.Module):
         self.layer, self.head_dim, self.mix = layer, d, mix
         self.q_proj = nn.Linear(E, self.Hq * d, bias=False)                     # W_Q
         self.k_proj = nn.Linear(E, self.Hk * d, bias=False)                     # W_K
-        self.v_proj = nn.Linear(E, self.Hk * d // 2, bias=False)                # W_V1, sees this token
-        self.v_proj_delayed = nn.Linear(E, self.Hk * d // 2, bias=False)        # W_V2, sees the token before
+        self.v_proj = nn.Linear(E, self.Hk * d // 2, bias=False)                # W_V1, of this token
+        self.v_proj_delayed = nn.Linear(E, self.Hk * d // 2, bias=False)        # W_V2, of the previous token
         self.o_proj = nn.Linear(self.Hq * d, E, bias=False)                     # W_O
         self.conv_depthwise_weight = nn.Parameter(torch.empty(C, 1, 2))         # w1
         self.conv_depthwise_bias = nn.Parameter(torch.empty(C))                 # b1
@@ -135,16 +134,17 @@ class CCA(nn.Module):
         self.temperature = nn.Parameter(torch.empty(self.Hk))                   # T
 
     def forward(self, x, cos, sin, mask=None, start=None, cache=None):
-        """x (B, S, E) -> (B, S, E). cos, sin (B or 1, S, n) from rope_table.
-        mask: bool, what each token may attend to, (B or 1, 1, S, P); None: itself and all before it.
-        start (B, S) bool: a document begins here, and nothing before it may be seen (packed windows).
-        cache: a Cache, after its reserve()."""
+        """x (B, S, E) -> (B, S, E). cos, sin (B or 1, S, n): of rope_table.
+        mask (B or 1, 1, S, P) bool: True where a token may attend; None: plain causal attention.
+        start (B, S) bool: True at the first token of a document (packed windows). Convolutions and value shift do not
+            read tokens of earlier documents; mask must do the same for attention.
+        cache: a Cache after its reserve()."""
         B, S, _ = x.shape
         Hq, Hk, d = self.Hq, self.Hk, self.head_dim
-        # 1. Down into the latents, all four in one product.
+        # 1. Project, all four latents in one product.
         W = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.v_proj_delayed.weight])
         qk, v, v_delayed = F.linear(x, W).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)
-        # What came before: nothing at the start of a sequence, else the cache's constant-size state.
+        # The state of the past tokens: zero at the start of a sequence, else from the cache.
         past, v_last = None, v.new_zeros(B, 1, v.shape[-1])
         if cache is not None:
             past, v_last = cache.qk[self.layer].to(qk.dtype), cache.v_last[self.layer].to(v.dtype)
@@ -152,15 +152,15 @@ class CCA(nn.Module):
         # 2 to 5. Convolutions, QK-mean, norm, RoPE.
         q, k = self.mix(qk, past, self.conv_depthwise_weight, self.conv_depthwise_bias, self.conv_grouped_weight,
                         self.conv_grouped_bias, self.temperature, cos, sin, start)       # (B, Hq or Hk, S, d)
-        # 6. Values: half of the latent sees this token, the other half the one before. Of 2 KV heads, each does one.
+        # 6. Value shift. With 2 KV heads, head 0 has the values of this token, head 1 those of the previous one.
         v_before = v_delayed[:, :-1]                                            # (B, S, Hk d / 2)
         if start is not None:
             v_before = v_before.masked_fill(start[..., None], 0)
         v = torch.cat([v, v_before], -1).unflatten(-1, (Hk, d)).transpose(1, 2)         # (B, Hk, S, d)
-        # 7. Attend in the latent, scale 1 / sqrt(d), each KV head for its G query heads.
+        # 7. Attend, scale 1 / sqrt(d); each KV head serves G query heads.
         if cache is not None:
             k, v = cache.update(self.layer, torch.cat([past, qk], 1), v_delayed, k, v)  # (B, Hk, P, d)
         if v.device.type == 'cpu' and bf16_inside():
-            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()                  # faster than bf16 inside of float32
+            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()                  # faster than float32 with bf16 products
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(-2).to(qk.dtype))           # (B, S, Hq d) -> (B, S, E)

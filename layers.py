@@ -1,31 +1,48 @@
-"""The bricks of every layer: float32 where small errors would grow, RMSNorm, residual scaling.
+"""The parts every layer uses: float32 upcasts, RMSNorm, residual scaling.
 
-    RMSNorm(x)  = x / sqrt(|x|^2 / E + eps) * w                 w: E learned numbers; |x|^2 / E is the mean of x^2
-    scale(x, f) = (x + b_r) * a_r + (f + b_f) * a_f             a_r, b_r, a_f, b_f: E learned numbers each
+    RMSNorm(x)  = x / sqrt(mean(x^2) + eps) * w                 w (E): learned; the mean is over the E elements of x
+    scale(x, f) = (x + b_r) * a_r + (f + b_f) * a_f             a_r, b_r, a_f, b_f (E): learned
 
-Residual scaling (ZAYA1-8B report, arXiv 2605.05365, eq. 6) stands where other models add x + f: x is the residual
-stream, f what a sublayer says to it. With a = 1 and b = 0 it is x + f. Learned, it lets each sublayer damp what came
-before it, or turn itself down: over 40 layers this keeps the size of the stream in hand.
+Residual scaling (ZAYA1-8B report, arXiv 2605.05365, eq. 6) replaces the plain residual connection x + f, where x is the
+residual stream and f the output of a sublayer (attention or experts). It is initialized to x + f: a = 1, b = 0. The
+learned scales can damp the stream and each sublayer's output, which keeps the residual norm bounded over 40 layers.
 
-Legend:  E residual width   ... any dims before it
+Legend:  E residual width   ... any leading dims
 """
+import contextlib
+
 import torch
 from torch import nn
 
 
 def upcast(x):
-    """Return x in float32, the least precision of the delicate steps (report, IV-D); float64 stays float64."""
+    """Return x in float32, for the operations that need it (report, IV-D); float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.compiler.assume_constant_result
+def matmul_precision():
+    return torch.get_float32_matmul_precision()
+
+
 def bf16_inside():
-    """Whether products of float32 tensors may round their factors to bf16 (products_in)."""
-    return torch.get_float32_matmul_precision() != 'highest'
+    """Return whether products of float32 tensors may round their inputs to bf16 (runtime/device.py, products_in)."""
+    return matmul_precision() != 'highest'
+
+
+@contextlib.contextmanager
+def float32_products():
+    """Compute products of float32 tensors in float32, whatever products_in has set."""
+    before = matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class RMSNorm(nn.Module):
-    """Norm over the last dim: computed in float32, returned in the weight's dtype. x (..., E) -> (..., E)."""
+    """RMSNorm over the last dim, computed in float32, returned in the weight's dtype. x (..., E) -> (..., E)."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -39,7 +56,7 @@ class RMSNorm(nn.Module):
 
 
 class ResidualScaling(nn.Module):
-    """Add a sublayer's output to the stream. x (..., E) float32, f (..., E) any float -> (..., E) float32."""
+    """Add a sublayer's output to the residual stream, scaled. x (..., E) float32, f (..., E) -> (..., E) float32."""
 
     def __init__(self, dim):
         super().__init__()
@@ -49,6 +66,6 @@ class ResidualScaling(nn.Module):
         self.branch_bias = nn.Parameter(torch.zeros(dim))       # b_f
 
     def forward(self, x, f):
-        # Multiplied out, (b_r a_r + b_f a_f) + x a_r + f a_f: what is in brackets is one vector for all tokens.
+        # Expanded to (b_r a_r + b_f a_f) + x a_r + f a_f: the term in parentheses is the same for all tokens.
         constant = self.residual_bias * self.residual_scale + self.branch_bias * self.branch_scale     # (E)
         return torch.addcmul(torch.addcmul(constant, x, self.residual_scale), upcast(f), self.branch_scale)

@@ -1,17 +1,16 @@
-"""The ZAYA1 router: which one of the experts works on a token, and how all of them are kept busy.
+"""The ZAYA1 router: it chooses one expert per token. The balancer: it keeps the load of the experts even.
 
-The idea. Most mixture-of-experts models route with a single linear layer. ZAYA1 spends a little more: an MLP decides,
-from a small state that is averaged over DEPTH, so that a layer's choice builds on those of the layers below it
-(ZAYA1-8B report, arXiv 2605.05365, II-A2, eqs. 1-5):
+The idea. Most mixture-of-experts models route with a single linear layer. ZAYA1 routes with an MLP, on a small state
+that is averaged over depth, so that a layer's choice depends on the router states of the layers below (ZAYA1-8B report,
+arXiv 2605.05365, II-A2, eqs. 1-5):
 
     r_l = W_down h_l + b_down + gamma_l * r_{l-1}            Exponential Depth Averaging; h normed x, gamma_0 = 0
     s_l = softmax(MLP(RMSNorm(r_l)))                         MLP: linear, GELU, linear, GELU, linear (no bias)
-    e   = argmax(s_l + b_l)                                  top-1; the balancing bias b_l only takes part here ...
-    w   = s_l[e]                                             ... the output weight is the unbiased probability
+    e   = argmax(s_l + b_l)                                  top-1; the balancing bias b_l affects the choice only
+    w   = s_l[e]                                             the expert's output is weighted by its unbiased probability
 
-Left alone, a router sends ever more tokens to whichever experts learned first. The Balancer below moves b_l after each
-optimizer step so that each of N experts gets 1/N of the tokens. The loss never sees b_l: no auxiliary term bends its
-gradient.
+Without balancing, the experts that learn first receive ever more tokens. After each optimizer step the Balancer moves
+b_l so that each of N experts receives 1/N of the tokens. There is no auxiliary loss, and b_l gets no gradient.
 
 Legend:  B batch   S sequence   E residual width   R router width   N experts   M classes: N, or N + 1 with 'skip'
 """
@@ -26,13 +25,14 @@ from layers import RMSNorm, upcast
 
 
 def choose(probs, bias):
-    """Top-1 under the balancing bias. probs (..., M) float32, bias (M) -> expert (...) int64, weight (...) float32."""
+    """Return the top-1 expert under the balancing bias, (...) int64, and its unbiased probability, (...) float32.
+    probs (..., M) float32, bias (M)."""
     expert = (probs.detach() + bias).argmax(-1)
     return expert, probs.gather(-1, expert[..., None])[..., 0]
 
 
 class Router(nn.Module):
-    """The router of layer `layer`. forward: x (B, S, E) and the layer below's state -> expert, weight, state."""
+    """The router of layer `layer`. forward: x and the router state of the layer below -> expert, weight, state."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -43,15 +43,15 @@ class Router(nn.Module):
         self.norm = RMSNorm(R, config.norm_eps)
         self.fc1, self.fc2 = nn.Linear(R, R), nn.Linear(R, R)
         self.out_proj = nn.Linear(R, M, bias=False)
-        self.choose = choose                                    # rl.py puts another in its place, to replay choices
-        # b_l is a buffer, not a parameter: saved with the model, invisible to the loss.
+        self.choose = choose                                    # rl.py replaces it, to replay recorded choices
+        # b_l is a buffer, not a parameter: it is saved with the model, but gets no gradient.
         self.register_buffer('balancing_bias', torch.zeros(M))
-        # Tokens each expert got since the Balancer last looked. Bookkeeping, so it is not saved.
+        # Tokens per expert since the last step of the Balancer. Not saved.
         self.register_buffer('load', torch.zeros(M, dtype=torch.int64), persistent=False)
 
     def forward(self, x, r_below=None):
-        """x (B, S, E), r_below (B, S, R) or, in layer 0, None -> expert (B, S) int64, weight (B, S) float32, and the
-        state r (B, S, R)."""
+        """x (B, S, E), r_below (B, S, R), None in layer 0 -> expert (B, S) int64, weight (B, S) float32 and the router
+        state r (B, S, R). Expert N, if there is one, is 'skip': the MoE output of such a token is zero."""
         r = self.down_proj(x)
         if self.eda_scale is not None:
             r = r + self.eda_scale * r_below
@@ -60,45 +60,45 @@ class Router(nn.Module):
         probs = upcast(self.out_proj(h)).softmax(-1)                              # s_l (B, S, M), float32
         expert, weight = self.choose(probs, self.balancing_bias)
         if self.training:
-            self.load += F.one_hot(expert.flatten(), len(self.load)).sum(0)     # no bincount: it would wait for the GPU
-        return expert, weight, r            # class N, if there is one, is 'skip': the experts give such a token zero
+            self.load += F.one_hot(expert.flatten(), len(self.load)).sum(0)     # bincount would wait for the GPU
+        return expert, weight, r
 
 
 def load_entropy(fractions):
-    """How even a load is: H(p) / ln N, 1 when perfectly balanced, 0 when one expert gets all. (..., N) -> (...)."""
+    """Return the normalized load entropy H(p) / ln N: 1 for an even load, 0 if one expert gets all tokens.
+    fractions (..., N) -> (...)."""
     return -torch.special.xlogy(fractions, fractions).sum(-1) / (math.log(fractions.shape[-1]) or 1)
 
 
 class Balancer:
-    """Moves every router's bias once per optimizer step, from what the experts got in the GLOBAL batch.
+    """Moves the balancing biases of all routers once per optimizer step, by the expert load of the GLOBAL batch.
 
-    The error of expert e is p_e - 1/N, p_e its fraction of the tokens. Three rules:
-        'pid'   ZAYA1: AdamW takes a step on b with the error as its 'gradient'. The error is a PID controller's
-                proportional signal; AdamW's first moment integrates it over time, its second moment damps the swings.
-        'sign'  DeepSeek's, for comparison: a fixed step against the sign of the error.
-        'none'  no balancing, to see the collapse.
-    Make it after the model is on its device: it updates the routers' buffers in place.
-    """
+    The error of expert e is p_e - 1/N, where p_e is the fraction of tokens routed to it. Three rules:
+        'pid'   ZAYA1: AdamW steps on b_l with the error as its gradient. PID-inspired: the error is the proportional
+                term, AdamW's first moment integrates it, its second moment damps oscillations.
+        'sign'  DeepSeek's rule, for comparison: a step of fixed size against the sign of the error.
+        'none'  no balancing, to show the collapse.
+    Any other raises ValueError. Create it after the model is on its device: it holds views of the routers' buffers."""
 
     def __init__(self, routers, rule='pid', lr=3e-2):
         if rule not in ('pid', 'sign', 'none'):
             raise ValueError(f"balancer rule {rule!r}: use 'pid', 'sign' or 'none'")
         self.routers, self.rule, self.lr = list(routers), rule, lr
-        # Views of the experts' biases; the bias of 'skip', if there is one, stays where it is.
+        # Views of the experts' biases. The bias of 'skip', if there is one, does not change.
         self.biases = [router.balancing_bias[:router.n_expert] for router in self.routers]
         self.adamw = torch.optim.AdamW(self.biases, lr=lr, weight_decay=0.0)
 
     @torch.no_grad()
     def step(self, update=True):
-        """Read and clear the loads, summed over all ranks; move the biases unless `update` is False (a skipped step).
-        Return the load fractions, (layers, N) float32."""
+        """Move the biases, unless `update` is False (a skipped step), and clear the loads. Return the fraction of tokens
+        per expert, over all ranks, (layers, N) float32."""
         loads = torch.stack([router.load[:router.n_expert] for router in self.routers])
         if dist.is_initialized():
             dist.all_reduce(loads)
         for router in self.routers:
             router.load.zero_()
         fractions = loads / loads.sum(-1, keepdim=True).clamp_min(1)
-        error = fractions - loads.any(-1, keepdim=True) / loads.shape[-1]       # (layers, N); no tokens, no error
+        error = fractions - loads.any(-1, keepdim=True) / loads.shape[-1]       # (layers, N); without tokens, 0
         if update and self.rule == 'pid':
             for bias, e in zip(self.biases, error):
                 bias.grad = e
