@@ -1,17 +1,18 @@
-"""How fast is it? Side by side with the ZAYA of transformers: `python bench.py` (how it scales: evidence/scaling.py).
+"""Compare speed and memory with the ZAYA of transformers: `python bench.py` (how both scale: evidence/scaling.py).
 
-Both models have the SAME random weights, and must first agree on the logits. Then each work is done by both in turn,
-A B A B ..., in one process: whatever else the machine does, it does to both. The table gives medians, and
+Both models have the SAME random weights, and nothing is timed unless their logits agree. Each workload alternates
+between the two, A B A B ..., in one process, so that other load on the machine slows both. The table reports medians:
 
-    ratio = their seconds / our seconds                         above 1: ours is faster
+    ratio = seconds of transformers / our seconds               above 1: ours is faster
 
-which is the figure that counts. The peer is transformers' ZayaForCausalLM with sdpa attention and the faster of its
-experts implementations, measured first. 'best' is each side's faster way: plain or compiled; in decoding the peer's
-other way is its static cache, not compiled, since its model is marked as one that does not compile in one piece.
+The peer is transformers' ZayaForCausalLM with sdpa attention and the faster of its experts implementations, which is
+measured first. 'best' takes each side's fastest variant: plain or compiled. In decoding, the peer's second variant is
+its static cache, not compiled, because its model is marked as not compilable in one graph.
 
-Memory is the peak over what was held before the work began: on a GPU by its allocator, on a CPU by a fresh process.
+Memory is the peak minus what was allocated before the workload: on a GPU according to its allocator, on a CPU in a
+fresh process.
 
-Legend:  B rows   S tokens of a row
+Legend:  B sequences   S tokens per sequence
 """
 import math
 import multiprocessing
@@ -28,12 +29,12 @@ from pathlib import Path
 import torch
 
 import configurator
-from runtime.pretrained import save_pretrained
 from model import Zaya, ZayaConfig, sizes
 from optim import make_optimizers
 from router import Balancer, load_entropy
-from sample import generate
 from runtime.device import name_and_peak, pick_device, pick_dtype, products_in
+from runtime.pretrained import save_pretrained
+from sample import generate
 
 
 @dataclass
@@ -41,7 +42,7 @@ class BenchConfig:
     device: str = 'auto'
     dtype: str = 'auto'             # of 'best' training; 'auto' is bfloat16 where it is faster, else float32
     repeats: int = 5
-    quick: bool = False             # a tiny model, two repeats, no torch.compile: only to see that it works
+    quick: bool = False             # a tiny model, two repeats, no torch.compile: a smoke test
     seed: int = 0
 
     def __post_init__(self):
@@ -50,7 +51,7 @@ class BenchConfig:
 
 SMALL = replace(ZayaConfig(), vocab_size=512, context=1024, skip_expert=True)
 MEDIUM = ZayaConfig(vocab_size=50_304, context=1024, n_layer=16, n_embd=1024, n_head=8, n_kv_head=2, head_dim=64,
-                    n_expert=16, expert_dim=1024, router_dim=128, skip_expert=True)     # about nanoGPT's GPT-2, active
+                    n_expert=16, expert_dim=1024, router_dim=128, skip_expert=True)     # about GPT-2's size, active
 TINY = ZayaConfig(vocab_size=64, context=64, n_layer=2, n_embd=32, n_head=2, n_kv_head=1, head_dim=8, n_expert=4,
                   expert_dim=16, router_dim=8, skip_expert=True)
 
@@ -58,19 +59,19 @@ TINY = ZayaConfig(vocab_size=64, context=64, n_layer=2, n_embd=32, n_head=2, n_k
 # ---- the two models ----
 
 def random_tokens(model, B, S, seed=0):
-    """Draw tokens (B, S), the same ones for both models."""
+    """Return random tokens (B, S), the same for both models."""
     g = torch.Generator().manual_seed(seed)
     return torch.randint(1, model.config.vocab_size, (B, S), generator=g).to(model.device)
 
 
 @torch.no_grad()
 def zaya(config, device, seed):
-    """Make a Zaya with random weights whose experts are all busy, as in a trained model. Random routers alone send all
-    tokens to one expert or two, so let the balancer work for at most 200 steps."""
+    """Return a Zaya with random weights and a balanced expert load, as in a trained model. Freshly initialized routers
+    send nearly all tokens to one or two experts, so run the balancer for at most 200 steps."""
     torch.manual_seed(seed)
     model = Zaya(config).to(device)
     for p in model.parameters():
-        if p.ndim < 2:                                          # no ones and zeros, which would hide differences
+        if p.ndim < 2:                                          # exact ones and zeros would hide differences
             p.add_(torch.randn_like(p), alpha=0.05)
     balancer = Balancer(model.routers, lr=1e-2)
     for step in range(200):
@@ -82,12 +83,9 @@ def zaya(config, device, seed):
 
 @torch.no_grad()
 def make_pair(config, device, seed, experts=None):
-    """Put the same weights into a Zaya and a transformers model -> (ours, theirs). experts: the peer's implementation
-    of them, None for its default. Raises ValueError if the logits differ, or without transformers."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError('the comparison needs transformers: pip install transformers safetensors') from None
+    """Return (ours, transformers'), two models with the same weights. experts: the peer's experts implementation, None
+    for its default. Raise ValueError if the logits differ or transformers is not installed."""
+    transformers = configurator.package('transformers')
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     ours = zaya(config, device, seed)
@@ -106,42 +104,38 @@ def one_of_pair(which, *arguments):
     return make_pair(*arguments)[which]
 
 
-# ---- the works: each makes, for one model, a function to time ----
+# ---- workloads: each function returns, for one model, the function to time ----
 
 def training(model, B, S, optimizer='AdamW', dtype=torch.float32, compiled=False):
-    """One training step, whose learning rate is so small that it leaves the weights as they are: all steps are the same
-    work. optimizer 'own': Muon and AdamW for ours. compiled: our layers are, from now on."""
+    """Return a function that takes one training step. Its learning rate is too small to change the weights, so every
+    step does equal work. optimizer: 'AdamW', or 'own' for our Muon and AdamW. compiled: our layers stay compiled."""
     tokens = random_tokens(model.train(), B, S)
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-7, fused=True)]          # as transformers' Trainer has it
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-7, fused=True)]          # as in transformers' Trainer
     if isinstance(model, Zaya):
-        targets = tokens.roll(-1, 1)
+        targets, precision = tokens.roll(-1, 1), lambda: products_in(dtype, tokens.device)
         loss_of = lambda: model(tokens, targets)[1]
         optimizers = make_optimizers(model, 1e-7) if optimizer == 'own' else optimizers
         for layer in model.layers if compiled else ():
-            layer.compile()                                     # one program, written for the first, serves all of them
+            layer.compile()                                     # all layers share the graph compiled for the first
     else:
+        precision = lambda: torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32)
         forward = torch.compile(model) if compiled else model
         loss_of = lambda: forward(tokens, labels=tokens, use_cache=False).loss
 
-    def products():
-        if isinstance(model, Zaya):
-            return products_in(dtype, tokens.device)
-        return torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32)
-
     @torch.enable_grad()
     def step():
-        with products():
+        with precision():
             loss = loss_of()
         loss.backward()
         for o in optimizers:
             o.step()
             o.zero_grad()
-        torch.set_float32_matmul_precision('highest')           # for whoever comes next
+        torch.set_float32_matmul_precision('highest')           # undo products_in
     return step
 
 
 def prefill(model, B, S):
-    """A prompt into an empty cache, and the logits of its last token."""
+    """Return a function that reads prompts into an empty cache and computes the logits of their last tokens."""
     tokens = random_tokens(model.eval(), B, S)
     if isinstance(model, Zaya):
         return lambda: model(tokens, cache=model.make_cache(B, S), last_only=True)
@@ -149,7 +143,8 @@ def prefill(model, B, S):
 
 
 def decoding(model, B, S, new, static=False):
-    """`new` tokens after a prompt, greedily, by each side's generate. static: constant shapes, and ours compiled."""
+    """Return a function that decodes `new` tokens per prompt, greedily, by each side's own generate. static: constant
+    shapes, and ours compiled."""
     tokens = random_tokens(model.eval(), B, S)
     if isinstance(model, Zaya):
         return lambda: generate(model, tokens.tolist(), new, temperature=0, compiled=static)
@@ -161,32 +156,32 @@ def decoding(model, B, S, new, static=False):
 
 # ---- measuring ----
 
-@torch.no_grad()                                                # a training step switches gradients on itself
+@torch.no_grad()                                                # a training step enables gradients itself
 def timed(work, device):
     """Return the seconds of one call."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     work()
     if device.type != 'cpu':
         torch.accelerator.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def alternate(works, device, repeats, warm_up=2):
-    """Return the median seconds of each work, warmed up, in turns."""
+    """Return the median seconds of each workload, measured in alternation after warm-up calls."""
     times = [[timed(work, device) for work in works] for _ in range(warm_up + repeats)][warm_up:]
     return [statistics.median(column) for column in zip(*times)]
 
 
 def peak_memory(device, make_model, make_work, arguments):
-    """Return the MiB that a work needs at most beyond what was there before it; nan where that cannot be read."""
+    """Return the MiB that a workload allocates at its peak, nan where the system does not report it."""
     work = make_work(make_model(), *arguments)
     if device.type == 'cuda':
-        peak, forget = lambda: torch.cuda.max_memory_allocated() / 2 ** 20, torch.cuda.reset_peak_memory_stats
-    else:                                                       # Linux tells it, and forgets the peak so far at a '5'
+        peak, reset = lambda: torch.cuda.max_memory_allocated() / 2 ** 20, torch.cuda.reset_peak_memory_stats
+    else:                                                       # Linux: VmHWM is the peak, writing '5' resets it
         peak = lambda: int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
-        forget = lambda: Path('/proc/self/clear_refs').write_text('5')
+        reset = lambda: Path('/proc/self/clear_refs').write_text('5')
     try:
-        forget()
+        reset()
         before = peak()
         timed(work, device)
         return peak() - before
@@ -195,7 +190,7 @@ def peak_memory(device, make_model, make_work, arguments):
 
 
 def memory(device, make_model, make_work, arguments):
-    """Return peak_memory, on a CPU measured in a fresh process."""
+    """Return peak_memory, measured on a CPU in a fresh process."""
     if device.type == 'cuda':
         return peak_memory(device, make_model, make_work, arguments)
     with multiprocessing.get_context('spawn').Pool(1) as pool:
@@ -203,7 +198,7 @@ def memory(device, make_model, make_work, arguments):
 
 
 def set_up(arguments, settings_class):
-    """Read the command line, and print what the figures are measured on -> settings, device, dtype."""
+    """Read the command line and print the hardware and versions. Return settings, device and dtype."""
     settings, = configurator.read(arguments, settings_class)
     device = pick_device(settings.device)
     if settings.quick:
@@ -217,56 +212,71 @@ def set_up(arguments, settings_class):
 
 # ---- the table ----
 
-def print_row(name, shape, tokens, ours, theirs, mib='|'):
-    """Print a line of the table. tokens: of one call. ours, theirs: its seconds."""
+def print_row(name, seconds, B, S, new=0, mib='|'):
+    """Print one line of the table. seconds: of one call, (ours, transformers'). new: tokens decoded per prompt of S."""
+    (ours, theirs), tokens = seconds, B * (new or S)
     rates = f'{tokens / ours:,.0f} | {tokens / theirs:,.0f} | {theirs / ours:.2f}'
-    print(f'| {name} | {shape} | {rates} | {mib} |', flush=True)
+    print(f'| {name} | {B} x {S}{f" + {new}" if new else ""} | {rates} | {mib} |', flush=True)
+
+
+def choose_experts(theirs, device):
+    """Set the peer's faster experts implementation and return its name. A third, 'batched_mm', copies the weights for
+    every token."""
+    seconds = {}
+    for experts in 'eager', 'grouped_mm':
+        theirs.set_experts_implementation(experts)
+        seconds[experts], = alternate([prefill(theirs, 16, theirs.config.max_position_embeddings // 4)], device, 3)
+    experts = min(seconds, key=seconds.get)
+    theirs.set_experts_implementation(experts)
+    return experts
+
+
+def best(pair, make_work, arguments, variants, device, repeats):
+    """Return each side's seconds in its fastest variant (the last arguments of make_work). Log all to stderr."""
+    times = []
+    for variant in variants:
+        times.append(alternate([make_work(model, *arguments, *variant) for model in pair], device, repeats))
+        print(f'  {variant}: ours {times[-1][0]:.3f} s, theirs {times[-1][1]:.3f} s', file=sys.stderr)
+    return map(min, zip(*times))
+
+
+def best_training(pair, B, S, dtype, device, repeats):
+    """Print each side's fastest training step, with our model FLOPs utilization (MFU) where the peak is known."""
+    config, dtypes = pair[0].config, list(dict.fromkeys([torch.float32, dtype]))
+    variants = [('AdamW', d, compiled) for compiled in (False, True) for d in dtypes]   # compiled layers stay compiled
+    ours, theirs = best(pair, training, (B, S), variants, device, repeats)
+    peak = name_and_peak(device, dtype)[1]
+    mfu = f', MFU {B * S / ours * sizes(replace(config, context=S))["train_flops"] / peak:.0%}' if peak else ''
+    print_row(f'training step, AdamW, best of plain and compiled, {" and ".join(str(d)[6:] for d in dtypes)}, '
+              f'width {config.n_embd}{mfu}', (ours, theirs), B, S)
 
 
 def side_by_side(device, dtype, settings):
-    """Print the table: what each side does by default, with its memory; then each at its best, training in dtype."""
+    """Print the table: each side's default with its memory, then each side's best, training in dtype."""
     config, B, S, long, prompt, new = (TINY, 2, 16, 32, 4, 8) if settings.quick else (SMALL, 16, 256, 1024, 32, 128)
-    pair, seconds = make_pair(config, device, settings.seed), {}
+    pair, repeats = make_pair(config, device, settings.seed), settings.repeats
     default = pair[1].config._experts_implementation
-    for experts in 'eager', 'grouped_mm':                      # the third, 'batched_mm', copies weights for every token
-        pair[1].set_experts_implementation(experts)
-        seconds[experts], = alternate([prefill(pair[1], 16, config.context // 4)], device, 3)
-    experts = min(seconds, key=seconds.get)
-    pair[1].set_experts_implementation(experts)
+    experts = choose_experts(pair[1], device)
     print(f"peer: transformers' ZayaForCausalLM, sdpa, experts {experts!r} (the faster; its default: {default!r})\n")
     print('| work | shape | ours, tokens/s | transformers | ratio | peak memory, ours | transformers |')
     print('| --- | --- | --- | --- | --- | --- | --- |')
-    for name, shape, n, make_work, *arguments in (
-            ('training step, AdamW', f'{B} x {S}', B * S, training, B, S),
-            ('training step, own optimizers', f'{B} x {S}', B * S, training, B, S, 'own'),
-            ('prefill', f'1 x {long}', long, prefill, 1, long),
-            ('prefill', f'{B} x {S}', B * S, prefill, B, S),
-            ('decode', f'1 x {prompt} + {new}', new, decoding, 1, prompt, new),
-            ('decode', f'{B} x {prompt} + {new}', B * new, decoding, B, prompt, new)):
-        times = alternate([make_work(model, *arguments) for model in pair], device, settings.repeats)
+    for name, make_work, *arguments in (
+            ('training step, AdamW', training, B, S), ('training step, own optimizers', training, B, S, 'own'),
+            ('prefill', prefill, 1, long), ('prefill', prefill, B, S),
+            ('decode', decoding, 1, prompt, new), ('decode', decoding, B, prompt, new)):
+        times = alternate([make_work(model, *arguments) for model in pair], device, repeats)
         mib = [memory(device, partial(one_of_pair, which, config, device, settings.seed, experts), make_work, arguments)
                for which in (0, 1)]
-        print_row(name, shape, n, *times, f'{mib[0]:,.0f} MiB | {mib[1]:,.0f} MiB')
-    gpu, peak = device.type == 'cuda', name_and_peak(device, dtype)[1] or math.inf
-    best = [(SMALL, decoding, 1, prompt, new), (SMALL, decoding, B, prompt, new),
-            (SMALL, training, B, S, 'AdamW'), (MEDIUM, training, 32, 1024, 'AdamW')]
-    for config, make_work, B, S, *rest in [] if settings.quick else best if gpu else best[:-1]:
-        if config is not pair[0].config:
-            pair = make_pair(config, device, settings.seed, experts)
-        types = [[]] if make_work is decoding else [[d] for d in dict.fromkeys([torch.float32, dtype])]
-        ways = [[*which, fast] for fast in (False, True) for which in types]    # compiled layers stay compiled
-        times = [alternate([make_work(model, B, S, *rest, *way) for model in pair], device, settings.repeats)
-                 for way in ways]
-        ours, theirs = map(min, zip(*times))
-        if make_work is decoding:
-            print_row('decode, best of plain and static (ours compiled)', f'{B} x {S} + {new}', B * new, ours, theirs)
-        else:
-            mfu = B * S / ours * sizes(replace(config, context=S))['train_flops'] / peak
-            names = ' and '.join(str(d)[6:] for d, in types)
-            print_row(f'training step, AdamW, best of plain and compiled, {names}, width {config.n_embd}'
-                      + f', MFU {mfu:.0%}' * (mfu > 0), f'{B} x {S}', B * S, ours, theirs)
-        for way, (a, b) in zip(ways, times):
-            print(f'  {way}: ours {a:.3f} s, theirs {b:.3f} s', file=sys.stderr)
+        shape = arguments if make_work is decoding else arguments[:2]
+        print_row(name, times, *shape, mib=f'{mib[0]:,.0f} MiB | {mib[1]:,.0f} MiB')
+    if settings.quick:
+        return
+    for rows in 1, B:
+        times = best(pair, decoding, (rows, prompt, new), [(False,), (True,)], device, repeats)
+        print_row('decode, best of plain and static (ours compiled)', times, rows, prompt, new)
+    best_training(pair, B, S, dtype, device, repeats)
+    if device.type == 'cuda':
+        best_training(make_pair(MEDIUM, device, settings.seed, experts), 32, 1024, dtype, device, repeats)
 
 
 if __name__ == '__main__':
