@@ -1,8 +1,8 @@
-"""Settings: defaults from dataclasses, then config files in the order given, then --key=value; the later wins.
+"""Settings: dataclass defaults, then config files in the order given, then --key=value flags; later values override.
 
-A config file holds plain assignments, `lr = 3e-4` or `max_steps = 600_000 * 2`, and comments. It looks like Python but
-is only read, with `ast`: numbers, strings, True, False, and arithmetic. Nothing in it is executed, and a key that no
-dataclass has is an error, not a new variable.
+A config file holds plain assignments, `lr = 3e-4` or `max_steps = 600_000 * 2`, and comments. It has Python's syntax,
+but it is only parsed, with `ast`: numbers, strings, True, False and arithmetic. Nothing in it is executed, and a key
+that is not a field of a dataclass is an error.
 """
 import ast
 import contextlib
@@ -15,28 +15,29 @@ import sys
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
-FULL = "can't allocate memory|not enough memory|[Oo]ut of memory|overflow|bad_alloc|Invalid buffer size"
-NO_VALUE = ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError   # the last two: thousands of brackets
+OUT_OF_MEMORY = "can't allocate memory|not enough memory|[Oo]ut of memory|overflow|bad_alloc|Invalid buffer size"
+# What evaluate_literal raises; thousands of nested brackets give the last two.
+NOT_A_VALUE = ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError
 
 
-def value_of(node):
-    """The value of a syntax tree of literals and arithmetic on numbers. Raises one of NO_VALUE for anything else."""
+def evaluate_literal(node):
+    """Return the value of a syntax tree of literals and arithmetic on numbers. Raise one of NOT_A_VALUE otherwise."""
     if isinstance(node, ast.Constant) and type(node.value) in (bool, int, float, str):
         value = node.value
     elif isinstance(node, (ast.BinOp, ast.UnaryOp)) and type(node.op) in OPERATORS:
-        sides = [value_of(side) for side in ast.iter_child_nodes(node) if isinstance(side, ast.expr)]
-        if not all(type(side) in (int, float) for side in sides):
+        operands = [evaluate_literal(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+        if not all(type(operand) in (int, float) for operand in operands):
             raise ValueError('arithmetic works on numbers only')
-        value = OPERATORS[type(node.op)](*sides)
+        value = OPERATORS[type(node.op)](*operands)
     else:
         raise ValueError(f'`{ast.unparse(node)[:60]}` is neither a literal nor arithmetic on literals')
-    if type(value) is int and not -2**63 <= value < 2**63:      # also keeps 9 * 9 * 9 * ... from growing without end
+    if type(value) is int and not -2**63 <= value < 2**63:      # also bounds the time of 9 * 9 * 9 * ...
         raise ValueError('a whole number must fit into 64 bits')
     return value
 
 
 def assignments(path):
-    """[(key, value, 'path, line n'), ...] of a config file. Raises ValueError naming file and line."""
+    """Return [(key, value, 'path, line n'), ...] of a config file. Raise ValueError naming the file and the line."""
     found, place, key = [], path, ''
     try:
         with open(path, encoding='utf-8') as file:
@@ -46,7 +47,7 @@ def assignments(path):
             match line:
                 case ast.Assign(targets=[ast.Name(id=name)], value=node):
                     key = f'{name}: '
-                    found.append((name, value_of(node), place))
+                    found.append((name, evaluate_literal(node), place))
                 case ast.Expr(value=ast.Constant(value=str())):                 # a docstring
                     pass
                 case _:
@@ -56,31 +57,31 @@ def assignments(path):
         raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
     except SyntaxError as error:
         raise ValueError(f'{path}, line {error.lineno or 1}: {error.msg}') from None
-    except NO_VALUE as error:
+    except NOT_A_VALUE as error:
         raise ValueError(f'{place}: {key}{str(error) or "too many brackets"}') from None
     return found
 
 
 def read(arguments, *classes, **defaults):
-    """Command-line arguments [config/NAME.py] [--key=value ...] -> one instance of each dataclass in `classes`.
+    """Return one instance per dataclass in `classes` for the command line [config/NAME.py] [--key=value ...].
 
-    Flags win over files wherever they stand. defaults: in place of the classes' own. A key belongs to whichever class
-    has the field. Types int, float, str, bool are checked; an int passes for a float.
-    Raises ValueError, one line that names the key and where it was set; so do the classes, by check_ranges.
+    Flags override files, in any order. defaults: override those of the classes. A key belongs to the class that has the
+    field. The types int, float, str and bool are checked; an int is accepted for a float.
+    Raise ValueError, one line that names the key and where it was set, also for what the classes' own checks refuse.
     """
     kinds = {field.name: type(field.default) for cls in classes for field in dataclasses.fields(cls)}
     found, values, made = [], defaults, []
-    for argument in sorted(arguments, key=lambda argument: argument.startswith('--')):         # sorted keeps the order
-        if re.search('[\ud800-\udfff]', argument):  # so Python spells bytes that are none
+    for argument in sorted(arguments, key=lambda argument: argument.startswith('--')):         # a stable sort
+        if re.search('[\ud800-\udfff]', argument):  # how Python represents invalid bytes
             raise ValueError(f'{argument!r}: is not valid UTF-8')
-        key, equals, value = argument[2:].partition('=')        # at the first '=': the value may hold more of them
+        key, equals, value = argument[2:].partition('=')        # at the first '=': the value may contain others
         if not argument.startswith('--'):
             found += assignments(argument)
         elif not equals:
             raise ValueError(f'{argument}: write --key=value')
         else:
-            with contextlib.suppress(*NO_VALUE):                # text that is no literal stays text
-                value = value if kinds.get(key) is str else value_of(ast.parse(value.strip(), mode='eval').body)
+            with contextlib.suppress(*NOT_A_VALUE):                # text that is not a literal stays text
+                value = value if kinds.get(key) is str else evaluate_literal(ast.parse(value.strip(), mode='eval').body)
             found.append((key, value, argument))
     for key, value, where in found:
         if key not in kinds:
@@ -93,15 +94,24 @@ def read(arguments, *classes, **defaults):
         names = values.keys() & {field.name for field in dataclasses.fields(cls)}
         try:
             made.append(cls(**{name: values[name] for name in names}))
-        except ValueError as error:                             # of the keys it mentions: where the last was set
+        except ValueError as error:                             # the message names keys: add where they were set
             mentioned = [where for key, _, where in found if key in re.findall(r'\w+', str(error))]
             raise ValueError(': '.join([*mentioned[-1:], str(error)])) from None
     return made
 
 
+def read_with_files(arguments, *classes):
+    """Split arguments into file names and flags. Return [names, *settings], one instance per dataclass in `classes`."""
+    files = [argument for argument in arguments if not argument.startswith('--')]
+    return [files, *read([argument for argument in arguments if argument.startswith('--')], *classes)]
+
+
 def check_ranges(settings, **allowed):
-    """Raise ValueError for a setting out of its range. key=(low, high): from low to high, both included; high None: to
-    any whole number, or a billion for a float. key=('this', 'that'): a choice of strings."""
+    """Raise ValueError for a setting outside its allowed values.
+
+    key=(low, high): from low to high, both included; high None: no upper bound for an int, 1e9 for a float.
+    key=('this', 'that'): one of these strings.
+    """
     for key, choices in allowed.items():
         value, low, high = getattr(settings, key), choices[0], choices[-1]
         if isinstance(low, str):
@@ -115,7 +125,7 @@ def check_ranges(settings, **allowed):
 
 
 def package(name):
-    """Import an optional package. Raises ValueError that says how to get it."""
+    """Import and return an optional package. Raise ValueError with the command that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -125,8 +135,10 @@ def package(name):
 
 @contextlib.contextmanager
 def one_line_errors(program, when_full='', when_stopped=''):
-    """Around a program's body: end what a person can put right with one line and exit code 1. The hints say what to try
-    when memory is full, and what to know after Ctrl-C."""
+    """Wrap a program's main function: exit with code 1 and a one-line message for errors that the user can fix.
+
+    when_full, when_stopped: hints for the messages of an out-of-memory error and of Ctrl-C.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
@@ -135,10 +147,10 @@ def one_line_errors(program, when_full='', when_stopped=''):
         sys.exit(f'{program}: stopped; {when_stopped}'.removesuffix('; '))
     except (RuntimeError, MemoryError) as error:
         text, kind = str(error) or type(error).__name__, type(error).__name__
-        if 'InvalidCxxCompiler' in text or 'Python.h' in text:  # what torch.compile found missing
+        if 'InvalidCxxCompiler' in text or 'Python.h' in text:  # raised by torch.compile
             sys.exit(f"{program}: --compile=True needs a C++ compiler and Python's headers: install g++ and "
                      'python3-dev, or name a compiler in CXX')
-        # torch's own kind, on GPUs; on CPUs its allocator says so in words, and sizes may overflow before it is asked.
-        if kind not in ('OutOfMemoryError', 'MemoryError') and not re.search(FULL, text):
+        # On GPUs torch raises OutOfMemoryError; on CPUs a RuntimeError, or sizes overflow before any allocation.
+        if kind not in ('OutOfMemoryError', 'MemoryError') and not re.search(OUT_OF_MEMORY, text):
             raise
         sys.exit(f'{program}: out of memory; {when_full}'.removesuffix('; ') + f' ({text.splitlines()[0]})')

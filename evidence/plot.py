@@ -81,8 +81,7 @@ def draw(plt, logs):
 
 
 def main(arguments):
-    folders = [argument for argument in arguments if not argument.startswith('--')]
-    config, = configurator.read([argument for argument in arguments if argument.startswith('--')], PlotConfig)
+    folders, config = configurator.read_with_files(arguments, PlotConfig)
     if not folders:
         raise ValueError('name a run folder of train.py, or several')
     try:

@@ -23,8 +23,7 @@ class Settings:
 
 
 def main(arguments):
-    words = [argument for argument in arguments if not argument.startswith('--')]
-    settings, = configurator.read([argument for argument in arguments if argument.startswith('--')], Settings)
+    words, settings = configurator.read_with_files(arguments, Settings)
     if words == ['list']:
         for exercise in EXERCISES:
             print(f'{exercise.name:15}{exercise.function}')

@@ -74,9 +74,7 @@ def texts(conversations):
 
 if __name__ == '__main__':
     with configurator.one_line_errors('data.chat.prepare'):
-        flags = [argument for argument in sys.argv[1:] if argument.startswith('--')]
-        config, = configurator.read(flags, ChatConfig)
-        prepare_chat([argument for argument in sys.argv[1:] if argument not in flags], config)
+        prepare_chat(*configurator.read_with_files(sys.argv[1:], ChatConfig))
 
 # Recorded output (CPython 3.11.7, one busy core of a server; 1 s in all) for 2000 conversations about sums, of one
 # or two turns, that add digit by digit in a think block. The file is what this program prints:

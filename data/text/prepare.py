@@ -1,9 +1,9 @@
-"""Token files from your own text: any files and folders, in any language or encoding. From the project's root:
+"""Write token files from your own text: any files and folders, in any language or encoding. From the project's root:
 
     python -m data.text.prepare FILES_OR_FOLDERS... [--out=DIR] [--vocab_size=N] [--tokenizer=bpe|gpt2]
 
-Folders are read with all that is below them, except hidden and binary files. A single file is split by position (its
-end is val), several by a hash of their names.
+Folders are read recursively, without hidden and binary files. Several files are split into train and val by a hash of
+their names, a single file by position: its end is val.
 """
 
 import os
@@ -19,14 +19,14 @@ from data.prepare import prepare
 class TextConfig:
     out: str = str(Path(__file__).parent)          # folder to write: data/text
     vocab_size: int = 4096                         # tokens of the vocabulary that is trained
-    tokenizer: str = 'bpe'                         # 'bpe': trained on this text; 'gpt2': ready made, of its own size
+    tokenizer: str = 'bpe'                         # 'bpe': trained on this text; 'gpt2': downloaded, 50,262 tokens
 
     def __post_init__(self):
         configurator.check_ranges(self, tokenizer=('bpe', 'gpt2'))
 
 
 def text_documents(paths):
-    """Return [(name, bytes)] of the files among and below the given paths; a file given twice counts once.
+    """Return [(name, bytes)] of all files in the given files and folders, each once.
 
     Raise ValueError if there are no paths, or one does not exist.
     """
@@ -36,7 +36,7 @@ def text_documents(paths):
     for top in tops:
         if not top.exists():
             raise ValueError(f'{top} does not exist')
-    root = Path(os.path.commonpath(tops))          # names are relative to it, so no two are equal
+    root = Path(os.path.commonpath(tops))          # names are relative to it, so all differ
     root = root.parent if root.is_file() else root
     documents = {}                                 # path -> (name, bytes): each file once
     for top in tops:
@@ -52,7 +52,5 @@ def text_documents(paths):
 
 if __name__ == '__main__':
     with configurator.one_line_errors('data.text.prepare'):
-        flags = [argument for argument in sys.argv[1:] if argument.startswith('--')]
-        config, = configurator.read(flags, TextConfig)
-        documents = text_documents([argument for argument in sys.argv[1:] if argument not in flags])
-        prepare(documents, config.out, config.vocab_size, config.tokenizer)
+        paths, config = configurator.read_with_files(sys.argv[1:], TextConfig)
+        prepare(text_documents(paths), config.out, config.vocab_size, config.tokenizer)
