@@ -1,16 +1,16 @@
-"""The gate: all that is read from a file, JSON or a checkpoint, is compared here with what it should be, once.
+"""Validation: everything read from a file, JSON or a checkpoint is checked once, on reading, against a schema.
 
-Behind the gate nobody has to check. A file that is refused gets one line: file, key, what is there, what should be.
-What should be is written as data that looks like what it describes, a `kind`:
+Code behind this check does not validate again. A refused file gives a one-line error: the file, the key, the value
+found, and what it must be. A schema is written as data of the shape that it describes:
 
-    int, str, bool, torch.Tensor ...      this type, and no other (True is no int)
+    int, str, bool, torch.Tensor ...      an instance of this type (True is not an int)
     float                                 any finite number
-    range(1, 100)                         a whole number from 1 to 99
+    range(1, 100)                         an integer from 1 to 99
     None, 'zaya', 2, True                 this value
-    (kind, kind, ...)                     one of these
-    [kind]                                a list of such; [kind, kind]: of two, one of each
-    {'key': kind, 'other?': kind}         an object with these keys, of which '?' may be left out; more do no harm
-    {str: kind}                           an object with any such keys, and only such values
+    (schema, schema, ...)                 any one of these
+    [schema]                              a list of such; [schema, schema]: a list of exactly two
+    {'key': schema, 'other?': schema}     an object with these keys; those with '?' are optional, others are ignored
+    {str: schema}                         an object with any such keys, and only such values
 """
 import contextlib
 import itertools
@@ -18,24 +18,24 @@ import json
 import os
 import re
 
-LARGEST, DEEPEST = 2 ** 28, 100     # bytes of a JSON file; brackets in brackets. More is no honest file's, and costs
+MAX_BYTES, MAX_DEPTH = 2 ** 28, 100     # of a JSON file, and of its nested brackets: limits against malicious files
 
 
-def check(value, kind, where, key=''):
-    """Raise ValueError unless value is of the kind. where: the file, for the error."""
-    if isinstance(kind, tuple):
-        if not is_any(value, kind):
-            for inner in kind:                                  # the one that it looks like has more to say
-                if isinstance(inner, (list, dict)) and isinstance(value, type(inner)):
-                    check(value, inner, where, key)
-            refuse(value, kind, where, key)
-    elif isinstance(kind, list) and isinstance(value, list):
-        if len(kind) > 1 and len(kind) != len(value):
-            raise ValueError(f'{where}: {key} has {len(value)} entries, it must have {len(kind)}')
+def check(value, schema, where, key=''):
+    """Raise ValueError unless value matches the schema. where: the file, for the error message."""
+    if isinstance(schema, tuple):
+        if not matches_any(value, schema):
+            for option in schema:                               # an option of the value's type gives a better message
+                if isinstance(option, (list, dict)) and isinstance(value, type(option)):
+                    check(value, option, where, key)
+            refuse(value, schema, where, key)
+    elif isinstance(schema, list) and isinstance(value, list):
+        if len(schema) > 1 and len(schema) != len(value):
+            raise ValueError(f'{where}: {key} has {len(value)} entries, it must have {len(schema)}')
         for i, item in enumerate(value):
-            check(item, kind[i] if len(kind) > 1 else kind[0], where, f'{key}[{i}]')
-    elif isinstance(kind, dict) and isinstance(value, dict):
-        for name, inner in kind.items():
+            check(item, schema[i] if len(schema) > 1 else schema[0], where, f'{key}[{i}]')
+    elif isinstance(schema, dict) and isinstance(value, dict):
+        for name, inner in schema.items():
             if isinstance(name, type):
                 for k, item in value.items():
                     check(k, name, where, f'a key of {key or "it"}')
@@ -44,97 +44,98 @@ def check(value, kind, where, key=''):
                 check(value[bare], inner, where, f'{key}.{bare}'.lstrip('.'))
             elif bare == name:
                 raise ValueError(f'{where}: {f"{key}.{name}".lstrip(".")} is missing')
-    elif isinstance(kind, type):
-        types = (int, float) if kind is float else kind         # True is an int to isinstance
-        if not isinstance(value, types) or type(value) is bool and kind in (int, float) or \
-                kind is float and not -1e308 < value < 1e308:   # nor is NaN, or a whole number that no float can hold
-            refuse(value, kind, where, key)
-    elif isinstance(kind, range):
-        if type(value) is not int or value not in kind:
-            refuse(value, kind, where, key)
-    elif isinstance(kind, (list, dict)) or type(value) is not type(kind) or value != kind:
-        refuse(value, kind, where, key)
+    elif isinstance(schema, type):
+        types = (int, float) if schema is float else schema
+        if not isinstance(value, types) or type(value) is bool and schema in (int, float) or \
+                schema is float and not -1e308 < value < 1e308:         # also excludes NaN and ints beyond a float
+            refuse(value, schema, where, key)
+    elif isinstance(schema, range):
+        if type(value) is not int or value not in schema:
+            refuse(value, schema, where, key)
+    elif isinstance(schema, (list, dict)) or type(value) is not type(schema) or value != schema:
+        refuse(value, schema, where, key)
 
 
-def is_any(value, kinds):
-    for kind in kinds:
+def matches_any(value, schemas):
+    """Return True if value matches one of the schemas, else None."""
+    for schema in schemas:
         with contextlib.suppress(ValueError):
-            check(value, kind, '')
+            check(value, schema, '')
             return True
 
 
-def refuse(value, kind, where, key):
-    raise ValueError(f'{where}: {key or "the whole"} is {shown(value)}, it must be {words(kind)}')
+def refuse(value, schema, where, key):
+    raise ValueError(f'{where}: {key or "the whole"} is {describe_value(value)}, it must be {describe(schema)}')
 
 
-def shown(value):
-    """A value in a few words: of a tensor, say, or a long list, not all of it."""
+def describe_value(value):
+    """Return a short text for a value: a scalar, truncated, or the type of a tensor, list or other object."""
     if value is None or isinstance(value, (bool, int, float, str)):
-        text = f'{value:,}' if type(value) is int and abs(value) >= 10**6 and abs(value) < 10**30 else repr(value)
+        text = f'{value:,}' if type(value) is int and 10**6 <= abs(value) < 10**30 else repr(value)
         return text if len(text) < 60 else f'{text[:60]}...'
     return f'a {type(value).__name__}'
 
 
-def words(kind):
-    """A kind in words."""
-    if isinstance(kind, tuple):
-        return ' or '.join(map(words, kind))
-    if isinstance(kind, range):
-        return f'a whole number from {kind.start:,} to {kind.stop - 1:,}'
-    if isinstance(kind, (list, dict)):
-        return 'a list' if isinstance(kind, list) else 'an object'
-    if isinstance(kind, type):
+def describe(schema):
+    """Return a short text for a schema."""
+    if isinstance(schema, tuple):
+        return ' or '.join(map(describe, schema))
+    if isinstance(schema, range):
+        return f'a whole number from {schema.start:,} to {schema.stop - 1:,}'
+    if isinstance(schema, (list, dict)):
+        return 'a list' if isinstance(schema, list) else 'an object'
+    if isinstance(schema, type):
         return {int: 'a whole number', float: 'a finite number', str: 'text', bool: 'true or false'}.get(
-            kind, f'a {kind.__name__}')
-    return repr(kind)
+            schema, f'a {schema.__name__}')
+    return repr(schema)
 
 
-def parse_json(data, where, kind=None):
-    """The value that JSON, as bytes, spells. kind: to check it against, if not None. Raises ValueError."""
+def parse_json(data, where, schema=None):
+    """Return the value of JSON, given as bytes, checked against the schema if there is one. Raise ValueError."""
     try:
         text = data.decode('utf-8-sig')
         brackets = re.findall(r'[][{}]', re.sub(r'"(?:[^"\\]|\\.)*"', '', text, flags=re.S))
-        if max(itertools.accumulate(1 if b in '[{' else -1 for b in brackets), default=0) > DEEPEST:
-            raise ValueError(f'more than {DEEPEST} brackets in brackets')
+        if max(itertools.accumulate(1 if b in '[{' else -1 for b in brackets), default=0) > MAX_DEPTH:
+            raise ValueError(f'brackets are nested more than {MAX_DEPTH} deep')
         value = json.loads(text, parse_constant=refuse_constant)
         if '\\ud' in text.lower():
-            json.dumps(value, ensure_ascii=False).encode('utf-8')               # half of a pair is no character
+            json.dumps(value, ensure_ascii=False).encode('utf-8')               # fails for an unpaired surrogate
     except UnicodeError:
         raise ValueError(f'{where}: is not valid Unicode') from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{where}: is not valid JSON ({getattr(error, "msg", error)})') from None
-    if kind is not None:
-        check(value, kind, where)
+    if schema is not None:
+        check(value, schema, where)
     return value
 
 
 def refuse_constant(name):
-    raise ValueError(f'{name} is no number')
+    raise ValueError(f'{name} is not a number')
 
 
 def read_bytes(path):
-    """What a file holds. Raises ValueError that names it, also if it is too large for a file of its sort."""
+    """Return the content of a file. Raise ValueError if it cannot be read or has more than MAX_BYTES bytes."""
     try:
-        if (size := os.stat(path).st_size) > LARGEST:
-            raise ValueError(f'{path}: has {size:,} bytes, more than {LARGEST:,}')
+        if (size := os.stat(path).st_size) > MAX_BYTES:
+            raise ValueError(f'{path}: has {size:,} bytes, more than {MAX_BYTES:,}')
         with open(path, 'rb') as file:
             return file.read()
     except OSError as error:
         raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
 
 
-def read_json(path, kind={str: object}):
-    """The value in a JSON file, an object unless `kind` says otherwise. Raises ValueError that names the file."""
-    return parse_json(read_bytes(path), path, kind)
+def read_json(path, schema={str: object}):
+    """Return the value of a JSON file, checked against the schema. Raise ValueError naming the file."""
+    return parse_json(read_bytes(path), path, schema)
 
 
 @contextlib.contextmanager
 def reading(path):
-    """Around a library that reads a file: whatever it says, a panic of Rust too, becomes one line that names it."""
+    """Wrap a library call that reads a file: every error, a Rust panic included, becomes a one-line ValueError."""
     try:
         yield
     except (KeyboardInterrupt, MemoryError, SystemExit):
         raise
-    except BaseException as error:                              # pyo3's PanicException is no Exception
+    except BaseException as error:                              # pyo3's PanicException is not an Exception
         text = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f'{path}: cannot be read ({text[0]})') from None
