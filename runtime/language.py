@@ -1,24 +1,24 @@
-"""A model's language: text to tokens and back, and a conversation to the prompt that the model answers.
+"""Tokenizer and chat template of a model: text to tokens and back, and a conversation to the prompt that it answers.
 
-Released folders and runs of train.py speak through the same door. A released folder brings tokenizer.json and a chat
-template in jinja2, as most released models do; a run brings bpe.json, and its template is RUN_TEMPLATE, which writes
-what data/reasoning.py trains on.
+Released folders and runs of train.py have the same interface. A released folder has tokenizer.json and a chat template
+in jinja2, as most released models do. A run has bpe.json, and its template is RUN_TEMPLATE, the format of its training
+data (data/reasoning.py).
 
-Control tokens (`<|im_end|>` ends a turn, `<think>` begins reasoning) mean something to the model, and two mistakes are
-easy to make with them:
+Special tokens (`<|im_end|>` ends a turn, `<think>` opens the reasoning) need care in two places:
 
-  - Some tokenizers put special tokens around all that they encode. That of ZAYA1-8B puts a begin token before AND the
-    end of a turn behind it: a prompt made that way is over before the model has said a word. So text is encoded without
-    them, and `bos` goes in front of a prompt once.
-  - A user who types `<|im_end|>` would end the own turn, and could go on in the name of the model. So control tokens
-    are made by the template alone. In all that people say, their names are cut after the first character, and the
-    pieces encoded apart: `<` and `|im_end|>` are ordinary tokens.
+  - Some tokenizers add special tokens to every text they encode. That of ZAYA1-8B adds BOS before AND the end of a turn
+    after it, so that a prompt encoded that way ends before the model's reply. Text is therefore encoded without added
+    tokens, and `bos` is prepended to a prompt once.
+  - A user who types `<|im_end|>` could end the user turn and write in the name of the model. Only the template may
+    therefore produce special tokens. In the content of messages their names are split after the first character, and
+    the parts encoded separately: `<` and `|im_end|>` are ordinary tokens.
 """
 import datetime
 import functools
 import json
 import os
 import re
+from dataclasses import dataclass, field
 
 from configurator import package
 from validate import read_bytes, read_json, reading
@@ -26,7 +26,7 @@ from data.tokenizer import digest, load_tokenizer
 
 STOP = {'eos_token_id?': (None, int, [int])}
 TEMPLATES = {'chat_template?': (None, str, [{'name': str, 'template': str}])}
-CUT, LIST = '\ufdd0', '\ufdd1'      # where text is cut; around the number of a list of tokens. No text has these two
+CUT, LIST = '\ufdd0', '\ufdd1'      # noncharacters: CUT splits a text, two LISTs enclose the index of a token list
 
 RUN_TEMPLATE = """\
 {%- for message in messages -%}
@@ -35,89 +35,30 @@ RUN_TEMPLATE = """\
 {{ '<think></think>' if not enable_thinking and add_generation_prompt }}"""
 
 
-class Language:
-    """Of one folder.
+@dataclass
+class ChatTemplate:
+    path: str                                       # of its file, for error messages
+    source: str | None = None                       # jinja2
+    names: dict = field(default_factory=dict)       # variables that it may use, such as bos_token
 
-    parse(text) -> tokens, those of control tokens' names among them, and nothing put around the text
-    decode(tokens) -> text, with the names of control tokens
-    controls: the names of all control tokens. bos: the tokens that stand before any text, [] or one.
-    stop: the tokens that end what a model says. template: jinja2 source, or None. names: what it may call, such as
-    bos_token. path: of the template, for errors. vocab_size: how many tokens it knows. digest: of a run's tokenizer.
-    """
+    def render(self, **variables):
+        """Return the text of a conversation, rendered in jinja2's sandbox with the variables that `transformers` gives.
 
-    def __init__(self, parse, decode, controls, bos, stop, template, names, path, vocab_size,
-                 digest=None):
-        self.vocab_size, self.digest = vocab_size, digest
-        self.parse, self.decode, self.bos, self.stop = parse, decode, bos, stop
-        self.template, self.names, self.path = template, names, path
-        longest_first = '|'.join(map(re.escape, sorted(controls, key=len, reverse=True)))
-        self.at_control = re.compile(f'(?s)(?={longest_first or "(?!)"})(.)')
-        self.open_think, self.close_think = parse('<think>'), parse('</think>')
-
-    def guard(self, text):
-        """Return the text with its control tokens' names cut, so that it makes none."""
-        return self.at_control.sub(rf'\1{CUT}', re.sub(f'[{CUT}{LIST}]', '', text))
-
-    def pieces(self, text):
-        """Encode the pieces of a text that has been cut."""
-        return [token for piece in text.split(CUT) if piece for token in self.parse(piece)]
-
-    def encode(self, text):
-        """Encode what somebody says: text -> ordinary tokens."""
-        return self.pieces(self.guard(text))
-
-    def prompt(self, messages, think=True, reply=True):
-        """Render a conversation -> the tokens to which the model adds the assistant's next turn.
-
-        messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]; the content of a user may also be a
-        list of texts and lists of tokens, which go into the prompt as they are. think: with reasoning, where the
-        template can do without. reply: False leaves out what opens the assistant's turn.
-        Raise ValueError if there is no template, or it fails or does what is forbidden to it.
+        Raise ValueError, one line, if there is no template, it fails, or it does something forbidden.
         """
-        if not self.template:
-            raise ValueError(f'{self.path}: there is no chat template (chat_template.jinja) beside the tokenizer')
-        lists, turns = [], []
-        for message in messages:
-            parts = message['content']
-            text = ''
-            for part in [parts] if isinstance(parts, str) else parts:
-                if not isinstance(part, str):
-                    lists.append(part)
-                    part = f'{LIST}{len(lists) - 1}{LIST}'
-                elif message['role'] == 'assistant':            # its reasoning stands between control tokens
-                    part = ''.join(piece if piece in ('<think>', '</think>') else self.guard(piece)
-                                   for piece in re.split('(</?think>)', part))
-                else:
-                    part = self.guard(part)
-                text += part
-            turns.append(message | {'content': text})
-        rendered = render(self.template, self.path, messages=turns, tools=None, documents=None,
-                          add_generation_prompt=reply, enable_thinking=think, **self.names)
-        texts = rendered.split(LIST)                            # text, number, text, number, ..., text
-        return [token for i, text in enumerate(texts)
-                for token in (lists[int(text)] if i % 2 else self.pieces(text))]
-
-    def thought(self, output):
-        """Return the reasoning in an output: what stands before the last </think>, or all of it."""
-        at = self.think_closes(output)
-        return [token for token in (output if at is None else output[:at]) if token not in self.stop
-                and [token] != self.open_think]
-
-    def answer(self, output):
-        """Return the tokens of the answer in an output: what follows the last </think>. None if there is no </think>,
-        nothing behind it, or no end."""
-        at = self.think_closes(output)
-        return None if at is None or output[-1] not in self.stop else output[at + len(self.close_think):-1] or None
-
-    def think_closes(self, output):
-        """Return where the last </think> begins, or None."""
-        n = len(self.close_think)
-        return next((i for i in range(len(output) - n, -1, -1) if output[i:i + n] == self.close_think), None)
+        if not self.source:
+            raise ValueError(f'{self.path}: there is no chat template (chat_template.jinja) next to the tokenizer')
+        try:
+            return compile_template(self.source).render(tools=None, documents=None, **self.names, **variables)
+        except Exception as error:                              # a template may raise any exception
+            line = f', line {error.lineno}' if hasattr(error, 'lineno') else ''
+            text = f'{error}'.splitlines() or [type(error).__name__]
+            raise ValueError(f'{self.path}{line}: the chat template cannot be rendered ({text[0]})') from None
 
 
 @functools.lru_cache
-def compile_template(template):
-    """Read a template, once."""
+def compile_template(source):
+    """Return the compiled jinja2 template, with the filters and functions that `transformers` provides."""
     def raise_exception(message):
         raise ValueError(message)
     environment = package('jinja2.sandbox').ImmutableSandboxedEnvironment(
@@ -125,59 +66,126 @@ def compile_template(template):
     environment.filters['tojson'] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     environment.globals |= {'raise_exception': raise_exception,
                             'strftime_now': lambda format: datetime.datetime.now().strftime(format)}
-    return environment.from_string(template)
+    return environment.from_string(source)
 
 
-def render(template, path, **names):
-    """Render a chat template in jinja2's sandbox, which cannot call or change what it should not. Templates expect
-    the settings and functions that `transformers` gives them. Raise ValueError, one line, for what goes wrong."""
-    try:
-        return compile_template(template).render(**names)
-    except Exception as error:                                  # a template may fail in any way that Python can
-        line = f', line {error.lineno}' if hasattr(error, 'lineno') else ''
-        text = f'{error}'.splitlines() or [type(error).__name__]
-        raise ValueError(f'{path}{line}: the chat template cannot be rendered ({text[0]})') from None
+class Language:
+    """The tokenizer and the chat template of one folder.
+
+    encode_with_special(text) -> tokens; names of special tokens in the text become those tokens, nothing is added
+    decode(tokens) -> text, including the names of special tokens
+    special_tokens: the names of all of them. bos: [BOS token], or [] if the tokenizer has none. stop: the tokens that
+    end a reply. template: a ChatTemplate. vocab_size: number of tokens. digest: of a run's tokenizer, else None.
+    """
+
+    def __init__(self, encode_with_special, decode, special_tokens, bos, stop, template, vocab_size, digest=None):
+        self.encode_with_special, self.decode, self.bos, self.stop = encode_with_special, decode, bos, stop
+        self.template, self.vocab_size, self.digest = template, vocab_size, digest
+        longest_first = '|'.join(map(re.escape, sorted(special_tokens, key=len, reverse=True)))
+        self.special_start = re.compile(f'(?s)(?={longest_first or "(?!)"})(.)')
+        self.open_think, self.close_think = encode_with_special('<think>'), encode_with_special('</think>')
+
+    def escape(self, text):
+        """Return the text with CUT inside each name of a special token, so that none becomes a special token."""
+        return self.special_start.sub(rf'\1{CUT}', re.sub(f'[{CUT}{LIST}]', '', text))
+
+    def encode_escaped(self, text):
+        """Return the tokens of a text, its parts between CUTs encoded separately."""
+        return [token for part in text.split(CUT) if part for token in self.encode_with_special(part)]
+
+    def encode(self, text):
+        """Return the ordinary tokens of a text; names of special tokens stay plain text."""
+        return self.encode_escaped(self.escape(text))
+
+    def prompt(self, messages, think=True, reply=True):
+        """Render a conversation and return its tokens, which the model continues with the assistant's next turn.
+
+        messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]; a user's content may also be a list
+        of texts and lists of tokens, which are inserted unchanged. think: with reasoning, if the template has the
+        choice. reply: False omits the opening of the assistant's turn. Raise ValueError as ChatTemplate.render does.
+        """
+        lists, turns = [], []
+        for message in messages:
+            parts, text = message['content'], ''
+            for part in [parts] if isinstance(parts, str) else parts:
+                if not isinstance(part, str):
+                    lists.append(part)
+                    text += f'{LIST}{len(lists) - 1}{LIST}'
+                elif message['role'] == 'assistant':            # here <think> and </think> are special tokens
+                    text += ''.join(piece if piece in ('<think>', '</think>') else self.escape(piece)
+                                    for piece in re.split('(</?think>)', part))
+                else:
+                    text += self.escape(part)
+            turns.append(message | {'content': text})
+        rendered = self.template.render(messages=turns, add_generation_prompt=reply, enable_thinking=think)
+        texts = rendered.split(LIST)                            # text, index, text, index, ..., text
+        return [token for i, text in enumerate(texts)
+                for token in (lists[int(text)] if i % 2 else self.encode_escaped(text))]
+
+    def thought(self, output):
+        """Return the tokens of the reasoning in an output: those before the last </think>, or all."""
+        at = self.think_closes(output)
+        return [token for token in (output if at is None else output[:at]) if token not in self.stop
+                and [token] != self.open_think]
+
+    def answer(self, output):
+        """Return the tokens of the answer in an output: those after the last </think>, without the stop token.
+
+        Return None without </think>, without a stop token at the end, and for an empty answer.
+        """
+        at = self.think_closes(output)
+        return None if at is None or output[-1] not in self.stop else output[at + len(self.close_think):-1] or None
+
+    def think_closes(self, output):
+        """Return the index of the last </think>, or None."""
+        n = len(self.close_think)
+        return next((i for i in range(len(output) - n, -1, -1) if output[i:i + n] == self.close_think), None)
 
 
 def released_language(folder):
-    """The Language of a released folder: tokenizer.json; the template in chat_template.jinja, else in
-    tokenizer_config.json; the stop tokens in generation_config.json, else in config.json."""
+    """Return the Language of a released folder with tokenizer.json."""
     path, Tokenizer = os.path.join(folder, 'tokenizer.json'), package('tokenizers').Tokenizer
     with reading(path):
         tokenizer = Tokenizer.from_file(path)
-    parse = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-    around = tokenizer.encode('a')                              # with what the tokenizer puts around every text
-    bos = around.ids[:1] if around.special_tokens_mask[:1] == [1] else []
+    added = tokenizer.encode('a')                               # with the special tokens that the tokenizer adds
+    bos = added.ids[:1] if added.special_tokens_mask[:1] == [1] else []
+    special_tokens = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    return Language(lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+                    lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False), special_tokens, bos,
+                    released_stop_tokens(folder), released_template(folder), tokenizer.get_vocab_size())
 
-    configs = {}                                                # of the two that need not be there
-    for name, kind in ('tokenizer_config.json', TEMPLATES), ('generation_config.json', STOP):
-        configs[name] = read_json(at, kind) if os.path.exists(at := os.path.join(folder, name)) else {}
-    stop = configs['generation_config.json'].get('eos_token_id')
+
+def released_stop_tokens(folder):
+    """Return the stop tokens in generation_config.json, else in config.json."""
+    path, stop = os.path.join(folder, 'generation_config.json'), None
+    if os.path.exists(path):
+        stop = read_json(path, STOP).get('eos_token_id')
     if stop is None:                                            # 106 is the default of transformers' ZayaConfig
         stop = read_json(os.path.join(folder, 'config.json'), STOP).get('eos_token_id', 106)
-    stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    return stop if isinstance(stop, list) else [] if stop is None else [stop]
 
-    settings = configs['tokenizer_config.json']
-    template_path, template = os.path.join(folder, 'chat_template.jinja'), settings.get('chat_template')
-    if os.path.exists(template_path):
-        with reading(template_path):
-            template = read_bytes(template_path).decode()
-    else:
-        template_path = os.path.join(folder, 'tokenizer_config.json')
-    if isinstance(template, list):                              # several with names
-        template = {t['name']: t['template'] for t in template}.get('default')
+
+def released_template(folder):
+    """Return the ChatTemplate in chat_template.jinja, else in tokenizer_config.json, which also has its variables."""
+    path = os.path.join(folder, 'tokenizer_config.json')
+    settings = read_json(path, TEMPLATES) if os.path.exists(path) else {}
     names = {key: value.get('content') if isinstance(value, dict) else value
              for key, value in settings.items() if re.fullmatch('(bos|eos|unk|sep|pad|cls|mask)_token', key) and value}
-    controls = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    return Language(parse, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False), controls, bos, stop,
-                    template, names, template_path, tokenizer.get_vocab_size())
+    source = settings.get('chat_template')
+    if isinstance(source, list):                                # several named templates
+        source = {template['name']: template['template'] for template in source}.get('default')
+    jinja = os.path.join(folder, 'chat_template.jinja')
+    if not os.path.exists(jinja):
+        return ChatTemplate(path, source, names)
+    with reading(jinja):
+        return ChatTemplate(jinja, read_bytes(jinja).decode(), names)
 
 
 def run_language(folder):
-    """The Language of a run of train.py."""
+    """Return the Language of a run of train.py."""
     tokenizer = load_tokenizer(os.path.join(folder, 'bpe.json'))
-    controls = tokenizer.special_tokens_set
-    ends = [name for name in ('<|endoftext|>', '<|end|>') if name in controls]              # of a document, of a turn
-    return Language(lambda text: tokenizer.encode(text, allowed_special='all'), tokenizer.decode, controls, [],
-                    [tokenizer.encode_single_token(name) for name in ends],
-                    RUN_TEMPLATE if '<|user|>' in controls else None, {}, folder, tokenizer.n_vocab, digest(tokenizer))
+    special_tokens = tokenizer.special_tokens_set
+    stop = [tokenizer.encode_single_token(name) for name in ('<|endoftext|>', '<|end|>') if name in special_tokens]
+    template = ChatTemplate(folder, RUN_TEMPLATE if '<|user|>' in special_tokens else None)
+    return Language(lambda text: tokenizer.encode(text, allowed_special='all'), tokenizer.decode, special_tokens, [],
+                    stop, template, tokenizer.n_vocab, digest(tokenizer))

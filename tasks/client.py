@@ -69,7 +69,9 @@ def load_policy(config, words, path):
         raise ValueError(f'--server={config.server}: write a URL, such as http://127.0.0.1:8000/v1')
     config.model = config.model or only_model(config.server)
     language = released_language(config.ckpt) if config.ckpt else None
-    encode, parse, decode = (language.encode, language.parse, language.decode) if language else (pieces, pieces, joined)
+    encode, parse, decode = pieces, pieces, joined
+    if language:
+        encode, parse, decode = language.encode, language.encode_with_special, language.decode
     print(f'{config.server}, {config.model}: tails are counted in ' + (
         f'tokens of {config.ckpt}' if language else
         f'characters, {CHARACTERS} to a token; --ckpt=FOLDER with the tokenizer counts tokens'))

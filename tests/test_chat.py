@@ -53,7 +53,7 @@ def test_what_the_cache_holds_is_what_the_prompt_says(model, language, turns):
         read = conversation.ask(text)
         prompt = language.prompt(conversation.messages)
         assert conversation.held + read == prompt and len(conversation.held) == conversation.cache.lengths[0]
-        reply = language.parse(said)
+        reply = language.encode_with_special(said)
         given = iter(reply)
         logits = []
 
@@ -76,7 +76,7 @@ def test_only_what_is_new_is_read(model, language, monkeypatch):
         read.clear()
         tokens = conversation.ask('and now?')
         lengths.append(sum(read) + len(tokens))
-        reply = language.parse('x</think>yes<|im_end|>')
+        reply = language.encode_with_special('x</think>yes<|im_end|>')
         model(torch.tensor([tokens + reply[:-1]]), cache=grown(conversation.cache, len(tokens) + len(reply)))
         conversation.hear(tokens, reply, whole=True)
     assert max(lengths[1:]) == min(lengths[1:]) < 50 < len(language.prompt(conversation.messages))
@@ -105,7 +105,8 @@ def test_a_full_context_is_said_and_ends_nothing(model, language, monkeypatch, c
     said = iter(['a ' * 300, 'short'])
     monkeypatch.setattr(chat, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
     conversation = Conversation(model, language)
-    chat_loop(conversation, lambda batch, n, stream, cache: [stream(0, t) for t in language.parse('ok')], limit=0)
+    ok = language.encode_with_special('ok')
+    chat_loop(conversation, lambda batch, n, stream, cache: [stream(0, token) for token in ok], limit=0)
     out, err = capsys.readouterr()
     assert 'the context is full' in err and 'ok' in out and len(conversation.messages) == 2
 
@@ -117,7 +118,7 @@ def test_ctrl_c_ends_the_reply_and_not_the_conversation(model, language, monkeyp
 
     def reply(batch, n, stream, cache):
         calls.append(batch)
-        for token in language.parse('abc'):
+        for token in language.encode_with_special('abc'):
             stream(0, token)
         if len(calls) == 1:
             raise KeyboardInterrupt
@@ -132,7 +133,7 @@ def test_ctrl_c_ends_the_reply_and_not_the_conversation(model, language, monkeyp
 def test_reasoning_is_grey_or_hidden(language, show_think, grey, expected):
     written = []
     printer = Printer(language, written.append, show_think, grey)
-    for token in language.parse('<think>so é</think>4<|im_end|>'):
+    for token in language.encode_with_special('<think>so é</think>4<|im_end|>'):
         printer(token)
     printer.finish()
     assert ''.join(written) == expected and not any('\ufffd' in text for text in written)

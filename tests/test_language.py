@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from runtime.language import released_language, run_language
-from data.reasoning import prompt_tokens
+from data.reasoning import flatten, render
 from data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
 tokenizers = pytest.importorskip('tokenizers')
@@ -127,13 +127,15 @@ def test_the_template_of_a_run_writes_what_it_was_trained_on(run_folder, turns, 
     for question, answer, think in turns:
         content = answer if think is None else f'<think>{think}</think>{answer}'
         messages += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': content}]
-    messages.append({'role': 'user', 'content': last})
-    assert language.prompt(messages) == prompt_tokens(messages, enc)
-    assert language.prompt(messages, think=False) == prompt_tokens(messages, enc) + language.parse('<think></think>')
+    messages += [{'role': 'user', 'content': last}, {'role': 'assistant', 'content': 'a'}]
+    *earlier, turn = render(messages, enc)
+    expected = flatten(earlier)[0] + turn.prompt
+    assert language.prompt(messages[:-1]) == expected
+    assert language.prompt(messages[:-1], think=False) == expected + language.encode_with_special('<think></think>')
 
 
 def test_thought_and_answer_are_parted_at_the_last_close_of_reasoning(released):
-    says = lambda text: released.parse(text)
+    says = released.encode_with_special
     whole = says('a</think>b</think>c<|im_end|>')
     assert released.answer(whole) == says('c') and released.thought(whole) == says('a</think>b')
     for unfinished in '', 'ab', 'ab<|im_end|>', 'a</think>', 'a</think>c', 'a</think><|im_end|>':

@@ -66,7 +66,7 @@ def sample(language, words, problem, tails, chain):
     think = language.open_think + language.encode(''.join(lines_of(problem, chain)))
     if chain[-1][0] < problem.steps:
         return [Turn(prompt, think, [])]
-    answer = language.encode(f'The last digit is \\boxed{{{chain[-1][1]}}}.') + language.parse('<|end|>')
+    answer = language.encode(f'The last digit is \\boxed{{{chain[-1][1]}}}.') + language.encode_with_special('<|end|>')
     return [Turn(prompt, think + language.close_think, answer)]
 
 
