@@ -1,12 +1,13 @@
-"""The attention that CCA is compared with, to be put in its place: `replaced('model', CCA=GQA)`.
+"""Baseline attention modules that replace CCA: `with replaced('model', CCA=GQA): ...`.
 
-    GQA     grouped queries (arXiv 2305.13245): q, k, v = W x, each key and value for Hq / Hk queries. Hk = Hq: MHA
-    MLA     multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads come up from one
-            latent c, and k_R is a rotated key that all heads share. Only these two need be cached:
+    GQA     grouped-query attention (arXiv 2305.13245): q, k, v = W x; Hq / Hk queries share a key and a value. With
+            Hk = Hq it is multi-head attention (MHA)
+    MLA     multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads are projected from
+            one latent c, and all heads share a rotated key k_R. Only these two are cached:
             [c; k_R] = W_D x,    k = [k_R; W_UK RMSNorm(c)],    v = W_UV RMSNorm(c)
 
-Both norm queries and keys as CCA does, so that none gains by the norm alone. They are called like CCA.forward, mask and
-rotation tell packed documents apart, but they keep no cache.
+Both normalize queries and keys as CCA does, so that the norm is not what is compared. They have CCA.forward's
+interface, including the mask and rotation of packed documents, but do not use the cache.
 
 Legend:  B batch   S sequence   E residual width   Hq, Hk query / KV heads   d head dim
 """
@@ -19,7 +20,7 @@ from layers import RMSNorm, upcast
 
 
 def attend(q, k, v, temperature, cos, sin, mask):
-    """Steps 4, 5 and 7 of cca.py. q (Hq, B, S, d), k (Hk, B, S, d), v (B, Hk, S, d) -> (B, S, Hq d)."""
+    """Apply steps 4, 5 and 7 of cca.py. q (Hq, B, S, d), k (Hk, B, S, d), v (B, Hk, S, d) -> (B, S, Hq d)."""
     d = q.shape[-1]
     q = rope(norm(upcast(q), q.new_full((len(q),), d ** 0.5)), cos, sin).to(v.dtype).transpose(0, 1)
     k = rope(norm(upcast(k), d ** 0.5 * temperature), cos, sin).to(v.dtype).transpose(0, 1)
@@ -28,7 +29,7 @@ def attend(q, k, v, temperature, cos, sin, mask):
 
 
 class GQA(nn.Module):
-    """The attention of one layer. forward: x (B, S, E) -> (B, S, E), causal; see CCA.forward."""
+    """Grouped-query attention of one layer. forward: x (B, S, E) -> (B, S, E), causal; see CCA.forward."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -44,7 +45,8 @@ class GQA(nn.Module):
 
 
 class MLA(nn.Module):
-    """The same. n_kv_head says only how much would be cached, 2 Hk d numbers: those of c and k_R."""
+    """Multi-head latent attention of one layer. n_kv_head only sets the size of the cache, the 2 Hk d elements of c and
+    k_R."""
 
     def __init__(self, config, layer):
         super().__init__()

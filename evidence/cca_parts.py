@@ -1,18 +1,20 @@
-"""Does each part of CCA lower the loss? `python -m evidence.cca_parts [--seeds=N] [--quick=True]`.
+"""Ablate the parts of CCA: `python -m evidence.cca_parts [--seeds=N] [--quick=True]`.
 
-Claim. What small latents lose, two convolutions, a delayed half of the values and a query-key mean give back, each a
-little (CCA paper, arXiv 2510.04476, ablation). Published: loss of 350M/1.5B mixtures of experts after the same steps,
+Claim. Two convolutions, the value shift and the query-key mean each recover a part of what compression to a small
+latent loses (CCA paper, arXiv 2510.04476, ablation). Published: loss of 350M/1.5B mixtures of experts after equal
+steps,
 
     none 2.280    one convolution 2.264    two 2.252    + value shift 2.248    + QK-mean 2.241
 
-Test. The same ladder with the model of evidence/attention.py: 200 steps over the same data, at the learning rate that
-is best for all parts together. From rung to rung a step of cca.py is replaced from outside. What is left out:
+Test. The same ablation with the model of evidence/attention.py: 200 steps on the same data, at the learning rate that
+is best for all parts together. The parts are added one by one. A part that is left out is replaced from outside:
 
-    a convolution   looks at the newer of its two tokens alone, by an identity; the first to come is the depthwise one
-    value shift     W_V1 and W_V2 both see this token
-    QK-mean         the means are 0, so that queries and keys are the convolutions' alone
+    a convolution   by an identity of the current token; the depthwise convolution is added first
+    value shift     W_V1 and W_V2 both read the current token
+    QK-mean         the means are 0, so that queries and keys come from the convolutions only
 
-The SwiGLU's width makes up for a convolution's parameters, within 1 %. A rung above the one before it would refute.
+The SwiGLU's width compensates for a convolution's parameters within 1 %. A part that raises the loss would refute the
+claim.
 
 Legend:  B batch   S sequence   E residual width   Hq, Hk query / KV heads   C channels of [q~; k~]   d head dim
 """
@@ -22,15 +24,14 @@ import torch
 import torch.nn.functional as F
 
 import cca
-from evidence.attention import matched, run
-from evidence.claims import by_seed, run_claim, replaced, table, verdict, with_seeds
+from evidence.attention import match_parameters, run
+from evidence.claims import below, by_seed, fill_table, print_settings, print_verdicts, replaced, run_claim
 
 LR = 1e-2
-PUBLISHED = 2.280, 2.264, 2.252, 2.248, 2.241
 
 
-def idle_convolutions(C, d):
-    """w1, b1, w2, b2 of convolutions that do nothing. Shapes: see cca.merge_convolutions."""
+def identity_convolutions(C, d):
+    """Return w1, b1, w2, b2 of two convolutions that are identities. Shapes: see cca.merge_convolutions."""
     w2 = torch.zeros(C, d, 2)
     w2[..., 1] = torch.eye(d).repeat(C // d, 1)
     return torch.tensor([0.0, 1.0]).expand(C, 1, 2), torch.zeros(C), w2, torch.zeros(C)
@@ -40,8 +41,8 @@ def no_mean(q, k):
     return torch.zeros_like(q), torch.zeros_like(k)
 
 
-class Rung(cca.CCA):
-    """CCA with the first few convolutions, with or without value shift and QK-mean. See CCA.forward."""
+class AblatedCCA(cca.CCA):
+    """CCA with the first `convolutions` of its two, with or without value shift and QK-mean. See CCA.forward."""
     convolutions, value_shift, qk_mean = 2, True, True
 
     def __init__(self, config, layer):
@@ -52,8 +53,8 @@ class Rung(cca.CCA):
         self.mix = self.mix_parts
 
     def mix_parts(self, qk, past, w1, b1, w2, b2, *rest):
-        idle = idle_convolutions(qk.shape[-1], self.head_dim)
-        convolutions = [idle[i] if w is None else w for i, w in enumerate((w1, b1, w2, b2))]
+        identity = identity_convolutions(qk.shape[-1], self.head_dim)
+        convolutions = [identity[i] if w is None else w for i, w in enumerate((w1, b1, w2, b2))]
         with replaced('cca', qk_mean=qk_mean if self.qk_mean else no_mean):
             return mix(qk, past, *convolutions, *rest)
 
@@ -69,34 +70,31 @@ class Rung(cca.CCA):
 
 
 mix, qk_mean = cca.mix, cca.qk_mean
-rung = lambda *parts: matched(type('Rung', (Rung,), dict(zip(('convolutions', 'value_shift', 'qk_mean'), parts))))
-LADDER = {'none': rung(0, False, False), 'one convolution': rung(1, False, False),
-          'two convolutions': rung(2, False, False), '+ value shift': rung(2, True, False),
-          '+ QK-mean': rung(2, True, True)}
+ablated = lambda *parts: match_parameters(
+    type('AblatedCCA', (AblatedCCA,), dict(zip(('convolutions', 'value_shift', 'qk_mean'), parts))))
+ABLATIONS = {'none': ablated(0, False, False), 'one convolution': ablated(1, False, False),
+             'two convolutions': ablated(2, False, False), '+ value shift': ablated(2, True, False),
+             '+ QK-mean': ablated(2, True, True)}
 
 
 def main(config):
-    rows = table('cca_parts', config, list(LADDER),
-                 lambda setting, seed: run(config, 'cca_parts', setting, seed, *LADDER[setting], LR, steps=200))
-    losses = {setting: by_seed(rows, setting, 'val_loss') for setting in LADDER}
-    print('| parts | parameters | val loss (seeds) | published |')
-    print('| --- | --- | --- | --- |')
-    for (setting, of_seeds), published in zip(losses.items(), PUBLISHED):
-        parameters = next(row['parameters'] for row in rows if row['setting'] == setting)
-        print(f'| {setting} | {int(parameters):,} | {with_seeds(of_seeds, ".4f")} | {published:.3f} |')
-    for before, after in zip(LADDER, list(LADDER)[1:]):
-        verdict(f'{after} below {before}', losses[after], losses[before])
-    verdict('all parts below none', losses['+ QK-mean'], losses['none'])
+    rows = fill_table('cca_parts', config, list(ABLATIONS),
+                      lambda setting, seed: run(config, 'cca_parts', setting, seed, *ABLATIONS[setting], LR, steps=200))
+    losses = {setting: by_seed(rows, setting, 'val_loss') for setting in ABLATIONS}
+    print_settings(rows, ABLATIONS, parameters=('parameters', ',.0f'), val_loss=('val loss, nats per token', '.3f'))
+    pairs = [*zip(list(ABLATIONS)[1:], ABLATIONS), ('+ QK-mean', 'none')]
+    print_verdicts(below(f'val loss: {after} below {before}', losses[after], losses[before], 'nats')
+                   for after, before in pairs)
 
 
 def draw(plt, rows):
-    """From rung to rung: the loss, a line a seed."""
+    """Plot the loss as parts are added, one line per seed."""
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
-    of_seeds = list(zip(*(by_seed(rows, setting, 'val_loss') for setting in LADDER)))
-    for losses in of_seeds:
+    per_seed = list(zip(*(by_seed(rows, setting, 'val_loss') for setting in ABLATIONS)))
+    for losses in per_seed:
         axis.plot(losses, 'o-', color='tab:blue', alpha=0.4, linewidth=1, markersize=4)
-    axis.plot([statistics.fmean(losses) for losses in zip(*of_seeds)], '_', color='black', markersize=30)
-    axis.set(xticks=range(len(LADDER)), xticklabels=LADDER, ylabel='loss on held-out files, nats a token')
+    axis.plot([statistics.fmean(losses) for losses in zip(*per_seed)], '_', color='black', markersize=30)
+    axis.set(xticks=range(len(ABLATIONS)), xticklabels=ABLATIONS, ylabel='validation loss, nats per token')
     return figure
 
 

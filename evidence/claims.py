@@ -1,16 +1,24 @@
-"""What the scripts of this folder share: runs over seeds, a table that goes on where it was stopped, and a verdict.
+"""Shared code of the claim scripts: runs over seeds, a table of measurements that can be resumed, and verdicts.
 
-A claim is tested by a table whose rows are runs, `setting, seed, figures`. Each run is train.py's own, or rl.py's; a
-baseline or an ablated part takes the place of a step from outside, by `replaced`. Two settings are compared seed by
-seed: runs of one seed see the same data in the same order, and begin alike where their shapes are. A script ends in
-its `program`, which prints the table, the verdicts, and draws the picture. For n seeds and the differences d_i,
+Each script tests one published claim. It measures every setting with several seeds and appends each measurement to
+results/NAME.csv as (setting, seed, values); running it again measures only what is missing. Runs are those of train.py
+or rl.py; a baseline or an ablation replaces a step of the model from outside, with `replaced`. Two settings are
+compared seed by seed: runs of one seed see the same data in the same order and start from the same weights where their
+shapes agree. With n seeds and paired differences d_i,
 
-    d +- t s / sqrt(n)           d, s: their mean and standard deviation; t: 97.5 % point of Student's t, n - 1 degrees
+    d ± t s / sqrt(n)           d, s: mean and standard deviation of d_i; t: 97.5 % point of Student's t, n - 1 degrees
 
-is the interval that holds the true difference with 95 % confidence. If it does not hold 0, the sign is told.
+is the 95 % confidence interval of the true difference. The verdict on a claim is one of
+
+    reproduced                  the interval excludes 0, and the sign is the claimed one
+    contradicted at this size   the interval excludes 0, and the sign is the opposite one
+    no significant difference   the interval contains 0; "underpowered: n seeds would resolve it" tells how many seeds
+                                would exclude 0 if mean and standard deviation stayed the same
 """
 import csv
+import itertools
 import math
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -29,41 +37,42 @@ T = 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228        
 
 @dataclass
 class ClaimConfig:
-    seeds: int = 3                  # runs of each setting, with seeds 0, 1, ...
-    quick: bool = False             # a first look at next to no training, whose table is not kept in results/
+    seeds: int = 3                  # runs per setting, with seeds 0, 1, ...
+    quick: bool = False             # a smoke test with almost no training; its table is not written to results/
     out: str = 'runs/evidence'      # folder of the runs
 
     def __post_init__(self):
         configurator.check_ranges(self, seeds=(1, 11))
 
     def folder(self, name):
-        """Where a script keeps its runs of that name: those of first looks apart."""
+        """Return the folder of the runs of that name, a separate one for --quick."""
         return f'{self.out}/{"quick_" * self.quick}{name}'
 
 
-replaced = mock.patch.multiple      # with replaced(model, CCA=Other): ...    gives model.CCA back at the end
+# ---- measuring ----
+
+replaced = mock.patch.multiple      # with replaced('model', CCA=Other): ...    restores model.CCA at the end
 
 
-def trained(folder, sizes, **settings):
-    """Train a ZayaConfig into a run folder, or go on with it where it was stopped. settings: of TrainConfig. Return its
-    log, {column: (steps, values)}."""
+def train_run(folder, sizes, **settings):
+    """Train a model of these sizes (a ZayaConfig), or resume its run. settings: fields of TrainConfig. Return its log,
+    {column: (steps, values)}."""
     steps = settings['max_steps']
     defaults = dict(dataset='data/stdlib', eval_every=steps, checkpoint_every=steps, sample_tokens=0)
     train.train(train.TrainConfig(out_dir=str(folder), **defaults | settings), sizes)
     return read_log(folder)
 
 
-def table(name, config, settings, measure, seeds=None):
-    """Fill results/NAME.csv: a row for each (setting, seed). measure(setting, seed) -> {column: figure}. Rows that are
-    there already are not measured again. Return all rows of these seeds as [{column: text}]."""
+def fill_table(name, config, settings, measure, seeds=None):
+    """Append measure(setting, seed) -> {column: value} to results/NAME.csv for each setting and seed that it lacks.
+    Return the lines of these seeds, [{column: text}]."""
     path = Path(config.folder(name) + '.csv') if config.quick else RESULTS / f'{name}.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = read_table(path) if path.exists() else []
     done = {(row['setting'], row['seed']) for row in rows}
     seeds = seeds or range(config.seeds)
-    wanted = [(setting, seed) for seed in seeds for setting in settings]
-    for setting, seed in tqdm(wanted, unit='run', desc=name):
-        if (str(setting), str(seed)) in done:
+    for seed, setting in tqdm(list(itertools.product(seeds, settings)), unit='run', desc=name):
+        if (setting, str(seed)) in done:
             continue
         row = {'setting': setting, 'seed': seed} | {
             key: f'{value:.6g}' if isinstance(value, float) else value for key, value in measure(setting, seed).items()}
@@ -82,65 +91,95 @@ def read_table(path):
 
 
 def by_seed(rows, setting, column):
-    """The figures of a setting, in the order of the seeds."""
-    found = {int(row['seed']): float(row[column]) for row in rows if row['setting'] == str(setting)}
-    return [found[seed] for seed in sorted(found)]
+    """Return the values of a setting, ordered by seed; empty if it was not measured."""
+    found = {int(row['seed']): row[column] for row in rows if row['setting'] == setting}
+    return [float(found[seed]) for seed in sorted(found) if found[seed] != '']
 
 
-def with_seeds(values, form, shown=True):
-    """The mean and, in brackets, the figures of the seeds one by one."""
-    one_by_one = ', '.join(f'{value:{form}}' for value in values)
-    return f'{statistics.fmean(values):{form}}' + (f' ({one_by_one})' if shown else '')
+# ---- reporting ----
+
+def print_table(columns, rows):
+    """Print a Markdown table."""
+    for row in columns, ['---'] * len(columns), *rows:
+        print('|', ' | '.join(map(str, row)), '|')
+    print()
+
+
+def spread(values, form):
+    """Format the mean over the seeds, with the standard deviation unless that rounds to 0."""
+    deviation = format(statistics.stdev(values) if len(values) > 1 else 0, form)
+    return f'{statistics.fmean(values):{form}}' + f' ± {deviation}' * (deviation != format(0, form))
+
+
+def print_settings(rows, settings, **columns):
+    """Print a line per setting. columns: {column of rows: (its title, format)}; a function of the values may take the
+    place of the format."""
+    def cell(setting, column, form):
+        values = by_seed(rows, setting, column)
+        return (form(values) if callable(form) else spread(values, form)) if values else ''
+    print_table(['setting', *(title for title, _ in columns.values())],
+                [[setting, *(cell(setting, column, form) for column, (_, form) in columns.items())]
+                 for setting in settings])
 
 
 def paired(a, b):
-    """(mean, half of the 95 % interval) of a - b, seed by seed. With one seed the half is infinite."""
+    """Return the mean and half the width of the 95 % interval of a - b over the seeds, which is infinite for one."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
     n = len(differences)
     return statistics.fmean(differences), T[n - 2] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.inf
 
 
-def verdict(claim, a, b):
-    """Judge the claim that a lies below b, seed by seed. Print and return the verdict."""
+def verdict(a, b):
+    """Judge the claim that a lies below b. Return one of the verdicts above."""
     mean, half = paired(a, b)
-    word = 'not to be told apart at this size' if abs(mean) <= half else 'reproduced' if mean < 0 else 'contradicted'
-    enough = '' if abs(mean) > half or len(a) < 2 else \
-        f'; it takes {seeds_needed(a, b)} seeds to tell a difference of that size'
-    print(f'{claim}: {mean:+.4g} +-{half:.2g} over {len(a)} seeds: {word}{enough}')
-    return word
+    if abs(mean) > half:
+        return 'reproduced' if mean < 0 else 'contradicted at this size'
+    n = len(a)
+    s = half * math.sqrt(n) / T[n - 2] if n > 1 else math.inf
+    enough = [n for n in range(2, 10_000) if (*T, 2.0)[min(n - 2, len(T))] * s < abs(mean) * math.sqrt(n)]
+    return 'no significant difference' + (f'; underpowered: {enough[0]:,} seeds would resolve it' if enough else '')
 
 
-def seeds_needed(a, b):
-    """How many seeds it takes until the interval holds 0 no longer, if mean and deviation stay as they are."""
-    mean, s = statistics.fmean(x - y for x, y in zip(a, b)), statistics.stdev(x - y for x, y in zip(a, b))
-    return next((n for n in range(2, 10_000) if (*T, 2.0)[min(n - 2, len(T))] * s < abs(mean) * math.sqrt(n)),
-                'over 10,000')
+def below(claim, a, b, unit):
+    """Return (claim, difference, verdict): a line of print_verdicts for the claim that a lies below b."""
+    mean, half = paired(a, b)
+    digits = max(0, 1 - math.floor(math.log10(half))) if 0 < half < math.inf else 2    # two significant ones of `half`
+    return claim, f'{mean:+,.{digits}f} ± {half:,.{digits}f} {unit}'.rstrip(), verdict(a, b)
 
+
+def print_verdicts(verdicts):
+    print_table(['claim', 'difference, 95 % CI', 'verdict'], verdicts)
+
+
+def picture(name, draw):
+    """Write results/NAME.svg, the figure draw(plt, rows) of results/NAME.csv. The file depends on the table only."""
+    configurator.package('matplotlib').use('svg')
+    plt, path = configurator.package('matplotlib.pyplot'), RESULTS / f'{name}.svg'
+    plt.rcParams.update({'svg.hashsalt': 'nanozaya', 'svg.fonttype': 'none'})
+    draw(plt, read_table(RESULTS / f'{name}.csv')).savefig(path, metadata=dict.fromkeys(
+        ('Date', 'Creator', 'Format', 'Type')))
+    plt.close()
+    text = re.sub(r'\d+\.\d{4,}', lambda number: f'{float(number[0]):.4g}', path.read_text())  # short coordinates
+    path.write_text(re.sub(r' \n(?=[MLQCz"])', ' ', text))                                      # one line per path
+    print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+# ---- command lines ----
 
 def one_line_errors(name):
-    return configurator.one_line_errors(f'evidence.{name}', '', 'the same command goes on where it was')
+    return configurator.one_line_errors(f'evidence.{name}', '', 'the same command resumes')
 
 
 def run_experiments(name, experiments):
-    """What a script of several experiments does when it is run. experiments: {first argument: function of config}."""
+    """Run the experiment that the first argument names. experiments: {name: function of the ClaimConfig}."""
     with one_line_errors(name):
         if len(sys.argv) < 2 or sys.argv[1] not in experiments:
             raise ValueError(f'name an experiment: {", ".join(experiments)}')
         experiments[sys.argv[1]](*configurator.read(sys.argv[2:], ClaimConfig))
 
 
-def picture(name, draw):
-    """Write results/NAME.svg, the figure draw(plt, rows) of results/NAME.csv. The same table gives the same file."""
-    configurator.package('matplotlib').use('svg')
-    plt, path = configurator.package('matplotlib.pyplot'), RESULTS / f'{name}.svg'
-    plt.rcParams['svg.hashsalt'] = 'nanozaya'
-    draw(plt, read_table(RESULTS / f'{name}.csv')).savefig(path, metadata={'Date': None})
-    plt.close()
-    print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
 def run_claim(name, main, draw):
-    """What a script does when it is run: main(config), then its picture, unless it was a first look."""
+    """Run main(config), then draw its picture unless it was a smoke test."""
     with one_line_errors(name):
         config, = configurator.read(sys.argv[1:], ClaimConfig)
         main(config)

@@ -1,15 +1,15 @@
-"""What does the small cache save? `python -m evidence.kv_cache [--seeds=N] [--quick=True]`.
+"""Measure what the compressed KV cache saves: `python -m evidence.kv_cache [--seeds=N] [--quick=True]`.
 
-Claim. CCA's KV cache is 8 times smaller than full multi-head attention's, which makes long contexts cheaper (ZAYA1-8B
-report, arXiv 2605.05365, II-A; CCA paper, arXiv 2510.04476: a fused layer is 1.3 to 1.4 times as fast at a prompt of
-16K tokens on an H100). In numbers a token and layer, at the 8B shape: 2 Hk d = 512 against 2 E = 4096.
+Claim. CCA's KV cache is 8 times smaller than that of full multi-head attention, which makes long contexts cheaper
+(ZAYA1-8B report, arXiv 2605.05365, II-A; CCA paper, arXiv 2510.04476: a fused layer is 1.3 to 1.4 times as fast on a
+prompt of 16K tokens on an H100). Elements per token and layer, at the 8B shape: 2 Hk d = 512 against 2 E = 4096.
 
-Test. One attention layer of the 8B shape in float32, CCA beside multi-head attention, in turns: a prompt of P tokens,
-and one token behind P - 1 cached ones. The one token goes through the step that generation uses (decode.folded), in a
-model of one layer with next to no experts, whose time counts for CCA. The bytes are those of the tensors. A seed is a
-measurement on other random numbers. Fewer than 8 times the bytes, or a step not faster at 32K, would refute.
+Test. One attention layer of the 8B shape in float32, CCA and multi-head attention alternating: a prompt of P tokens,
+and one decoding step with P - 1 cached tokens. The step is that of generation (decode.folded), in a model of one layer
+with tiny experts, whose time counts for CCA. The bytes are those of the tensors. One measurement per seed, on other
+random weights. A ratio of the bytes below 8, or a step that is not faster at 32K, would refute the claim.
 
-CCA's cache has a constant part besides, the last columns of its convolutions and of its value shift: 10.5 KiB.
+CCA's cache also has a constant part of 10.5 KiB: the last inputs of its convolutions and of its value shift.
 
 Legend:  B batch   S sequence   P cached positions   E width   H heads   Hk KV heads   d head dim
 """
@@ -23,7 +23,7 @@ from torch import nn
 import decode
 from bench import alternate
 from cca import CCA, rope, rope_table
-from evidence.claims import by_seed, run_claim, table, verdict
+from evidence.claims import below, by_seed, fill_table, print_table, print_verdicts, run_claim
 from model import Zaya, ZayaConfig
 
 PROMPTS, CONTEXTS = (1024, 4096, 8192), (1024, 2048, 4096, 8192, 16_384, 32_768)
@@ -31,7 +31,7 @@ CPU = torch.device('cpu')
 
 
 class MHA(nn.Module):
-    """What CCA replaces: multi-head attention of the same width, every head with a key and a value of its own."""
+    """Multi-head attention of the same width, which CCA replaces: each head has its own key and value."""
 
     def __init__(self, config):
         super().__init__()
@@ -39,7 +39,7 @@ class MHA(nn.Module):
         self.qkv, self.out = nn.Linear(E, 3 * E, bias=False), nn.Linear(E, E, bias=False)
 
     def forward(self, x, cos, sin, cache=None):
-        """x (B, S, E) -> (B, S, E). cache: k and v (B, H, P, d), whose last position is that of x's one token."""
+        """x (B, S, E) -> (B, S, E). cache: k and v (B, H, P, d), whose last position is filled from x, one token."""
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 3, 0, 1, 4)             # (H, B, S, d)
         q, k = (rope(t.float(), cos, sin).to(v.dtype) for t in (q, k))
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))                                               # (B, H, S, d)
@@ -52,7 +52,7 @@ class MHA(nn.Module):
 
 
 def cache_bytes(config, P):
-    """(CCA's, its constant part, multi-head attention's) bytes of one row and one layer after P tokens, in float32."""
+    """Return float32 bytes per sequence and layer after P tokens: CCA, its constant part, multi-head attention."""
     Hq, Hk, d = config.n_head, config.n_kv_head, config.head_dim
     return 4 * P * 2 * Hk * d, 4 * (2 * (Hq + Hk) * d + Hk * d // 2), 4 * P * 2 * config.n_embd
 
@@ -62,7 +62,7 @@ def mha_cache(config, P):
 
 
 def prompt(config, P):
-    """Two functions that read a prompt of P tokens: CCA, multi-head attention."""
+    """Return two functions that process a prompt of P tokens: CCA, multi-head attention."""
     cca, mha, x = CCA(config, 0), MHA(config), torch.randn(1, P, config.n_embd)
     for p in [*cca.parameters(), *mha.parameters()]:
         nn.init.normal_(p, std=0.02)
@@ -71,7 +71,7 @@ def prompt(config, P):
 
 
 def step(config, P):
-    """Two functions that decode the P-th token: CCA, multi-head attention."""
+    """Return two functions that decode the P-th token: CCA, multi-head attention."""
     model = Zaya(replace(config, vocab_size=2, n_expert=2, expert_dim=8, router_dim=8)).eval()
     one, cache, mha, past = decode.folded(model), model.make_cache(1, P), MHA(config), mha_cache(config, P)
     for t in cache.k + cache.v:
@@ -99,33 +99,31 @@ def measure(config, setting, seed):
 def main(config):
     prompts, contexts = ((32,), (16, 32)) if config.quick else (PROMPTS, CONTEXTS)
     settings = [*(f'step {P}' for P in contexts), *(f'prompt {P}' for P in prompts)]
-    rows = table('kv_cache', config, settings, lambda setting, seed: measure(config, setting, seed))
-    print('| one layer, 8B shape | CCA, ms | multi-head, ms | ratio (seeds) | cache, CCA | multi-head | ratio |')
-    print('| --- | --- | --- | --- | --- | --- | --- |')
+    rows = fill_table('kv_cache', config, settings, lambda setting, seed: measure(config, setting, seed))
+    lines, verdicts = [], []
     for setting in settings:
         ours, theirs = by_seed(rows, setting, 'cca_ms'), by_seed(rows, setting, 'mha_ms')
         small, large = (by_seed(rows, setting, f'{kind}_bytes')[0] for kind in ('cca', 'mha'))
-        ratios = [b / a for a, b in zip(ours, theirs)]
-        print(f'| {setting} | {statistics.median(ours):,.2f} | {statistics.median(theirs):,.2f} '
-              f'| {statistics.median(ratios):.2f} ({", ".join(f"{ratio:.2f}" for ratio in ratios)}) '
-              f'| {small / 2 ** 20:,.1f} MiB | {large / 2 ** 20:,.1f} MiB | {large / small:.0f} |')
+        speedup = statistics.median(b / a for a, b in zip(ours, theirs))
+        lines.append([setting, f'{statistics.median(ours):,.2f}', f'{statistics.median(theirs):,.2f}', f'{speedup:.2f}',
+                      f'{small / 2 ** 20:,.1f}', f'{large / 2 ** 20:,.1f}'])
+        verdicts.append(below(f'{setting}: CCA faster than multi-head attention', ours, theirs, 'ms'))
+    print_table(['tokens', 'CCA, ms', 'multi-head, ms', 'speed-up', 'cache of CCA, MiB', 'of multi-head, MiB'], lines)
     word = 'reproduced' if large == 8 * small else 'contradicted'
-    print(f'a cache 8 times smaller: {large / small:.2f} times, and a constant part: {word}')
-    for setting in settings[len(contexts) - 1], settings[-1]:
-        verdict(f'CCA faster than multi-head attention, {setting}, ms', by_seed(rows, setting, 'cca_ms'),
-                by_seed(rows, setting, 'mha_ms'))
+    print_verdicts([('cache 8 times smaller', f'{large / small:.2f} times', word), verdicts[len(contexts) - 1],
+                    verdicts[-1]])
 
 
 def draw(plt, rows):
-    """Time of one token, and bytes of its cache, as the context grows."""
+    """Plot the time of a decoding step and the size of the cache against the context length."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.2), layout='constrained')
     for kind, label, color in ('mha', 'multi-head attention', 'tab:gray'), ('cca', 'CCA', 'tab:blue'):
         ms = [statistics.median(by_seed(rows, f'step {P}', f'{kind}_ms')) for P in CONTEXTS]
         mib = [by_seed(rows, f'step {P}', f'{kind}_bytes')[0] / 2 ** 20 for P in CONTEXTS]
         left.plot(CONTEXTS, ms, 'o-', color=color, label=label)
         right.plot(CONTEXTS, mib, 'o-', color=color)
-    for axis, label in (left, 'a decoding step, ms'), (right, 'cache of one layer, MiB'):
-        axis.set(xscale='log', yscale='log', xticks=CONTEXTS, xlabel='context', ylabel=label,
+    for axis, label in (left, 'ms per decoding step'), (right, 'cache per layer, MiB'):
+        axis.set(xscale='log', yscale='log', xticks=CONTEXTS, xlabel='context, tokens', ylabel=label,
                  xticklabels=[f'{P // 1024}K' for P in CONTEXTS])
         axis.minorticks_off()
     figure.legend(loc='outside upper center', ncols=2, frameon=False)

@@ -1,5 +1,6 @@
-"""The pictures of README.md and RESULTS.md anew, from the tables that are committed beside them: `python -m
-evidence.pictures`. Each is results/NAME.svg, drawn from results/NAME.csv by the script that measures it; but for
+"""Draw the pictures of README.md and RESULTS.md from the tables in results/: `python -m evidence.pictures`.
+
+results/NAME.svg is drawn from results/NAME.csv by the script that measures it. One table comes from a training run:
 
     results/training.csv        columns step, loss, val_loss, entropy of runs/demo/log.csv, after `make demo`
 
@@ -10,16 +11,16 @@ from evidence.claims import one_line_errors, picture
 
 
 def training(plt, rows):
-    """While the loss falls, the balancer brings the load of the experts to almost perfect evenness."""
+    """Plot loss and load entropy over the steps of the demo."""
     figure, left = plt.subplots(figsize=(7, 3.2), layout='constrained')
     right = left.twinx()
-    for axis, column, label, color, style in ((left, 'loss', 'loss', 'tab:blue', '-'),
-                                              (left, 'val_loss', 'loss on held-out files', 'black', 'o'),
+    for axis, column, label, color, style in ((left, 'loss', 'training loss', 'tab:blue', '-'),
+                                              (left, 'val_loss', 'validation loss', 'black', 'o'),
                                               (right, 'entropy', 'load entropy', 'tab:orange', '-')):
         points = [(int(row['step']), float(row[column])) for row in rows if row[column]]
         axis.plot(*zip(*points), style, color=color, label=label)
-    left.set(xlabel='step', ylabel='nats a token')
-    right.set(ylabel='load entropy, 1: even', ylim=(0, 1.02))
+    left.set(xlabel='step', ylabel='nats per token')
+    right.set(ylabel='load entropy (1: even)', ylim=(0, 1.02))
     figure.legend(loc='outside upper center', ncols=3, frameon=False)
     return figure
 

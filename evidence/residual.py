@@ -1,18 +1,18 @@
-"""Does residual scaling hold the stream in hand? `python -m evidence.residual [--seeds=N] [--quick=True]`.
+"""Test whether residual scaling bounds the residual stream: `python -m evidence.residual [--seeds=N] [--quick=True]`.
 
-Claim. With four learned vectors a sublayer, x <- (x + b_r) a_r + (f + b_f) a_f instead of x + f, the residual stream
-does not grow through 40 layers, at next to no cost (ZAYA1-8B report, arXiv 2605.05365, II-A and eq. 6). No figure and
+Claim. With four learned vectors per sublayer, x <- (x + b_r) a_r + (f + b_f) a_f instead of x + f, the residual stream
+does not grow through 40 layers, at negligible cost (ZAYA1-8B report, arXiv 2605.05365, II-A and eq. 6). No figure and
 no ablation is published.
 
-Test. 40 thin dense layers (width 32, one expert) learn Python's standard library in 512 tokens, with residual scaling
-and with the plain sum in its place: the same steps, data and learning rate. Of each layer, as training goes on:
+Test. 40 thin dense layers (width 32, one expert) are trained on Python's standard library with 512 tokens, with
+residual scaling and with the plain sum: the same steps, data and learning rate. Measured per layer, at several steps:
 
-    RMS             of the residual stream after it, on held-out data
-    gradient norm   of what both kinds of layer have, all but the scaling; clipped, so look at its shape, not its size
+    RMS             of the residual stream after the layer, on validation data
+    gradient norm   of the parameters that both kinds of layer have; after clipping, so only its shape is meaningful
 
-Growth is the RMS after the last layer divided by that after the first, when training ends. More growth with the scaling
-than without, a larger RMS after the last layer, or a higher loss would refute. 8 vectors of 32 a layer are 3 % more
-parameters; they are not made up for.
+Growth is the RMS after the last layer divided by that after the first, at the end of training. More growth with scaling
+than without, a larger RMS after the last layer, or a higher loss would refute the claim. The 8 vectors of 32 per layer
+are 3 % more parameters, which are not compensated for.
 """
 import statistics
 import time
@@ -23,18 +23,19 @@ from torch import nn
 
 import train
 from evidence.attention import SETTINGS
-from evidence.claims import by_seed, run_claim, replaced, table, trained, verdict, with_seeds
+from evidence.claims import (below, by_seed, fill_table, print_settings, print_verdicts, replaced, run_claim,
+                             train_run)
 from evidence.plot import by_layer
 from layers import ResidualScaling, upcast
 from model import Zaya, ZayaConfig
 
 SIZES = ZayaConfig(vocab_size=512, context=64, n_layer=40, n_embd=32, n_head=2, n_kv_head=1, head_dim=8, n_expert=1,
                    expert_dim=64, router_dim=8)
-STEPS, PARTS = 100, 4                                           # the stream is looked at that often after the start
+STEPS, PARTS = 100, 4                                           # measured at the start and PARTS times after it
 
 
 class PlainSum(nn.Module):
-    """x + f in the place of ResidualScaling, which see."""
+    """x + f, in place of ResidualScaling."""
 
     def __init__(self, dim):
         super().__init__()
@@ -46,14 +47,14 @@ class PlainSum(nn.Module):
 SCALINGS = {'plain sum': PlainSum, 'residual scaling': ResidualScaling}
 
 
-def watching(path, every):
-    """optim.make_optimizers, whose Muon adds a line to the file at the first and at each `every`-th step: the gradient
-    norm of each layer (after clipping, which scales all layers alike)."""
+def log_gradient_norms(path, every):
+    """Return a make_optimizers whose first optimizer appends the gradient norm of each layer to the file, at the first
+    and at each `every`-th step. Clipping scales all layers by the same factor."""
     def make_optimizers(model, *args):
         optimizers, steps = original(model, *args), []
         path.unlink(missing_ok=True)
 
-        def look(*_):
+        def log(*_):
             steps.append(len(steps) + 1)
             if steps[-1] == 1 or steps[-1] % every == 0:
                 norms = [torch.stack([p.grad.norm() for name, p in layer.named_parameters()
@@ -61,53 +62,48 @@ def watching(path, every):
                          for layer in model.layers]
                 with open(path, 'a') as file:
                     print(*(f'{norm:.4g}' for norm in norms), file=file)
-        optimizers[0].register_step_pre_hook(look)
+        optimizers[0].register_step_pre_hook(log)
         return optimizers
     original = train.make_optimizers
     return make_optimizers
 
 
 def measure(config, setting, seed):
-    """One run. Its figures by layer are texts of 40 numbers, rms_0 ... and gradient_0 ..., from start to end."""
-    steps, began = 4 if config.quick else STEPS, time.perf_counter()
+    """Train one model. Return its measurements; rms_i and gradient_i are 40 values, one per layer, at the i-th time."""
+    steps, start = 4 if config.quick else STEPS, time.perf_counter()
     folder = Path(config.folder('residual'), setting.replace(' ', '_'), str(seed))
     gradients = folder / 'gradients.txt'
     with replaced('model', ResidualScaling=SCALINGS[setting]), \
-            replaced('train', make_optimizers=watching(gradients, steps // PARTS)):
-        log = trained(folder, SIZES, seed=seed, lr=1e-2, min_lr=1e-3, max_steps=steps, eval_every=steps // PARTS,
+            replaced('train', make_optimizers=log_gradient_norms(gradients, steps // PARTS)):
+        log = train_run(folder, SIZES, seed=seed, lr=1e-2, min_lr=1e-3, max_steps=steps, eval_every=steps // PARTS,
                       **SETTINGS | {'eval_batches': 1 if config.quick else 20})
         parameters = sum(p.numel() for p in Zaya(SIZES).parameters())
     layers = [values for _, values in by_layer(log, 'residual')]                # (layer, part)
     rms = {f'rms_{i}': ' '.join(f'{value:.4g}' for value in column) for i, column in enumerate(zip(*layers))}
     gradient = {f'gradient_{i}': line for i, line in enumerate(gradients.read_text().splitlines())}
     return {'val_loss': log['val_loss'][1][-1], 'growth': layers[-1][-1] / layers[0][-1], 'parameters': parameters,
-            'tokens': int(log['tokens'][1][-1]), 'seconds': time.perf_counter() - began} | rms | gradient
+            'tokens': int(log['tokens'][1][-1]), 'seconds': time.perf_counter() - start} | rms | gradient
 
 
 def main(config):
-    rows = table('residual', config, list(SCALINGS), lambda setting, seed: measure(config, setting, seed))
+    rows = fill_table('residual', config, list(SCALINGS), lambda setting, seed: measure(config, setting, seed))
     rows = [row | {'rms': row[f'rms_{PARTS}'].split()[-1]} for row in rows]     # after the last layer, at the end
-    print('| 40 layers | parameters | growth (seeds) | RMS after the last layer (seeds) | val loss (seeds) |')
-    print('| --- | --- | --- | --- | --- |')
-    for setting in SCALINGS:
-        growth, last, loss = (by_seed(rows, setting, column) for column in ('growth', 'rms', 'val_loss'))
-        parameters = next(row['parameters'] for row in rows if row['setting'] == setting)
-        print(f'| {setting} | {int(parameters):,} '
-              f'| {with_seeds(growth, ".2f")} | {with_seeds(last, ".2f")} | {with_seeds(loss, ".4f")} |')
-    for column, claim in (('growth', 'less growth with residual scaling'), ('rms', 'a smaller stream at its end'),
-                          ('val_loss', 'a lower loss')):
-        verdict(claim, by_seed(rows, 'residual scaling', column), by_seed(rows, 'plain sum', column))
+    print_settings(rows, SCALINGS, parameters=('parameters', ',.0f'), growth=('growth', '.1f'),
+                   rms=('RMS after the last layer', '.2f'), val_loss=('val loss, nats per token', '.3f'))
+    print_verdicts(below(claim, by_seed(rows, 'residual scaling', column), by_seed(rows, 'plain sum', column), unit)
+                   for column, claim, unit in (('growth', 'less growth with residual scaling', ''),
+                                               ('rms', 'smaller RMS after the last layer', ''),
+                                               ('val_loss', 'lower val loss', 'nats')))
 
 
 def draw(plt, rows):
-    """Layer by layer, at the start of training (light), halfway and at its end (dark): the stream, and the gradient."""
+    """Plot residual RMS and gradient norm per layer: at the start of training (light), halfway, at the end (dark)."""
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.4), layout='constrained')
     for axis, kind, label in zip(axes, ('rms', 'gradient'), ('RMS of the residual stream', 'gradient norm')):
         for setting, colors in ('plain sum', plt.cm.Greys), ('residual scaling', plt.cm.Blues):
             for part in range(0, PARTS + 1, 2):
-                of_seeds = [list(map(float, row[f'{kind}_{part}'].split())) for row in rows
-                            if row['setting'] == setting]
-                axis.plot([statistics.fmean(values) for values in zip(*of_seeds)], linewidth=1.2,
+                per_seed = [map(float, row[f'{kind}_{part}'].split()) for row in rows if row['setting'] == setting]
+                axis.plot([statistics.fmean(values) for values in zip(*per_seed)], linewidth=1.2,
                           color=colors(0.35 + 0.6 * part / PARTS), label=setting if part == PARTS else None)
         axis.set(xlabel='layer', ylabel=label, yscale='log')
     handles, labels = axes[0].get_legend_handles_labels()

@@ -1,24 +1,25 @@
-"""What learning from rewards does (rl.py) on the loops task. First `make demo`, or at least runs/loops; then
+"""Evaluate reinforcement learning (rl.py) on the loops task. First `make demo`, or at least runs/loops; then
 
-    python -m evidence.rl main       before RL, after it, after a longer one: at four lengths, in three ways to think
-    python -m evidence.rl models     before RL and after it, from three models of the task
-    python -m evidence.rl compare    after RL with one setting changed: GRPO, two updates, ... (VARIANTS)
-    python -m evidence.rl aggregation --seeds=5    after RL with aggregation prompts and without
+    python -m evidence.rl main       before RL, after it, after longer RL: at four lengths, by three methods
+    python -m evidence.rl models     before and after RL, from three models of the task
+    python -m evidence.rl compare    RL with one setting changed: GRPO, two updates, ... (VARIANTS)
+    python -m evidence.rl aggregation --seeds=5    RL with and without aggregation prompts
     python -m evidence.rl long       programs of up to 234 steps, by a model that was trained on up to 72
-    python -m evidence.rl without    from a model whose data had no aggregation examples
-    python -m evidence.rl errors     how many outputs of all rounds of RSA are wrong, and what went wrong in them
-    python -m evidence.rl replay     the generator's and the learner's probabilities, with router replay and without
+    python -m evidence.rl without    RL from a model whose data had no aggregation examples
+    python -m evidence.rl errors     how many outputs of all rounds of RSA are wrong, and why
+    python -m evidence.rl replay     token probabilities of generator and learner, with and without router replay
 
-Claims (ZAYA1-8B report, arXiv 2605.05365, IV). (1) Rewards alone unlearn the errors that the training data has on
-purpose. (2) With replay, the generator's and the learner's probabilities of a token agree: KL 1.3e-4, Pearson's r above
-0.9996. (3) After RL, the mean of RSA's candidates is no lower than the majority of as many independent chains.
+Claims (ZAYA1-8B report, arXiv 2605.05365, IV). (1) RL with verifiable rewards corrects the errors that the training
+data contains on purpose. (2) With router replay, generator and learner agree on token probabilities: KL 1.3e-4,
+Pearson's r above 0.9996. (3) After RL, the mean of RSA's candidates is no lower than the majority vote of as many
+independent chains.
 
-Tests, on held-out problems, some with more steps than any of RL's. (1) is refuted where the mean before RL is not below
-that after it. (2): bf16 and int8 weights write, the float32 learner scores; refuted where replay brings the two no
-nearer. (3) is refuted where the mean of C=4 lies below the majority of C=1; alike, they are not to be told apart.
+Tests, on held-out problems, some longer than any in RL. (1) is refuted where the mean before RL is not below that after
+it. (2) bf16 and int8 weights generate, the float32 learner scores; refuted where replay does not reduce the difference.
+(3) is refuted where the mean of C=4 is significantly below the majority vote of C=1.
 
-A seed is one of RL, and of the rollouts of problems. All begin with one model, whose own rows have seed 0; only in
-`models`, each seed has a model of its own.
+The seed is that of RL and of sampling. All runs start from one model, whose own measurements have seed 0; only in
+`models` each seed has its own model.
 """
 import functools
 import random
@@ -32,124 +33,152 @@ import torch
 import rl
 from tasks.loops import task
 from evaluate import TableConfig, steps
-from evidence.claims import by_seed, picture, run_experiments, read_table, table, verdict
+from evidence.claims import (below, by_seed, fill_table, picture, print_table, print_verdicts, read_table,
+                             run_experiments)
 from evidence.quantization import CHANGES, in_few_bits
-from evidence.rsa import BOUNDS, data_of, figures, judge, methods, report, trained_model
+from evidence.rsa import BOUNDS, compare_methods, methods, prepare_data, print_methods, score, trained_model
 from rsa import load_policy, markovian_rsa, sampler
 from runtime.device import pick_device
 
-MODEL = 'runs/loops'                                            # with which RL begins, if nothing else is said
-WAYS = 'one unbounded rollout each', 'C=1', 'C=4'
-LONGER = dict(max_steps=48, draws=4)                            # some 16 minutes of one core, where RL takes 5
-# no_aggregation has half the groups, so that a step generates about as many tokens.
+MODEL = 'runs/loops'                                            # from which RL starts by default
+METHODS = 'one unbounded rollout each', 'C=1', 'C=4'
+LONGER = dict(max_steps=48, draws=4)                            # about 16 minutes on one core, RL takes 5
+# no_aggregation has half the groups, so that a step generates about equally many tokens.
 VARIANTS = {'RL': {}, 'grpo': dict(advantage='grpo'), 'no_aggregation': dict(aggregation=0.0, groups=12),
             'moving_balancer': dict(balancer_lr=3e-3), 'two_updates': dict(updates=2),
             'bf16_replay': dict(generator='bfloat16'), 'bf16_no_replay': dict(generator='bfloat16', replay=False)}
 QUICK_RL = dict(max_steps=1, groups=4, rollouts=2, draws=1, candidates=2, level=3, eval_problems=0)
 
 
-def loaded(folder):
+def load(folder):
     return load_policy(folder, pick_device('auto'))
 
 
-def learned(config, run, seed, model, **changes):
-    """Run rl.py from the model in a folder with these settings, or go on where it was stopped. Return its folder."""
+def train_rl(config, run, seed, model, **changes):
+    """Run rl.py from the model in a folder with these settings, or resume. Return the run folder."""
     out = f'{config.folder("rl")}/{Path(model).name}_{run}{seed}'
     rl.train(rl.RLConfig(init_from=model, out_dir=out, seed=seed, **changes | (QUICK_RL if config.quick else {})))
     return out
 
 
-def measured(name, config, model, runs, lengths, problems, seeds_before=(0,)):
-    """Fill and report results/NAME.csv: a row for each length, run and way to think. Return the rows.
+def run_table(name, config, model, runs, lengths, problems, seeds_before=(0,)):
+    """Fill and report results/NAME.csv, with a setting per length, run and method.
 
-    model(seed) -> the folder of the model that RL begins with. runs: {name: the settings of rl.py that it changes}, or
-    None: the model as it is, without RL. problems: how many of each length. seeds_before: of the rows without RL."""
+    model(seed) -> the folder of the model from which RL starts. runs: {name: changed settings of rl.py, or None for the
+    model without RL}. problems: how many per length. seeds_before: the seeds of the model without RL."""
     lengths, problems, settings = 'easy' if config.quick else lengths, 1 if config.quick else problems, {}
     for setting, (split, how) in methods(lengths).items():
-        length, way = setting.split(': ')
-        if way.split(', T=')[0] in WAYS:
-            settings |= {f'{length}: {run}: {way}': (run, split, how) for run in runs}
+        length, method = setting.split(': ')
+        if method.split(', T=')[0] in METHODS:
+            settings |= {f'{length}: {run}: {method}': (run, split, how) for run in runs}
 
     def one(setting, seed):
         run, split, how = settings[setting]
-        folder = model(seed) if runs[run] is None else learned(config, run, seed, model(seed), **runs[run])
-        return figures(loaded(folder), task.test_problems(split, problems), seed, **how)
+        folder = model(seed) if runs[run] is None else train_rl(config, run, seed, model(seed), **runs[run])
+        return score(load(folder), task.test_problems(split, problems), seed, **how)
     before = [setting for setting, (run, *_) in settings.items() if runs[run] is None]
-    table(name, config, before, one, seeds=seeds_before)
-    rows = table(name, config, [setting for setting in settings if setting not in before], one)
-    report(rows)
-    return rows
+    fill_table(name, config, before, one, seeds=seeds_before)
+    report(name, fill_table(name, config, [setting for setting in settings if setting not in before], one))
+
+
+def report(name, rows):
+    """Print the table and the verdicts of results/NAME.csv."""
+    if name == 'rl_compare':                                    # a line per run, a column per length and method
+        print_methods([row | {'setting': f'{length}, {method.split(", T=")[0]}: {run}'}
+                       for row in rows for length, run, method in [row['setting'].split(': ')]])
+    else:
+        print_methods(rows)
+    print_verdicts(VERDICTS[name](rows))
+
+
+def gains(rows):
+    """Return the verdicts on the gain of RL over the one model before it."""
+    verdicts = []
+    for setting in dict.fromkeys(row['setting'] for row in rows if ': RL: ' in row['setting']):
+        before, after = (by_seed(rows, setting.replace('RL', run), 'mean') for run in ('before', 'RL'))
+        verdicts.append(below(f'{setting}: mean before RL below mean after', before * len(after), after, 'points'))
+    return verdicts
+
+
+def run_by_run(rows, *pairs):
+    """Return the verdicts on the pairs of runs (lower, higher) for each method."""
+    return compare_methods(rows, *((f'{a}: {method}', f'{b}: {method}') for a, b in pairs for method in METHODS))
+
+
+def against_vote(rows, run='RL'):
+    """Return the verdicts on claim (3): the majority vote of C=1 below the mean of C=4."""
+    return compare_methods(rows, (f'{run}: C=1', f'{run}: C=4'), columns=('majority', 'mean'))
+
+
+VERDICTS = {
+    'rl': lambda rows: gains(rows) + against_vote(rows) + against_vote(rows, 'longer'),
+    'rl_models': lambda rows: run_by_run(rows, ('before', 'RL')) + against_vote(rows),
+    'rl_compare': lambda rows: run_by_run(rows, ('grpo', 'RL'), ('moving_balancer', 'RL'), ('two_updates', 'RL'),
+                                          ('bf16_no_replay', 'bf16_replay')),
+    'rl_aggregation': lambda rows: run_by_run(rows, ('no_aggregation', 'RL')),
+    'rl_long': lambda rows: compare_methods(rows, ('RL: C=1', 'RL: C=4')) + against_vote(rows),
+    'rl_without': lambda rows: compare_methods(rows, ('RL: C=4', 'RL: one unbounded rollout each')),
+}
 
 
 def main_table(config):
-    rows = measured('rl', config, lambda seed: MODEL, {'before': None, 'RL': {}, 'longer': LONGER},
-                    'easy medium hard deep', 100)
-    for setting in dict.fromkeys(row['setting'] for row in rows if ': RL: ' in row['setting']):
-        before, after = (by_seed(rows, setting.replace('RL', run), 'mean') for run in ('before', 'RL'))
-        verdict(f'{setting}: the mean before RL below that after it', before * len(after), after)
-    judge(rows, *[(f'{run}: C=1', f'{run}: C=4') for run in ('RL', 'longer')], columns=('majority', 'mean'))
+    runs = {'before': None, 'RL': {}, 'longer': LONGER}
+    run_table('rl', config, lambda seed: MODEL, runs, 'easy medium hard deep', 100)
     config.quick or picture('rl', draw)
 
 
 def models(config):
-    model = lambda seed: trained_model(config, 'with', seed, data_of(config))[0]
-    rows = measured('rl_models', config, model, {'before': None, 'RL': {}}, 'hard deep', 40, range(config.seeds))
-    judge(rows, *[(f'before: {way}', f'RL: {way}') for way in WAYS])
-    judge(rows, ('RL: C=1', 'RL: C=4'), columns=('majority', 'mean'))
+    model = lambda seed: trained_model(config, 'with', seed, prepare_data(config))[0]
+    run_table('rl_models', config, model, {'before': None, 'RL': {}}, 'hard deep', 40, range(config.seeds))
 
 
 def compare(config):
     runs = {run: changes for run, changes in VARIANTS.items() if run != 'no_aggregation'}
-    rows = measured('rl_compare', config, lambda seed: MODEL, runs, 'hard deep', 40)
-    pairs = [*((name, 'RL') for name in ('grpo', 'moving_balancer', 'two_updates')), ('bf16_no_replay', 'bf16_replay')]
-    judge(rows, *[(f'{a}: {way}', f'{b}: {way}') for a, b in pairs for way in WAYS])
+    run_table('rl_compare', config, lambda seed: MODEL, runs, 'hard deep', 40)
 
     def curves(run, seed):
-        log = read_table(Path(learned(config, run, seed, MODEL, **VARIANTS[run]), 'log.csv'))
+        log = read_table(Path(train_rl(config, run, seed, MODEL, **VARIANTS[run]), 'log.csv'))
         return {key: ' '.join(f'{float(row[key]):.3f}' for row in log) for key in ('reward', 'round_reward')}
-    table('rl_rewards', config, VARIANTS, curves)
+    fill_table('rl_rewards', config, VARIANTS, curves)
     config.quick or picture('rl_rewards', draw_rewards)
 
 
 def aggregation(config):
     runs = {run: VARIANTS[run] for run in ('RL', 'no_aggregation')}
-    rows = measured('rl_aggregation', config, lambda seed: MODEL, runs, 'hard deep', 40)
-    judge(rows, *[(f'no_aggregation: {way}', f'RL: {way}') for way in WAYS])
+    run_table('rl_aggregation', config, lambda seed: MODEL, runs, 'hard deep', 40)
 
 
 def long(config):
-    """The model was trained on programs of up to 26 operations, run up to 9 times, but of 72 steps at most."""
-    model = lambda seed: trained_model(config, 'long', 0, data_of(config, f'{config.out}/long', operations=26))[0]
-    rows = measured('rl_long', config, model, {'before': None, 'RL': dict(operations=26)},
-                    'hard deep deeper deepest', 40)
-    judge(rows, ('RL: C=1', 'RL: C=4'))
-    judge(rows, ('RL: C=1', 'RL: C=4'), columns=('majority', 'mean'))
+    """Test a model that was trained on programs of up to 26 operations, run up to 9 times, but of at most 72 steps."""
+    data = prepare_data(config, f'{config.out}/long', operations=26)
+    run_table('rl_long', config, lambda seed: trained_model(config, 'long', 0, data)[0],
+              {'before': None, 'RL': dict(operations=26)}, 'hard deep deeper deepest', 40)
     config.quick or picture('rl_long', draw_long)
 
 
 def without(config):
-    model = lambda seed: trained_model(config, 'without', 0, data_of(config))[0]
-    measured('rl_without', config, model, {'before': None, 'RL': {}}, 'easy hard', 40)
+    model = lambda seed: trained_model(config, 'without', 0, prepare_data(config))[0]
+    run_table('rl_without', config, model, {'before': None, 'RL': {}}, 'easy hard', 40)
 
 
-# ---- what goes wrong ----
+# ---- error analysis ----
 
 def state(problem, text):
-    """(steps done, value) where a trace ends; the first is None if it ends in no such way."""
+    """Return (steps done, value) at the end of a trace; the first is None if the trace does not end in a step."""
     digits = re.findall(r'\d', text)
     return task.place_of(problem, text), int(digits[-1]) if digits else None
 
 
 def ends_and_vote(problem, tails):
-    """Where the tails end, [(steps done, value)], or the start without them; and their vote, None if there is none."""
+    """Return where the tails end, [(steps done, value)], the start if there are none; and their vote or None."""
     ends = [state(problem, task.ENC.decode(task.without_end(tail))) for tail in tails] or [(0, problem.start)]
     return ends, task.vote(ends) if all(place is not None for place, _ in ends) else None
 
 
 def what_went_wrong(problem, tails, output, budget):
-    """None for a right output. Else 'outvoted': the tails' vote is wrong, a tie, or not to be read; 'place': it does
-    not go on from a tail; 'misread': it states a wrong value though the vote is right; 'computed': a right value, then
-    a wrong step or end."""
+    """Return None for a correct output. Else 'outvoted': the vote of the tails is wrong, a tie, or cannot be parsed;
+    'place': the output does not continue from a tail; 'misread': it states a wrong value though the vote is correct;
+    'computed': the value is correct, a later step or the end is wrong."""
     if task.verify(problem.question, tails, output, budget):
         return None
     ends, vote = ends_and_vote(problem, tails)
@@ -166,8 +195,8 @@ KINDS = 'outvoted', 'place', 'misread', 'computed'
 
 
 def wrong_outputs(policy, problems, C, T, seed):
-    """Let RSA solve the problems. Return how many outputs it had in all rounds, how many were wrong and why, and how
-    many problems have no right answer among their last outputs."""
+    """Solve the problems by RSA. Return the number of outputs in all rounds, how many were wrong and why, and how many
+    problems have no correct answer among their last outputs."""
     questions, counts, lost = [problem.question for problem in problems], Counter(), 0
     results = markovian_rsa([policy.encode(question) for question in questions],
                             sampler(policy, TableConfig(seed=seed)), policy.build_prompt, candidates=C, rounds=T,
@@ -186,13 +215,14 @@ def wrong_outputs(policy, problems, C, T, seed):
 
 
 def report_errors(rows):
-    print(f'\n| steps, C | model | outputs | wrong | {" | ".join(KINDS)} | problems without a right answer |')
-    print('| --- ' * (5 + len(KINDS)) + '|')
+    lines = []
     for setting in dict.fromkeys(row['setting'] for row in rows):
-        outputs, wrong, *kinds = (
+        outputs, wrong, outvoted, place, misread, computed, lost = (
             int(sum(by_seed(rows, setting, column))) for column in ('outputs', 'wrong', *KINDS, 'lost'))
-        print(f'| {setting.replace(": ", " | ")} | {outputs:,} | {wrong:,} ({wrong / outputs:.1%}) '
-              f'| {" | ".join(f"{count:,}" for count in kinds)} |')
+        lines.append([setting, f'{wrong:,} of {outputs:,} ({wrong / outputs:.1%})', f'{outvoted:,}', f'{computed:,}',
+                      f'{place + misread:,}', lost])
+    print_table(['steps, C: model', 'wrong outputs', 'outvoted', 'computed', 'place or misread',
+                 'problems without a correct answer'], lines)
 
 
 def errors(config):
@@ -202,27 +232,24 @@ def errors(config):
 
     def one(setting, seed):
         run, split, C = settings[setting]
-        policy = loaded(MODEL if run == 'before' else learned(config, 'RL', seed, MODEL))
+        policy = load(MODEL if run == 'before' else train_rl(config, 'RL', seed, MODEL))
         T = task.rounds_needed(task.LENGTHS[split][1], BOUNDS['budget'])
         return wrong_outputs(policy, task.test_problems(split, problems), C, T, seed)
-    report_errors(table('rl_errors', config, settings, one))
+    report_errors(fill_table('rl_errors', config, settings, one))
 
 
 # ---- replay ----
 
 def report_replay(rows):
-    print('\n| generator, replay | tokens | KL | Pearson\'s r | largest difference | moved by more than 0.1 '
-          '| another expert in some layer |')
-    print('| --- ' * 7 + '|')
-    for row in rows:
-        print(f'| {row["setting"]} | {int(row["tokens"]):,} | {float(row["kl"]):.2g} | {float(row["pearson_r"]):.7f} '
-              f'| {float(row["largest_difference"]):.4f} | {float(row["moved"]):.2f} % | {float(row["other"]):.1f} % |')
+    print_table(['generator, replay', 'KL', "Pearson's r", 'largest difference', 'another expert in some layer'],
+                [[row['setting'], f'{float(row["kl"]):.2g}', f'{float(row["pearson_r"]):.7f}',
+                  f'{float(row["largest_difference"]):.4f}', f'{float(row["other"]):.1f} % of tokens'] for row in rows])
 
 
 @torch.no_grad()
 def replay(config):
-    """One batch of rollouts by each generator, and the learner's probabilities of their tokens. KL is estimated
-    as the mean of p/q - 1 - ln(p/q), which is never negative, over the tokens drawn from q."""
+    """Compare the token probabilities q of each generator with the learner's p, on one batch of rollouts. KL is
+    estimated by the mean of p/q - 1 - ln(p/q), which is never negative, over tokens sampled from q."""
     learner, rng = load_policy(MODEL, torch.device('cpu')).model, random.Random(0)
     generators = {'float32': lambda: learner, 'bf16': lambda: rl.generator_of(learner, 'bfloat16'),
                   'int8': lambda: in_few_bits(learner, CHANGES['int8'])}
@@ -232,21 +259,21 @@ def replay(config):
 
     def one(setting, seed):
         name, on = setting.split(', ')
-        rollouts = rollouts_of(name)                            # the same with replay and without
+        rollouts = rollouts_of(name)                            # the same rollouts with and without replay
         q = torch.cat([x.q for x in rollouts]).double()
         p, _, other = rl.probabilities(learner, rollouts, on == 'on')
         ratio, r, moved = p / q, torch.corrcoef(torch.stack([p.double(), q]))[0, 1], (p - q).abs()
-        furthest = moved.topk(min(40, len(q))).indices
+        largest = moved.topk(min(40, len(q))).indices
         return dict(tokens=len(q), kl=(ratio - 1 - ratio.log()).mean().item(), pearson_r=f'{r:.7f}',
                     largest_difference=moved.max().item(), moved=100 * (moved > 0.1).double().mean().item(),
-                    other=100 * other, furthest=' '.join(f'{q[i]:.4f}:{p[i]:.4f}' for i in furthest))
-    report_replay(table('rl_replay', config, [f'{name}, {on}' for name in generators for on in ('on', 'off')], one,
+                    other=100 * other, furthest=' '.join(f'{q[i]:.4f}:{p[i]:.4f}' for i in largest))
+    report_replay(fill_table('rl_replay', config, [f'{name}, {on}' for name in generators for on in ('on', 'off')], one,
                         seeds=[0]))
     config.quick or picture('rl_replay', draw_replay)
 
 
 def draw(plt, rows):
-    """Rewards for answers unlearn the errors of the data, at every length and in every way to think."""
+    """Plot wrong answers before and after RL against the length of the problem."""
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
     lengths = list(dict.fromkeys(row['setting'].split(': ')[0] for row in rows))
     for method, color, mark in (('one unbounded rollout', 'tab:green', '^'), ('C=1', 'tab:orange', 's'),
@@ -259,47 +286,46 @@ def draw(plt, rows):
             axis.plot(*zip(*points), mark + style, color=color, fillstyle=fill,
                       label=f'{method}, {run.replace("RL", "after")} RL')
             axis.plot(*zip(*[(i, value) for i in wrong for value in wrong[i]]), mark, color=color, markersize=2)
-    axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel='steps of the problem', yscale='log',
+    axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel='steps per problem', yscale='log',
              ylim=(0.015, 110), ylabel='wrong answers, % (0.02: none)')
     figure.legend(loc='outside upper center', ncols=3, frameon=False)
     return figure
 
 
 def draw_long(plt, rows):
-    """Beyond any length of the training, most is wrong: on an even scale."""
+    """Plot wrong answers on problems longer than those in training, on a linear scale."""
     figure = draw(plt, rows)
     figure.axes[0].set(yscale='linear', ylim=(-3, 103), ylabel='wrong answers, %')
     return figure
 
 
 def draw_rewards(plt, rows):
-    """The rewards of problems, which become longer, and of rounds, step by step: means over the seeds."""
+    """Plot the rewards of problems, which become longer, and of rounds per step: means over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), sharey=True, layout='constrained')
     for axis, key, label in zip(axes, ('reward', 'round_reward'), ('problems', 'rounds')):
         for run, color in zip(VARIANTS, plt.cm.tab10.colors):
-            of_seeds = [map(float, row[key].split()) for row in rows if row['setting'] == run]
-            means = list(map(statistics.fmean, zip(*of_seeds)))
+            per_seed = [map(float, row[key].split()) for row in rows if row['setting'] == run]
+            means = list(map(statistics.fmean, zip(*per_seed)))
             axis.plot(range(1, len(means) + 1), means, color=color, linewidth=1.2, label=run.replace('_', ' '))
-        axis.set(xlabel='step', ylabel=f'right rollouts of {label}', ylim=(0.6, 1.01))
+        axis.set(xlabel='step', ylabel=f'correct rollouts of {label}, fraction', ylim=(0.6, 1.01))
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4, frameon=False)
     return figure
 
 
 def draw_replay(plt, rows):
-    """The 40 tokens whose probability moved furthest between generator and learner: with replay they move less."""
+    """Plot the 40 tokens whose probability differs most between generator and learner, with and without replay."""
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharey=True, layout='constrained')
     for axis, name in zip(axes, ('bf16', 'int8')):
         for on, color in ('off', 'tab:orange'), ('on', 'tab:blue'):
             text, = [row['furthest'] for row in rows if row['setting'] == f'{name}, {on}']
             q, p = zip(*[map(float, pair.split(':')) for pair in text.split()])
             axis.plot(q, [b - a for a, b in zip(q, p)], '.', color=color, markersize=4, label=f'replay {on}')
-        axis.set(xlabel=f"q, by the generator's {name} weights", xlim=(-0.03, 1.03))
-    axes[0].set(ylabel='p - q, p the learner\'s')
+        axis.set(xlabel=f'probability q of the {name} generator', xlim=(-0.03, 1.03))
+    axes[0].set(ylabel='p - q, p of the learner')
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=2, frameon=False)
     return figure
 
 
 if __name__ == '__main__':
     run_experiments('rl', {'main': main_table, 'models': models, 'compare': compare, 'aggregation': aggregation,
-                            'long': long,
-                    'without': without, 'errors': errors, 'replay': replay})
+                           'long': long, 'without': without, 'errors': errors, 'replay': replay})

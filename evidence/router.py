@@ -1,21 +1,22 @@
-"""Does the router's form keep the experts evenly busy? `python -m evidence.router`, then again after any stop.
+"""Compare routers by how evenly they load the experts: `python -m evidence.router`; the same command resumes.
 
-Claim (ZAYA1-8B report, arXiv 2605.05365, II-A2 and Fig. 4). A linear router first collapses; an MLP whose state is
-averaged over depth (EDA) is even early. Published, a fresh model of 1.8B parameters: load entropy, the layers' mean of
-H(p) / ln N, passes 0.99 by about step 400 with MLP + EDA; with a linear router it falls to about 0.1 first, and takes
-about 900 steps. That it comes back shows that a balancer was at work.
+Claim (ZAYA1-8B report, arXiv 2605.05365, II-A2 and Fig. 4). A linear router collapses at the start of training; an MLP
+router with Exponential Depth Averaging (EDA) is balanced early. Published, a new model of 1.8B parameters: the load
+entropy, H(p) / ln N averaged over layers, passes 0.99 at about step 400 with MLP + EDA; with a linear router it falls
+to about 0.1 and recovers by about step 900. The recovery shows that a balancer was active.
 
-Test. Three routers, in the place of model.py's, each with the balancer and, to see what they do by themselves, without:
+Test. Three routers replace model.py's, each with the balancer (pid) and without (none):
 
     linear       s = softmax(W h)
     mlp          router.py without EDA: r_l = W_down h_l + b_down
-    mlp + eda    router.py as it is
+    mlp + eda    router.py unchanged
 
-and the last two once more in 12 thin layers, where EDA has more depth to average over. 400 steps (100 in 12 layers) of
-768 tokens, so that 0.95 is the line within reach; no decay of the learning rate, as at the start of a long run. Of the
-entropy, every 10 steps: its lowest value, mean, first step at the line (else the run's length); at the end val loss.
+The last two are also compared in 12 thin layers, where EDA averages over more depth. 400 steps (100 with 12 layers) of
+768 tokens, too few tokens to reach 0.99, so the threshold is 0.95; the learning rate does not decay, as at the start of
+a long run. Measured every 10 steps: the lowest load entropy, its mean, and the first step at the threshold (else the
+length of the run); at the end, the validation loss.
 
-Refuted by: a linear router whose entropy falls no lower, or is no lower on average, than that of MLP + EDA.
+A linear router whose entropy is not lower, at its minimum or on average, than that of MLP + EDA would refute the claim.
 
 Legend:  N experts   h (B, S, E) normed x   s (B, S, N)
 """
@@ -26,7 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import router
-from evidence.claims import by_seed, run_claim, replaced, table, trained, verdict, with_seeds
+from evidence.claims import (below, by_seed, fill_table, print_settings, print_verdicts, replaced, run_claim,
+                             train_run)
 from layers import upcast
 from model import ZayaConfig, sizes
 
@@ -34,7 +36,7 @@ STEPS, DEEP_STEPS, EVERY, EVEN = 400, 100, 10, 0.95
 
 
 class Linear(nn.Module):
-    """What most mixtures of experts have: one matrix. forward: as Router's, but it has no state to hand up."""
+    """The usual router: one matrix. forward: like Router's, but without a state for the next layer."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -52,14 +54,15 @@ class Linear(nn.Module):
 
 
 class NoEDA(router.Router):
-    """The MLP, but every layer decides as the first does: from its own input alone."""
+    """The MLP router without EDA: each layer's is constructed as layer 0's, which has no layer below."""
+
     def __init__(self, config, layer):
         super().__init__(config, 0)
 
 
 ROUTERS = {'linear': Linear, 'mlp': NoEDA, 'mlp + eda': router.Router}
 SETTINGS = [f'{name}, {rule}' for rule in ('pid', 'none') for name in ROUTERS]
-DEEP = ['mlp, pid', 'mlp + eda, pid']                           # of 12 layers, a table of its own
+DEEP = ['mlp, pid', 'mlp + eda, pid']                           # of 12 layers, in a separate table
 
 
 def small(n_layer=4, width=64, context=96):
@@ -71,12 +74,12 @@ QUICK = small(1, 32, 16)
 
 
 def recipe(steps, seed):
-    """What all runs share, as settings of train.py."""
+    """Return the settings of train.py that all runs share."""
     return dict(seed=seed, max_steps=steps, batch_size=8, lr=6e-3, warmup_steps=20, decay_fraction=0.0, dtype='float32')
 
 
-def figures(log, model_config):
-    """Of a run's log: what the table keeps of it."""
+def summarize(log, model_config):
+    """Return the measurements of a run, from its log."""
     (steps, entropy), n, tokens = log['entropy'], sizes(model_config), log['tokens'][1]
     seconds = sum((b - a) / speed for a, b, speed in zip(tokens, tokens[1:], log['tokens_per_s'][1]))
     return {'val_loss': log['val_loss'][1][-1], 'lowest': min(entropy), 'parameters': n['total'],
@@ -85,64 +88,62 @@ def figures(log, model_config):
 
 
 def even_at(steps, entropy):
-    """The first step with an even load; the last step of the run if there is none."""
+    """Return the first step with an even load, or the last step of the run if there is none."""
     return next((step for step, value in zip(steps, entropy) if value >= EVEN), steps[-1])
 
 
 def measure(setting, seed, folder, model_config, steps):
     form, rule = setting.split(', ')
     with replaced('model', Router=ROUTERS[form]):
-        return figures(trained(f'{folder}/{setting} {seed}', model_config, balancer=rule, log_every=EVERY,
-                               **recipe(steps, seed)), model_config)
+        return summarize(train_run(f'{folder}/{setting} {seed}', model_config, balancer=rule, log_every=EVERY,
+                                   **recipe(steps, seed)), model_config)
 
 
 def curve(row):
-    """(steps, entropies) of a row."""
+    """Return (steps, entropies) of one run."""
     return zip(*[(int(key[8:]), float(value)) for key, value in row.items() if key.startswith('entropy_') and value])
 
 
 def derived(rows):
-    """The rows, with two figures more, of their entropies."""
+    """Add to each run the mean of its entropies and the first even step."""
     return [{'mean': statistics.fmean(entropy), 'even_at': even_at(steps, entropy)} | row
             for row in rows for steps, entropy in [curve(row)]]
 
 
-def report(*tables):
-    """Print one table of both."""
-    print('\n| router, balancer | lowest entropy (seeds) | mean (seeds) | 0.95 at step (seeds) | val loss (seeds) |')
-    print('| --- | --- | --- | --- | --- |')
-    for rows, settings, label in zip(tables, (SETTINGS, DEEP), ('', ', 12 layers')):
-        for setting in settings:
-            cells = [with_seeds(by_seed(rows, setting, column), form) for column, form in (
-                ('lowest', '.2f'), ('mean', '.3f'), ('even_at', '.0f'), ('val_loss', '.3f'))]
-            print(f'| {setting}{label} | {" | ".join(cells)} |')
-
-
-def judge(rows, deep):
-    """Print the verdicts."""
-    get = lambda form, column, rule='pid': by_seed(rows, f'{form}, {rule}', column)
+def report(rows, deep):
+    """Print the table, 12 layers last, and the verdicts."""
+    relabeled = [row | {'setting': f'{row["setting"]}, 12 layers'} for row in deep]
+    print_settings(rows + relabeled, SETTINGS + [f'{setting}, 12 layers' for setting in DEEP],
+                   lowest=('lowest entropy', '.2f'), mean=('mean entropy', '.3f'),
+                   even_at=('first step at 0.95', '.0f'), val_loss=('val loss, nats per token', '.3f'))
+    get = lambda form, column, rule: by_seed(rows, f'{form}, {rule}', column)
+    verdicts = []
     for form in 'linear', 'mlp':
         for rule in 'pid', 'none':
-            for column, words in (('lowest', 'falls lower'), ('mean', 'is less even on average')):
-                verdict(f'balancer {rule}: {form} {words} than mlp + eda', get(form, column, rule),
-                        get('mlp + eda', column, rule))
-        for column in 'even_at', 'val_loss':
-            verdict(f'balancer pid, {column}: mlp + eda below {form}', get('mlp + eda', column), get(form, column))
-    verdict('12 layers: mlp is less even on average than mlp + eda', *(by_seed(deep, name, 'mean') for name in DEEP))
-    verdict('12 layers, val loss: mlp + eda below mlp', *(by_seed(deep, name, 'val_loss') for name in DEEP[::-1]))
+            verdicts += [below(f'{rule}: {words} of {form} below mlp + eda', get(form, column, rule),
+                               get('mlp + eda', column, rule), '')
+                         for column, words in (('lowest', 'lowest entropy'), ('mean', 'mean entropy'))]
+        verdicts += [below(f'pid: {words} of mlp + eda below {form}', get('mlp + eda', column, 'pid'),
+                           get(form, column, 'pid'), unit)
+                     for column, words, unit in (('even_at', 'first step at 0.95', 'steps'),
+                                                 ('val_loss', 'val loss', 'nats'))]
+    mlp, eda = ([by_seed(deep, setting, column) for column in ('mean', 'val_loss')] for setting in DEEP)
+    print_verdicts([*verdicts, below('val loss of mlp + eda: none below pid', get('mlp + eda', 'val_loss', 'none'),
+                                     get('mlp + eda', 'val_loss', 'pid'), 'nats'),
+                    below('12 layers: mean entropy of mlp below mlp + eda', mlp[0], eda[0], ''),
+                    below('12 layers: val loss of mlp + eda below mlp', eda[1], mlp[1], 'nats')])
 
 
 def main(config):
     tables = []
     for name, settings, *rest in ('router', SETTINGS, small(), STEPS), ('router_deep', DEEP, small(12), DEEP_STEPS):
         rest = (f'{config.out}/quick_{name}', QUICK, 10) if config.quick else (f'{config.out}/{name}', *rest)
-        tables += [derived(table(name, config, settings, lambda setting, seed: measure(setting, seed, *rest)))]
+        tables += [derived(fill_table(name, config, settings, lambda setting, seed: measure(setting, seed, *rest)))]
     report(*tables)
-    judge(*tables)
 
 
 def entropies(axis, rows, setting, **style):
-    """The load entropy over the steps: the mean over the seeds, and all that lies between them."""
+    """Plot the load entropy over the steps: the mean over seeds, and the range between them."""
     rows = [row for row in rows if row['setting'] == setting]
     steps = [key for key in rows[0] if key.startswith('entropy_') and rows[0][key]]
     x, y = [int(key[8:]) for key in steps], [[float(row[key]) for row in rows] for key in steps]
@@ -151,13 +152,13 @@ def entropies(axis, rows, setting, **style):
 
 
 def draw(plt, rows):
-    """By itself every router collapses; with the balancer none does."""
+    """Plot the load entropy of each router, with the balancer and without it."""
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
     for form, color in ('linear', 'tab:orange'), ('mlp', 'tab:green'), ('mlp + eda', 'tab:blue'):
         for rule, style in ('pid', '-'), ('none', '--'):
             entropies(axis, rows, f'{form}, {rule}', color=color, linestyle=style,
-                      label=f'{form}, {"balancer" if rule == "pid" else "none"}')
-    axis.set(xlabel='step', ylabel='load entropy, 1: even', ylim=(0, 1.02))
+                      label=f'{form}, {"with balancer" if rule == "pid" else "without"}')
+    axis.set(xlabel='step', ylabel='load entropy (1: even)', ylim=(0, 1.02))
     figure.legend(loc='outside upper center', ncols=3, frameon=False)
     return figure
 

@@ -1,19 +1,19 @@
-"""What Markovian RSA costs, and what each of its numbers gives: `python -m evidence.rsa_cost`, after `make demo`.
+"""Measure the cost of Markovian RSA and the effect of its settings: `python -m evidence.rsa_cost`, after `make demo`.
 
 Claims (ZAYA1-8B report, arXiv 2605.05365, VI). (1) No prompt is longer than the question and C tails, whatever T and
-beta are. (2) N = 8, C = 4, T = 2 took 0.4 of the wall clock of one long rollout, for it is batched and bounded. (3) A
-longer tail need not help: at 40K, tau = 8K gives 90.8 on AIME'25, tau = 4K 91.9.
+beta are. (2) N = 8, C = 4, T = 2 took 0.4 of the wall-clock time of one long rollout, since it is batched and bounded.
+(3) A longer tail need not help: at 40K, tau = 8K gives 90.8 on AIME'25, tau = 4K 91.9.
 
-Test. The model of runs/loops, problems of 25 to 32 steps, one of N, C, T, tau changed at a time. A seed is that of the
-draws, and has 8 other held-out problems. The clock, for two settings, is that of the first two, one at a time: the
-processor's, with OMP_NUM_THREADS=1 what the one on the wall shows where nothing else runs. One long rollout writes the
-whole solution, N = 1. tau = 41 is the whole budget: whole outputs are carried on, full-chain RSA as far as one output
-goes. Chains of several outputs do not fit: four of them, each of 5 rounds, are 820 tokens, the context is 256.
+Test. The model of runs/loops, problems of 25 to 32 steps; one of N, C, T, tau is changed at a time. Each seed samples
+with that seed and has 8 other held-out problems. CPU time is measured for two settings, on the first two problems, one
+problem at a time; with OMP_NUM_THREADS=1 it equals wall-clock time on an idle machine. One long rollout writes the
+whole solution, N = 1. With tau = 41, the whole budget, whole outputs are passed on, which is as close to full-chain RSA
+as the context of 256 allows: four chains of 5 rounds would have 820 tokens.
 
-Refuted by: prompts that grow with T; RSA slower than the one rollout; a longer tail that does better than tau = 10.
+Prompts that grow with T, RSA slower than one rollout, or a longer tail that is better than tau = 10 would refute them.
 
-The model was trained on tails of 10 tokens: other settings may ask of it what it has not seen. Without a GPU rows are
-not free, so the clock shows less of what batching gives.
+The model was trained on tails of 10 tokens, so other settings can be out of distribution. On a CPU, time grows with the
+batch, so batching gains less than on a GPU.
 
 Legend:  N population   C candidates   T rounds after round 0   tau tail   beta budget, 41 tokens
 """
@@ -21,8 +21,8 @@ import statistics
 import time
 
 from tasks.loops import task
-from evidence.claims import by_seed, run_claim, table, verdict, with_seeds
-from evidence.rsa import UNBOUNDED, figures
+from evidence.claims import below, by_seed, fill_table, print_settings, print_verdicts, run_claim
+from evidence.rsa import UNBOUNDED, score
 from rsa import load_policy
 from runtime.device import pick_device
 
@@ -43,27 +43,21 @@ TIMED = LONG, named(N=8)
 
 
 def report(rows):
-    """Print the table."""
-    print('\n| setting | mean of N, % (seeds) | majority, % (seeds) | generated tokens | longest prompt | seconds |')
-    print('| --- | --- | --- | --- | --- | --- |')
-    for setting in SETTINGS:
-        mean, majority, tokens, longest = (
-            by_seed(rows, setting, column) for column in ('mean', 'majority', 'tokens', 'longest'))
-        seconds = with_seeds(by_seed(rows, setting, 'seconds'), '.2f', False) if setting in TIMED else ''
-        print(f'| {setting} | {with_seeds(mean, ".1f")} | {with_seeds(majority, ".1f")} '
-              f'| {with_seeds(tokens, ",.0f", False)} | {max(longest):.0f} | {seconds} |')
-    print()
-
-
-def judge(rows):
-    """Print the verdicts."""
+    """Print the table, without the settings that make no difference, and the verdicts."""
+    print_settings(rows, [setting for setting in SETTINGS if setting not in (named(C=8), named(T=3), named(T=6))],
+                   mean=('mean of N, %', '.1f'), majority=('majority vote, %', '.1f'),
+                   tokens=('generated tokens per problem', ',.0f'),
+                   longest=('longest prompt, tokens', lambda values: f'{max(values):.0f}'),
+                   seconds=('CPU seconds per problem', '.2f'))
     get = lambda setting, column='mean': by_seed(rows, setting, column)
-    for change in CHANGES[1:]:
-        verdict(f'mean: {named(**change)} below {named()}', get(named(**change)), get(named()))
-    verdict(f'mean: {LONG} below {named()}', get(LONG), get(named()))
-    longest = {max(get(named(**change), 'longest')) for change in CHANGES if set(change) <= {'T'}}
-    print(f'longest prompts at T = 2, 3, 4, 6: {longest}: {"reproduced" if len(longest) == 1 else "contradicted"}')
-    verdict(f'seconds: {named(N=8)} below {LONG}', get(named(N=8), 'seconds'), get(LONG, 'seconds'))
+    changes = {named(**change): f'{key}={value}' for change in CHANGES for key, value in change.items()} | {LONG: LONG}
+    longest = {max(get(named(T=T), 'longest')) for T in (2, 3, 4, 6)}
+    print_verdicts([
+        *[below(f'mean of {change} below {named()}', get(setting), get(named()), 'points')
+          for setting, change in changes.items()],
+        ('prompts do not grow with T', f'{max(longest) - min(longest):.0f} tokens',
+         'reproduced' if len(longest) == 1 else 'contradicted'),
+        below(f'CPU time of {named(N=8)} below {LONG}', get(named(N=8), 'seconds'), get(LONG, 'seconds'), 's')])
 
 
 def main(config):
@@ -71,18 +65,16 @@ def main(config):
 
     def measure(setting, seed):
         problems = task.test_problems('hard', n * (seed + 1))[-n:]
-        began = time.process_time()
+        start = time.process_time()
         if setting in TIMED:
-            figures(policy, problems[:2], seed, rows=1, **SETTINGS[setting])
-        seconds = (time.process_time() - began) / 2 if setting in TIMED else ''
-        return figures(policy, problems, seed, **SETTINGS[setting]) | {'seconds': seconds}
-    rows = table('rsa_cost', config, SETTINGS, measure)
-    report(rows)
-    judge(rows)
+            score(policy, problems[:2], seed, rows=1, **SETTINGS[setting])
+        seconds = (time.process_time() - start) / 2 if setting in TIMED else ''
+        return score(policy, problems, seed, **SETTINGS[setting]) | {'seconds': seconds}
+    report(fill_table('rsa_cost', config, SETTINGS, measure))
 
 
 def draw(plt, rows):
-    """Enough rounds, more than two tails to outvote errors, tails as long as those trained on."""
+    """Plot the mean of N outputs against each setting; dashed: one long rollout."""
     figure, axes = plt.subplots(1, 4, figsize=(7, 2.6), sharey=True, layout='constrained')
     long = statistics.fmean(by_seed(rows, LONG, 'mean'))
     changed = dict(C=(1, 2, 4, 8), N=(4, 8, 16), T=(2, 3, 4, 6), tau=(5, 10, 20, 41))
@@ -95,7 +87,7 @@ def draw(plt, rows):
         axis.plot(values, means, 'o-', color='tab:blue', markersize=4)
         axis.axhline(long, color='tab:orange', linestyle='--', linewidth=1)
         axis.set(xlabel=key, xticks=values, ylim=(-3, 103))
-    axes[0].set(ylabel='right answers, %')
+    axes[0].set(ylabel='correct answers, %')
     return figure
 
 

@@ -1,29 +1,27 @@
-"""Does answer-preserving trimming teach what other cuts do not? `python -m evidence.trimming`, and again after a stop.
+"""Compare answer-preserving trimming with other cuts: `python -m evidence.trimming`; the same command resumes.
 
-Claim (ZAYA1-8B report, arXiv 2605.05365, III). Reasoning longer than the context is best cut from its end, right before
-the answer, so that the answer stays; the alternatives drop long samples, or truncate blindly and lose the answer. No
-figure is published.
+Claim (ZAYA1-8B report, arXiv 2605.05365, III). Reasoning longer than the context is best cut at its end, right before
+the answer, so that the answer stays (ap); the alternatives drop long samples (drop), or truncate them and lose the
+answer (truncate). No figure is published.
 
-Test. Solutions of 3 to 36 steps, in windows of 116 tokens: room for some 18 steps beside the question. The three ways
-to cut (data/reasoning.py), three training seeds each, 100 held-out problems of each length; a rollout may answer in the
-rest of that context, or Markovian RSA goes on from tails, so that all lengths can be answered in it.
+Test. Solutions of 3 to 36 steps in a context of 116 tokens, which holds the question and about 18 steps. Three training
+seeds per rule (data/reasoning.py), 100 held-out problems per length. Each model answers in one rollout within that
+context, or by Markovian RSA, which solves all lengths in it.
 
-Refuted by: `truncate` or `drop` no worse than `ap`, in one rollout, on 14 to 32 steps.
+`truncate` or `drop` as good as `ap`, in one rollout on 14 to 32 steps, would refute the claim.
 
-The rows of seeds 0 to 2 come from the table that an earlier program printed: shares are rounded to 0.1 %, and tokens
-and longest prompts are those of all seeds together.
+For seeds 0 to 2 the CSV holds percentages rounded to 0.1, and tokens and longest prompts over all seeds together.
 """
-
 from tasks.loops import task
 from evaluate import steps
-from evidence.claims import run_claim, table
-from evidence.rsa import BOUNDS, UNBOUNDED, bars, data_of, figures, judge, report, trained_model
+from evidence.claims import fill_table, print_verdicts, run_claim
+from evidence.rsa import BOUNDS, UNBOUNDED, bars, compare_methods, prepare_data, print_methods, score, trained_model
 
 CONTEXT, RULES = 116, ('ap', 'truncate', 'drop')
 
 
 def settings_of(splits):
-    """{'25-32: ap: C=4, T=4': (rule, split, settings of measure)}"""
+    """Return {'25-32: ap: C=4, T=4': (rule, split, settings of measure)}."""
     found = {}
     for split in splits:
         T = task.rounds_needed(task.LENGTHS[split][1], BOUNDS['budget'])
@@ -33,26 +31,30 @@ def settings_of(splits):
     return found
 
 
+def report(rows):
+    print_methods(rows)
+    print_verdicts(compare_methods(rows, *((f'{rule}: {way}', f'ap: {way}') for way in ('one rollout', 'C=4')
+                                           for rule in RULES[1:])))
+
+
 def main(config):
     settings = settings_of(['easy'] if config.quick else ['easy', 'medium', 'hard'])
     problems = 1 if config.quick else 100
 
     def one(setting, seed):
         rule, split, how = settings[setting]
-        data = data_of(config, f'{config.out}/trimming_{rule}', context=CONTEXT, rule=rule)
+        data = prepare_data(config, f'{config.out}/trimming_{rule}', context=CONTEXT, rule=rule)
         _, policy = trained_model(config, rule, seed, data, f'--context={CONTEXT}', '--batch_size=18')
-        return figures(policy, task.test_problems(split, problems), seed, **how)
-    rows = table('trimming', config, settings, one)
-    report(rows)
-    judge(rows, *((f'{rule}: {way}', f'ap: {way}') for way in ('one rollout', 'C=4') for rule in RULES[1:]))
+        return score(policy, task.test_problems(split, problems), seed, **how)
+    report(fill_table('trimming', config, settings, one))
 
 
 def draw(plt, rows):
-    """In one rollout, only who has learned from answers that were kept answers what does not fit into the context."""
+    """Plot the mean of 16 outputs for each rule, in one rollout and under RSA."""
     rows = [row | {'setting': f'{length}: {rule}, {way.split(", ")[0]}'} for row in rows
             for length, rule, way in [row['setting'].split(': ')]]
     ways = [f'{rule}, {way}' for way in ('one rollout', 'C=4') for rule in RULES]
-    return bars(plt, rows, ['3-7', '14-20', '25-32'], ways, 'steps of the problem')
+    return bars(plt, rows, ['3-7', '14-20', '25-32'], ways, 'steps per problem')
 
 
 if __name__ == '__main__':

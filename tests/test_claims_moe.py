@@ -1,4 +1,5 @@
-"""What the scripts on router, balancer and Markovian RSA in evidence/ put in the place of the project's own steps."""
+"""The claim scripts on router, balancer, Markovian RSA and RL: their replacements and whole runs."""
+import re
 from dataclasses import asdict
 
 import pytest
@@ -22,7 +23,7 @@ X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope='session')
 def code(tmp_path_factory):
-    """A small dataset."""
+    """Return a small dataset."""
     folder = tmp_path_factory.mktemp('code')
     prepare([(str(i), f'def f{i}(x): return x + {i}\n'.encode() * 40) for i in range(40)], folder, 262)
     return folder
@@ -30,7 +31,7 @@ def code(tmp_path_factory):
 
 @pytest.fixture
 def small_data(code, monkeypatch):
-    """That set in the place of data/stdlib, and less prose."""
+    """Replace data/stdlib by that dataset, and the prose by less of it."""
     monkeypatch.setattr(balancer.topics, 'topics', {'assert': 'The assert statement checks what must hold. ' * 50})
     opened = train.open_dataset
     monkeypatch.setattr(train, 'open_dataset', lambda dataset, *rest: opened(
@@ -49,7 +50,7 @@ def test_the_linear_router_is_one_matrix_and_a_softmax():
     assert [name for name, _ in linear.named_parameters()] == ['out_proj.weight']
 
 
-def test_without_eda_a_router_does_not_see_the_layer_below_and_else_begins_alike():
+def test_without_eda_a_router_does_not_read_the_layer_below_and_starts_equal():
     alone, below = randomize(routers.NoEDA(tiny_config(), 2)), torch.randn(2, 5, 8)
     for a, b in zip(alone(X, None), alone(X, below)):
         assert a.equal(b)
@@ -69,7 +70,7 @@ def test_the_first_even_step_is_the_last_one_if_there_is_none():
 
 # ---- the auxiliary loss ----
 
-def test_the_auxiliary_loss_adds_the_gradient_of_the_plain_formula_and_nothing_else():
+def test_the_auxiliary_loss_adds_the_gradient_of_its_formula_only():
     made = randomize(balancer.with_auxiliary(0.7)(tiny_config(), 0))
     plain = randomize(router.Router(tiny_config(), 0))
     g = torch.randn(2, 5)
@@ -86,7 +87,7 @@ def test_the_auxiliary_loss_adds_the_gradient_of_the_plain_formula_and_nothing_e
         assert made(X)[1].equal(weight)
 
 
-def test_the_auxiliary_loss_is_least_where_the_load_is_even():
+def test_the_auxiliary_loss_is_minimal_for_an_even_load():
     even, one = torch.arange(8) % 4, torch.zeros(8, dtype=torch.long)
     assert balancer.auxiliary(F.one_hot(even, 4).float(), even, 1.0) == 1
     assert balancer.auxiliary(F.one_hot(one, 4).float(), one, 1.0) == 4
@@ -104,9 +105,9 @@ def test_a_whole_model_with_the_auxiliary_loss_has_a_term_for_each_layer():
         assert (a - b).abs().max() > 1e-4
 
 
-# ---- the data that changes ----
+# ---- changing data ----
 
-def test_the_training_data_changes_at_the_step_it_says_and_held_out_data_never(small_data):
+def test_only_the_training_data_changes_and_only_from_its_step(small_data):
     before = {split: train.open_dataset('data/stdlib', split, 2, 16, 3)[0] for split in ('train', 'val')}
     changing = balancer.changing_at(7)
     after, tokenizer = changing('data/stdlib', 'train', 2, 16, 3)
@@ -121,11 +122,11 @@ def test_the_training_data_changes_at_the_step_it_says_and_held_out_data_never(s
     assert held_out.batch(30)[0].equal(before['val'].batch(30)[0])
 
 
-def test_what_the_table_keeps_of_a_fall_and_a_swing():
+def test_a_summary_of_a_balancer_run():
     steps = [float(step) for step in range(2, 201, 2)]
     entropy = [0.5 if step < 20 else 0.96 if step <= 140 else 0.6 if step <= 160 else 0.96 for step in steps]
     loads = {f'load_0_{e}': (steps, [0.25 + 0.1 * (-1) ** i for i in range(100)]) for e in range(4)}
-    found = balancer.figures({'entropy': (steps, entropy), 'val_loss': ([0.0, 140.0], [8.0, 5.0])} | loads, 140)
+    found = balancer.summarize({'entropy': (steps, entropy), 'val_loss': ([0.0, 140.0], [8.0, 5.0])} | loads, 140)
     assert (found['even_at'], found['falls_to'], found['uneven'], found['val_loss']) == (20, 0.6, 20, 5.0)
     assert found['level'] == pytest.approx(0.96)
     assert found['swing'] == pytest.approx(0.1, rel=0.03) and found['entropy_200'] == 0.96
@@ -135,7 +136,7 @@ def test_what_the_table_keeps_of_a_fall_and_a_swing():
 
 @pytest.fixture(scope='module')
 def random_loops_model(tmp_path_factory):
-    """The folder of a tiny model with random weights, as a run on the loops task leaves it."""
+    """Return a run folder of the loops task, with a tiny random model."""
     folder, model = tmp_path_factory.mktemp('loops'), tiny_model(vocab_size=task.ENC.n_vocab, context=256)
     save_checkpoint(folder, {'model': model.state_dict(), 'model_config': asdict(model.config), 'step': 1})
     save_tokenizer(folder / 'bpe.json', task.ENC)
@@ -145,8 +146,8 @@ def random_loops_model(tmp_path_factory):
 @pytest.mark.parametrize('main, settings', [
     (routers.main, 8), (balancer.main, 6), (rsa.main_table, 4), (rsa.aggregation, 8), (trimming.main, 6),
     (rl.main_table, 9), (rl.long, 6), (rl.errors, 4), (rl.replay, 6)])
-def test_quick_runs_through_and_a_second_call_measures_nothing_again(main, settings, small_data, tmp_path, monkeypatch,
-                                                                     capsys, random_loops_model):
+def test_a_quick_table_is_complete_and_is_not_measured_twice(main, settings, small_data, tmp_path, monkeypatch, capsys,
+                                                             random_loops_model):
     monkeypatch.setattr(rl, 'MODEL', random_loops_model)
     config = ClaimConfig(seeds=1, quick=True, out=str(tmp_path))
     main(config)
@@ -154,16 +155,16 @@ def test_quick_runs_through_and_a_second_call_measures_nothing_again(main, setti
     assert sum(len(read_table(path)) for path in tmp_path.glob('quick_*.csv')) == settings
     for program in train, rl.rl:
         monkeypatch.setattr(program, 'train', lambda *args: pytest.fail('trained again'))
-    rsa.policy_of.cache_clear()
+    rsa.train_policy.cache_clear()
     main(config)
     again = capsys.readouterr().out
-    table = [line for line in first.splitlines() if line.startswith('| ')]
-    assert len(table) == settings + 2 and [line for line in again.splitlines() if line.startswith('| ')] == table
-    if main not in (rl.errors, rl.replay):                      # which have no verdicts; one seed tells nothing
-        assert 'not to be told apart' in again
+    tables = [re.search(r'^\| .*', text, re.M | re.S)[0] for text in (first, again)]
+    assert tables[0] == tables[1] and len(tables[0].split('\n\n')[0].splitlines()) == settings + 2
+    if main not in (rl.errors, rl.replay):                      # these have no verdicts
+        assert 'no significant difference' in again             # since there is one seed
 
 
-def test_the_settings_of_the_sweep_change_one_number_at_a_time():
+def test_each_setting_of_the_sweep_changes_one_value():
     settings = [setting.split() for setting in rsa_cost.SETTINGS if setting != rsa_cost.LONG]
     assert all(sum(a != b for a, b in zip(setting, settings[0])) == 1 for setting in settings[1:])
     assert len({tuple(setting) for setting in settings}) == len(settings) == 12
