@@ -27,11 +27,11 @@ class Cache:
 
     def __init__(self, config, B, capacity, device=None, dtype=torch.float32):
         Hk, d = config.n_kv_head, config.head_dim
-        zeros = lambda *shape, dtype: [torch.zeros(B, *shape, device=device, dtype=dtype)
+        zeros = lambda dtype, *shape: [torch.zeros(B, *shape, dtype=dtype, device=device)
                                        for _ in range(config.n_layer)]
-        self.k, self.v = zeros(Hk, capacity + 1, d, dtype=dtype), zeros(Hk, capacity + 1, d, dtype=dtype)
-        self.qk = zeros(2, (config.n_head + Hk) * d, dtype=torch.float32)
-        self.v_last = zeros(1, Hk * d // 2, dtype=torch.float32)
+        self.k, self.v = (zeros(dtype, Hk, capacity + 1, d) for _ in range(2))
+        self.qk = zeros(torch.float32, 2, (config.n_head + Hk) * d)
+        self.v_last = zeros(torch.float32, 1, Hk * d // 2)
         self.lengths, self.capacity, self.device = [0] * B, capacity, device    # lengths: cached tokens per sequence
 
     def reserve(self, S, n_new=None, whole=False):

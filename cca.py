@@ -28,11 +28,11 @@ from torch import nn
 
 from layers import bf16_inside, upcast
 
-# ---- step 2 ----
 
+# ---- step 2 ----
 def merge_convolutions(w1, b1, w2, b2):
-    """Return the weight (H, d, 3d) and bias (H, d), float32, of the one convolution, of kernel 3, that equals the two.
-    The three taps of the weight are side by side, oldest first.
+    """Return weight (H, d, 3d) and bias (H, d), float32, of the convolution with kernel 3 that equals the two. The
+    three taps of the weight are concatenated, oldest first.
 
     w1 (C, 1, 2), b1 (C): depthwise; w2 (C, d, 2), b2 (C): grouped, one group per head; laid out as in nn.Conv1d. With w
     for the depthwise and W for the grouped weight, index 1 being the newer token:
@@ -55,7 +55,6 @@ def document_boundary_masks(start):
 
 
 # ---- step 3 ----
-
 def qk_mean(q, k):
     """Return m_q, m_k of the latents BEFORE the convolutions. q (Hq, ...), k (Hk, ...) -> the same shapes."""
     q = q.unflatten(0, (len(k), -1))                              # (Hk, G, ...): query head h belongs to KV head h // G
@@ -64,7 +63,6 @@ def qk_mean(q, k):
 
 
 # ---- step 4 ----
-
 def norm(x, size):
     """Scale each vector of x (H, B, S, d) to the norm size (H) of its head. A zero vector stays zero, not 0 / 0."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)     # (H, B, S, 1)
@@ -72,7 +70,6 @@ def norm(x, size):
 
 
 # ---- step 5 ----
-
 def rope_table(positions, dim, base):
     """Return cos and sin of position * base^(-2i / dim), i < dim / 2: (..., S, dim / 2) float32 each.
     positions (..., S) int."""
@@ -89,7 +86,6 @@ def rope(x, cos, sin):
 
 
 # ---- steps 2 to 5 ----
-
 def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
     """Return the queries (B, Hq, S, d) and keys (B, Hk, S, d), in qk's dtype. qk (B, S, C): the projections [q~; k~].
 

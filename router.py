@@ -44,10 +44,8 @@ class Router(nn.Module):
         self.fc1, self.fc2 = nn.Linear(R, R), nn.Linear(R, R)
         self.out_proj = nn.Linear(R, M, bias=False)
         self.choose = choose                                    # rl.py replaces it, to replay recorded choices
-        # b_l is a buffer, not a parameter: it is saved with the model, but gets no gradient.
-        self.register_buffer('balancing_bias', torch.zeros(M))
-        # Tokens per expert since the last step of the Balancer. Not saved.
-        self.register_buffer('load', torch.zeros(M, dtype=torch.int64), persistent=False)
+        self.register_buffer('balancing_bias', torch.zeros(M))  # b_l: saved, but no parameter, so without gradient
+        self.register_buffer('load', torch.zeros(M, dtype=torch.int64), persistent=False)   # tokens since Balancer.step
 
     def forward(self, x, r_below=None):
         """x (B, S, E), r_below (B, S, R), None in layer 0 -> expert (B, S) int64, weight (B, S) float32 and the router
@@ -65,8 +63,7 @@ class Router(nn.Module):
 
 
 def load_entropy(fractions):
-    """Return the normalized load entropy H(p) / ln N: 1 for an even load, 0 if one expert gets all tokens.
-    fractions (..., N) -> (...)."""
+    """Return H(p) / ln N of load fractions (..., N) -> (...): 1 for an even load, 0 if one expert gets all tokens."""
     return -torch.special.xlogy(fractions, fractions).sum(-1) / (math.log(fractions.shape[-1]) or 1)
 
 
@@ -90,8 +87,8 @@ class Balancer:
 
     @torch.no_grad()
     def step(self, update=True):
-        """Move the biases, unless `update` is False (a skipped step), and clear the loads. Return the fraction of tokens
-        per expert, over all ranks, (layers, N) float32."""
+        """Move the biases, unless `update` is False (a skipped step), and clear the loads. Return the load fractions,
+        tokens per expert / tokens over all ranks, (layers, N) float32."""
         loads = torch.stack([router.load[:router.n_expert] for router in self.routers])
         if dist.is_initialized():
             dist.all_reduce(loads)
