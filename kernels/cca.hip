@@ -2,40 +2,42 @@
 //
 //     x_t = [q~; k~] of token t                        C = (Hq + Hk) D channels, in heads of D
 //     a_t = w1_0 x_{t-1} + w1_1 x_t + b1               depthwise convolution (x_{-1}, x_{-2}: the past, or zero)
-//     y_t = W2_0 a_{t-1} + W2_1 a_t + b2               grouped convolution, a D x 2D matrix a head
-//     y_t += m_t                                       QK-mean: m_q = (q~ + k~) / 2, m_k = (mean of the group's q~ + k~) / 2
+//     y_t = W2_0 a_{t-1} + W2_1 a_t + b2               grouped convolution, a D x 2D matrix per head
+//     y_t += m_t                                       QK-mean: m_q = (q~ + k~) / 2, m_k = (mean group q~ + k~) / 2
 //     out_t = rope_t(s y_t / |y_t|)                    s = sqrt(D), for a key head T sqrt(D)
 //
-// One block takes a tile of ROWS tokens and, one after the other, the heads of a KV group. For each head:
-//     1. threads side by side along the channels load x, convolve depthwise, and leave in shared memory the matrix
-//        whose row t is (a_{t-1}[0], a_t[0], a_{t-1}[1], a_t[1], ...): 2D numbers in the very order of a row of W2,
-//        which PyTorch stores as (out, in, time), so that W2 needs no rearranging;
-//     2. the matrix units multiply: (ROWS x 2D) by the head's W2^T (2D x D), float sums, back into shared memory;
-//     3. row by row: bias, mean, norm, RoPE, and out.
-// Rows are tokens of all sequences one after the other, r = b S + s, so that short sequences (decoding: S = 1) share a tile.
+// One thread block takes a tile of ROWS tokens and loops over the heads of a KV group. For each head:
+//     1. The threads load x, apply the depthwise convolution, and store to shared memory a matrix with one row per
+//        token, (a_{t-1}[0], a_t[0], a_{t-1}[1], a_t[1], ...): 2D elements in the order of a row of W2, which PyTorch
+//        stores as (out, in, time), so that W2 is used as it is.
+//     2. The matrix units multiply it, (ROWS x 2D), by the head's W2^T (2D x D), accumulate in float, and store the
+//        result to the same shared memory.
+//     3. For each token: bias, mean, norm, RoPE, and the store to global memory.
+// The B S tokens of all sequences are one list, r = b S + s, so that short sequences (decoding: S = 1) share a tile.
 //
-// Backward needs y again, computes it anew (cheaper than to have kept it), and goes backwards through the same steps:
-//     cca_rows, BACKWARD    dy = s / |y| (g - u (u . g)), with u = y / |y| and g the gradient turned back by RoPE
-//     cca_backward_input    (da_{t-1}; da_t) = W2^T dy_t, then depthwise convolution and mean transposed
+// Backward recomputes y (cheaper than storing it) and goes through the same steps in reverse:
+//     cca_tile, BACKWARD    dy = s / |y| (g - u (u . g)), with u = y / |y| and g the gradient rotated back
+//     cca_backward_input    (da_{t-1}; da_t) = W2^T dy_t, then the transposes of depthwise convolution and mean
 //     cca_backward_weight   dW2 = sum over tokens of dy_t (a_{t-1}; a_t)^T
-// Sums over tokens are left as one partial sum a block, for the caller to add: no atomics, the same result every time.
+// Each thread block stores a partial sum over its tokens, and the caller adds these: no atomics, so results are
+// deterministic.
 #include "portable.h"
 #include "cca.h"
 
 constexpr int THREADS = 256;
 constexpr int WAVES = THREADS / LANES_IN_WAVE;
-constexpr float EPS = 1.1920928955078125e-7f;           // of float, as in cca.py: the norm of a zero vector
+constexpr float EPS = 1.1920928955078125e-7f;           // float32's, as in cca.py: the least norm to divide by
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-/// Where element (row, column) of a matrix in shared memory lies. Its chunks of 16 bytes are permuted within each row,
-/// differently in 8 neighbouring rows: else those rows' chunks of one column would all lie in the same memory banks.
+/// The index of element (row, column) of a matrix in shared memory. An XOR swizzle permutes the 16-byte chunks of each
+/// row, differently in 8 adjacent rows, so that reading one column of chunks causes no bank conflicts.
 template <typename T> __device__ inline int at(int row, int column, int columns) {
     constexpr int N = 16 / sizeof(T);
     return row * columns + ((column / N) ^ (row % 8)) * N + column % N;
 }
 
-/// The sum of x over the D / 8 neighbouring threads that share a row; each gets it.
+/// The sum of x over the D / 8 adjacent lanes that share a row; every lane gets it.
 template <int D> __device__ inline float row_sum(float x) {
 #pragma unroll
     for (int mask = D / 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
@@ -43,24 +45,25 @@ template <int D> __device__ inline float row_sum(float x) {
 }
 
 
-// ---- step 1: reading, and the depthwise convolution ----
+// ---- step 1: loads and the depthwise convolution ----
 
 struct Token { int b, s; };
 __device__ inline Token token(const Args& a, int r) { return {r / a.S, r % a.S}; }
 
-/// Does x_{t-1} count for token t? Not across the beginning of a document.
-__device__ inline bool begins(const Args& a, Token t) { return a.start && a.start[(int64_t)t.b * a.S + t.s]; }
+/// Whether a document starts at token t: then the convolutions ignore x_{t-1}.
+__device__ inline bool starts_document(const Args& a, Token t) { return a.start && a.start[(int64_t)t.b * a.S + t.s]; }
 
-/// x of row r at 8 channels.
-template <typename T> __device__ inline Eight<T> load_row(const Args& a, int r, int channel) {
+/// x of token r at 8 channels.
+template <typename T> __device__ inline Eight<T> load_token(const Args& a, int r, int channel) {
     const T* p = (const T*)a.qk + r * a.qk_s + channel;
     return load_eight<T>([&](int i) { return p + i; });
 }
 
-/// x_{t-1} (back = 1) or x_{t-2} of a token, wherever it lies.
-template <typename T> __device__ inline void load_before(const Args& a, Token t, int back, int channel, float (&x)[8]) {
+/// x_{t-1} (back = 1) or x_{t-2} (back = 2) of token t: from qk, from the past, or zero.
+template <typename T>
+__device__ inline void load_previous(const Args& a, Token t, int back, int channel, float (&x)[8]) {
     if (t.s >= back)
-        unpack(load_row<T>(a, t.b * a.S + t.s - back, channel), x);
+        unpack(load_token<T>(a, t.b * a.S + t.s - back, channel), x);
     else if (a.past) {
         const T* p = (const T*)a.past + ((int64_t)t.b * 2 + 2 + t.s - back) * (a.Hq + a.Hk) * a.D + channel;
         load8<T>([&](int i) { return p + i; }, x);
@@ -78,8 +81,8 @@ struct Depthwise {
             bias[i] = a.b1[channel + i];
         }
     }
-    /// a_{t-1} and a_t from x_t, x_{t-1}, x_{t-2}. Padding in front of the first convolution means that its bias lands on
-    /// the padded position: at a beginning, a_{t-1} is that bias, not zero.
+    /// a_{t-1} and a_t from x_t, x_{t-1}, x_{t-2}. The zero padding precedes the first convolution, so its bias also
+    /// applies to the padded positions: where a document starts, a_{t-1} is that bias, not zero.
     __device__ void operator()(const Args& a, Token t, const float (&x0)[8], const float (&x1)[8], const float (&x2)[8],
                                float (&a_before)[8], float (&a_now)[8]) const {
         for (int i = 0; i < 8; i++) {
@@ -87,7 +90,7 @@ struct Depthwise {
             a_before[i] = before[i] * x2[i] + (now[i] * x1[i] + bias[i]);
         }
         if (a.start) {
-            const bool first = begins(a, t), second = t.s > 0 && begins(a, {t.b, t.s - 1});
+            const bool first = starts_document(a, t), second = t.s > 0 && starts_document(a, {t.b, t.s - 1});
             for (int i = 0; i < 8; i++) {
                 if (first) a_now[i] = now[i] * x0[i] + bias[i];
                 if (first) a_before[i] = bias[i];
@@ -98,9 +101,9 @@ struct Depthwise {
 };
 
 
-// ---- step 2: matrix products, by all waves of a block ----
+// ---- step 2: matrix products, by all waves of a thread block ----
 
-/// An M x N matrix of sums, spread over the block's registers: every wave has a rectangle of 16 x 16 tiles of it.
+/// An M x N accumulator in the registers of a thread block: every wave has TILES_M x TILES_N register tiles of 16 x 16.
 template <typename T, int M, int N> struct Product {
     static constexpr int WAVES_N = smaller(WAVES, N / 16), WAVES_M = smaller(WAVES / WAVES_N, M / 16);
     static constexpr int TILES_M = M / 16 / WAVES_M, TILES_N = N / 16 / WAVES_N;
@@ -108,11 +111,11 @@ template <typename T, int M, int N> struct Product {
     typename Unit::C c[TILES_M][TILES_N] = {};
 
     __device__ static int wave() { return threadIdx.x / LANES_IN_WAVE; }
-    __device__ static bool idle() { return wave() >= WAVES_M * WAVES_N; }         // few tiles, many waves
+    __device__ static bool idle() { return wave() >= WAVES_M * WAVES_N; }         // fewer tiles than waves
     __device__ static int row0() { return wave() / WAVES_N * TILES_M * 16; }
     __device__ static int column0() { return wave() % WAVES_N * TILES_N * 16; }
 
-    /// += A (M x K) B^T (B is N x K). a(row, k), b(row, k): the chunks that begin there.
+    /// += A (M x K) B^T (B is N x K). a(row, k) and b(row, k) return the chunks that start there.
     template <int K, typename FA, typename FB> __device__ void add(FA a, FB b) {
         if (idle()) return;
         for (int k0 = 0; k0 < K; k0 += Unit::K) {
@@ -131,7 +134,7 @@ template <typename T, int M, int N> struct Product {
         }
     }
 
-    /// f(row, column, sum) for every sum that this thread holds.
+    /// Call f(row, column, sum) for every element that this thread holds.
     template <typename F> __device__ void each(F f) const {
         if (idle()) return;
 #pragma unroll
@@ -145,72 +148,80 @@ template <typename T, int M, int N> struct Product {
 };
 
 
-// ---- step 3 and all together ----
+// ---- step 3, and the kernel of all three ----
 
-/// QK-mean's m_t of row r for 8 dims of head j of a group, of which 0..G-1 are query heads and G the key head. These rows were
-/// read a moment ago: they come from a cache.
+/// QK-mean's m_t of token r at 8 dims of head j of a group: heads 0..G-1 are its query heads, G its key head. The loads
+/// hit the cache, because step 1 has just read the same tokens.
 template <typename T> __device__ inline void qk_mean(const Args& a, int r, int group, int j, int dim, float (&m)[8]) {
     const int G = a.Hq / a.Hk, first = j < G ? j : 0, last = j < G ? j + 1 : G;
     float x[8];
-    unpack(load_row<T>(a, r, (a.Hq + group) * a.D + dim), m);
+    unpack(load_token<T>(a, r, (a.Hq + group) * a.D + dim), m);
     for (int i = 0; i < 8; i++) m[i] *= 0.5f;
     for (int h = first; h < last; h++) {
-        unpack(load_row<T>(a, r, (group * G + h) * a.D + dim), x);
+        unpack(load_token<T>(a, r, (group * G + h) * a.D + dim), x);
         for (int i = 0; i < 8; i++) m[i] += x[i] * (0.5f / (last - first));
     }
 }
 
-/// RoPE of 8 dims from `dim` on, given the 8 dims that they are paired with (n before or after), by the angle of token t,
-/// sign = 1, or by its opposite, sign = -1. Dims from 2n on stay. n is a multiple of 8.
-__device__ inline int rope_partner(const Args& a, int dim) { return dim < a.n ? dim + a.n : dim < 2 * a.n ? dim - a.n : dim; }
+/// RoPE of the 8 dims from `dim`, given the 8 dims that they are paired with (n before or after), by the angle of token
+/// t (sign = 1) or its negative (sign = -1). Dims from 2n on are not rotated. n is a multiple of 8.
+__device__ inline int rope_partner(const Args& a, int dim) {
+    return dim < a.n ? dim + a.n : dim < 2 * a.n ? dim - a.n : dim;
+}
 __device__ inline void rope(const Args& a, Token t, int dim, float sign, float (&x)[8], const float (&partner)[8]) {
     if (dim >= 2 * a.n) return;
     const int64_t row = t.b * a.table_b + (int64_t)t.s * a.n + (dim < a.n ? dim : dim - a.n);
     float cosine[8], sine[8];
     load8<float>([&](int i) { return a.cos + row + i; }, cosine);
     load8<float>([&](int i) { return a.sin + row + i; }, sine);
-    if (dim < a.n) sign = -sign;                                // first of the pair: x cos - y sin; second: y cos + x sin
+    if (dim < a.n) sign = -sign;                            // first of the pair: x cos - y sin; second: y cos + x sin
     for (int i = 0; i < 8; i++) x[i] = x[i] * cosine[i] + sign * sine[i] * partner[i];
 }
 
-/// Forward, or the first part of backward. Block (x, y): tile x; heads y, in portions of heads_per_block of G + 1.
+/// Forward, or the first part of backward. Block (x, y) has tile x and the y-th slice of heads_per_block heads, of the
+/// G + 1 heads of each group.
 template <typename T, int D, int ROWS, bool BACKWARD>
-__global__ void __launch_bounds__(THREADS, 2) cca_rows(Args a, int heads_per_block) {
-    constexpr int LANES = D / 8;                                // threads that share a row
-    constexpr int RUN = larger(1, ROWS * LANES / THREADS);      // neighbouring rows that a thread takes
+__global__ void __launch_bounds__(THREADS, 2) cca_tile(Args a, int heads_per_block) {
+    constexpr int LANES = D / 8;                                // threads per row
+    constexpr int ROWS_PER_THREAD = larger(1, ROWS * LANES / THREADS);          // adjacent rows
     SHARED(shared, larger(larger(ROWS * 2 * D * (int)sizeof(T), ROWS * D * 4), THREADS * 8 * 4));
-    T* mixed = (T*)shared;                                      // (ROWS, 2D): step 1's result
-    float* y = (float*)shared;                                  // (ROWS, D): step 2's, in the same place
+    T* mixed = (T*)shared;                                      // (ROWS, 2D): result of step 1
+    float* y = (float*)shared;                                  // (ROWS, D): result of step 2, in the same memory
     const int G = a.Hq / a.Hk, R = a.B * a.S;
-    const int portions = (G + heads_per_block) / heads_per_block;               // (G + 1) heads, rounded up
-    const int group = blockIdx.y / portions, j0 = blockIdx.y % portions * heads_per_block;
-    const int dim = threadIdx.x % LANES * 8, run = threadIdx.x / LANES * RUN;   // my dims of the head, my first row
-    const int r0 = blockIdx.x * ROWS + run;
-    Token tokens[RUN];
-    for (int i = 0; i < RUN; i++) tokens[i] = token(a, smaller(r0 + i, R - 1)); // rows past the last repeat it
+    const int slices = (G + heads_per_block) / heads_per_block;                 // of G + 1 heads, rounded up
+    const int group = blockIdx.y / slices, j0 = blockIdx.y % slices * heads_per_block;
+    const int dim = threadIdx.x % LANES * 8;                    // this thread's first dim of each head,
+    const int my_row = threadIdx.x / LANES * ROWS_PER_THREAD;   // its first row of the tile,
+    const int r0 = blockIdx.x * ROWS + my_row;                  // and the token of that row
+    Token tokens[ROWS_PER_THREAD];
+    for (int i = 0; i < ROWS_PER_THREAD; i++)
+        tokens[i] = token(a, smaller(r0 + i, R - 1));           // rows after the last token repeat it
 
     for (int j = j0; j < smaller(j0 + heads_per_block, G + 1); j++) {
         const int head = j < G ? group * G + j : a.Hq + group, channel = head * D + dim;
-        {   // 1. Read each x once: what is x_t for one row is x_{t-1} for the next. All loads are under way at once.
-            Eight<T> rows[RUN + 2];
+        {   // 1. Load each x once: x_t of one row is x_{t-1} of the next. All loads are issued before the first use.
+            Eight<T> rows[ROWS_PER_THREAD + 2];
 #pragma unroll
-            for (int i = 0; i < RUN + 2; i++) rows[i] = load_row<T>(a, smaller(larger(r0 + i - 2, 0), R - 1), channel);
+            for (int i = 0; i < ROWS_PER_THREAD + 2; i++)
+                rows[i] = load_token<T>(a, smaller(larger(r0 + i - 2, 0), R - 1), channel);
             const Depthwise depthwise(a, channel);
             float x0[8], x1[8], x2[8], a_before[8], a_now[8], pairs[8];
             unpack(rows[0], x2);
             unpack(rows[1], x1);
 #pragma unroll
-            for (int i = 0; i < RUN; i++) {
+            for (int i = 0; i < ROWS_PER_THREAD; i++) {
                 unpack(rows[i + 2], x0);
-                if (tokens[i].s < 2) {                          // the row above is not of this sequence
-                    load_before<T>(a, tokens[i], 1, channel, x1);
-                    load_before<T>(a, tokens[i], 2, channel, x2);
+                if (tokens[i].s < 2) {                          // the row above is of another sequence
+                    load_previous<T>(a, tokens[i], 1, channel, x1);
+                    load_previous<T>(a, tokens[i], 2, channel, x2);
                 }
                 depthwise(a, tokens[i], x0, x1, x2, a_before, a_now);
-                if (run + i < ROWS)
+                if (my_row + i < ROWS)
                     for (int half = 0; half < 2; half++) {
-                        for (int e = 0; e < 4; e++) pairs[2 * e] = a_before[4 * half + e], pairs[2 * e + 1] = a_now[4 * half + e];
-                        store8<T>([&](int e) { return mixed + at<T>(run + i, 2 * dim + 8 * half + e, 2 * D); }, pairs);
+                        for (int e = 0; e < 4; e++)
+                            pairs[2 * e] = a_before[4 * half + e], pairs[2 * e + 1] = a_now[4 * half + e];
+                        const int column = 2 * dim + 8 * half;
+                        store8<T>([&](int e) { return mixed + at<T>(my_row + i, column + e, 2 * D); }, pairs);
                     }
                 for (int e = 0; e < 8; e++) x2[e] = x1[e], x1[e] = x0[e];
             }
@@ -225,28 +236,28 @@ __global__ void __launch_bounds__(THREADS, 2) cca_rows(Args a, int heads_per_blo
             product.each([&](int row, int out, float sum) { y[at<float>(row, out, D)] = sum; });
         }
         __syncthreads();
-        // 3. Row by row.
+        // 3. Per token.
         float bias[8], db2[8] = {}, dtemperature = 0;
         load8<float>([&](int e) { return a.b2 + channel + e; }, bias);
         const float s = sqrtf(float(D)) * (j < G ? 1 : a.temperature[group]);
 #pragma unroll
-        for (int i = 0; i < RUN; i++) {
-            const bool real = run + i < ROWS && r0 + i < R;
+        for (int i = 0; i < ROWS_PER_THREAD; i++) {
+            const bool valid = my_row + i < ROWS && r0 + i < R;
             const Token t = tokens[i];
             float v[8] = {}, squares = 0;
             float mean[8];
             qk_mean<T>(a, smaller(r0 + i, R - 1), group, j, dim, mean);
-            if (real) {
-                load8<float>([&](int e) { return y + at<float>(run + i, dim + e, D); }, v);
+            if (valid) {
+                load8<float>([&](int e) { return y + at<float>(my_row + i, dim + e, D); }, v);
                 for (int e = 0; e < 8; e++) v[e] += bias[e] + mean[e], squares += v[e] * v[e];
             }
             const float norm = sqrtf(row_sum<D>(squares)), safe = norm > EPS ? norm : EPS;
             if constexpr (!BACKWARD) {
                 for (int e = 0; e < 8; e++) v[e] *= s / safe;
-                if (real) store8<float>([&](int e) { return y + at<float>(run + i, dim + e, D); }, v);
+                if (valid) store8<float>([&](int e) { return y + at<float>(my_row + i, dim + e, D); }, v);
             } else {
                 float g[8] = {}, partner[8], dot = 0;
-                if (real) {
+                if (valid) {
                     const T* out = j < G ? (const T*)a.dq + t.b * a.dq_b + head * a.dq_h + t.s * a.dq_s
                                          : (const T*)a.dk + t.b * a.dk_b + group * a.dk_h + t.s * a.dk_s;
                     load8<T>([&](int e) { return out + dim + e; }, g);
@@ -256,26 +267,26 @@ __global__ void __launch_bounds__(THREADS, 2) cca_rows(Args a, int heads_per_blo
                 }
                 dot = row_sum<D>(dot);
                 dtemperature += dot;
-                const float along = norm < EPS ? 0 : dot;       // a vector that the norm does not divide is not projected
+                const float along = norm < EPS ? 0 : dot;       // where EPS is the divisor, there is no projection
                 for (int e = 0; e < 8; e++) g[e] = s / safe * (g[e] - along * v[e]), db2[e] += g[e];
                 T* dy = (T*)a.dy + int64_t(r0 + i) * (a.Hq + a.Hk) * D + channel;
-                if (real) store8<T>([&](int e) { return dy + e; }, g);
+                if (valid) store8<T>([&](int e) { return dy + e; }, g);
             }
         }
         __syncthreads();
         if constexpr (!BACKWARD) {
-#pragma unroll 1                                                // several rows at once would need more registers than there are
-            for (int i = 0; i < RUN && run + i < ROWS && r0 + i < R; i++) {
+#pragma unroll 1                                                // unrolling would spill registers
+            for (int i = 0; i < ROWS_PER_THREAD && my_row + i < ROWS && r0 + i < R; i++) {
                 const Token t = token(a, r0 + i);
                 float v[8], partner[8];
-                load8<float>([&](int e) { return y + at<float>(run + i, dim + e, D); }, v);
-                load8<float>([&](int e) { return y + at<float>(run + i, rope_partner(a, dim) + e, D); }, partner);
+                load8<float>([&](int e) { return y + at<float>(my_row + i, dim + e, D); }, v);
+                load8<float>([&](int e) { return y + at<float>(my_row + i, rope_partner(a, dim) + e, D); }, partner);
                 rope(a, t, dim, 1, v, partner);
                 T* out = j < G ? (T*)a.q + (((int64_t)t.b * a.Hq + head) * a.S + t.s) * D
                                : (T*)a.k + (((int64_t)t.b * a.Hk + group) * a.S + t.s) * D;
                 store8<T>([&](int e) { return out + dim + e; }, v);
             }
-        } else {                                                // sums over the tile's rows, in a fixed order
+        } else {                                                // sums over the rows of the tile, in a fixed order
             float* part = (float*)shared;                       // (THREADS / LANES, D)
             for (int e = 0; e < 8; e++) part[threadIdx.x / LANES * D + dim + e] = db2[e];
             __syncthreads();
@@ -300,27 +311,28 @@ __global__ void __launch_bounds__(THREADS, 2) cca_rows(Args a, int heads_per_blo
 }
 
 
-// ---- backward through the convolutions, to the input ----
+// ---- backward through the convolutions to the input ----
 
-constexpr int INPUT_ROWS = 32, INPUT_OUT = INPUT_ROWS - 2;      // a row needs the two rows after it
+constexpr int INPUT_ROWS = 32, INPUT_OUT = INPUT_ROWS - 2;      // a token needs dy of the two tokens after it
 
-/// Block (x, y): rows x INPUT_OUT onwards, head y. With (p_t; n_t) = W2^T dy_t, what y_t sends back to a_{t-1} and a_t:
-///     da_t = n_t + p_{t+1},   dx_t = w1_1 da_t + w1_0 da_{t+1} + QK-mean's
+/// Block (x, y): INPUT_OUT tokens from x INPUT_OUT, head y. With (p_t; n_t) = W2^T dy_t, the gradients of a_{t-1} and
+/// a_t through y_t:
+///     da_t = n_t + p_{t+1},   dx_t = w1_1 da_t + w1_0 da_{t+1} + the gradient through QK-mean
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 2) cca_backward_input(Args a) {
-    constexpr int LANES = D / 8, RUN = larger(1, INPUT_ROWS * LANES / THREADS);
+    constexpr int LANES = D / 8, ROWS_PER_THREAD = larger(1, INPUT_ROWS * LANES / THREADS);
     SHARED(shared, INPUT_ROWS * 2 * D * 4);
     T* dy = (T*)shared;                                         // (INPUT_ROWS, D)
     float* pn = (float*)shared;                                 // (INPUT_ROWS, 2D): p[0], n[0], p[1], n[1], ...
     const int G = a.Hq / a.Hk, R = a.B * a.S, C = (a.Hq + a.Hk) * D, head = blockIdx.y;
-    const int dim = threadIdx.x % LANES * 8, run = threadIdx.x / LANES * RUN, channel = head * D + dim;
-    const int r0 = blockIdx.x * INPUT_OUT + run;
+    const int dim = threadIdx.x % LANES * 8, my_row = threadIdx.x / LANES * ROWS_PER_THREAD, channel = head * D + dim;
+    const int r0 = blockIdx.x * INPUT_OUT + my_row;
 
-    for (int i = 0; i < RUN && run + i < INPUT_ROWS; i++) {
+    for (int i = 0; i < ROWS_PER_THREAD && my_row + i < INPUT_ROWS; i++) {
         float g[8] = {};
         const T* p = (const T*)a.dy + int64_t(r0 + i) * C + channel;
         if (r0 + i < R) load8<T>([&](int e) { return p + e; }, g);
-        store8<T>([&](int e) { return dy + at<T>(run + i, dim + e, D); }, g);
+        store8<T>([&](int e) { return dy + at<T>(my_row + i, dim + e, D); }, g);
     }
     __syncthreads();
     {
@@ -342,29 +354,29 @@ __global__ void __launch_bounds__(THREADS, 2) cca_backward_input(Args a) {
         }
     };
     float dw_before[8] = {}, dw_now[8] = {}, db1[8] = {};
-    for (int i = 0; i < RUN && run + i < INPUT_OUT; i++) {
+    for (int i = 0; i < ROWS_PER_THREAD && my_row + i < INPUT_OUT; i++) {
         if (r0 + i >= R) break;
         const Token t = token(a, r0 + i);
-        // Does the next token of this sequence see this one, and the one after the next the next?
-        const bool next = t.s + 1 < a.S, sees = next && !begins(a, {t.b, t.s + 1});
-        const bool sees_next = t.s + 2 < a.S && !begins(a, {t.b, t.s + 2}), first = begins(a, t);
+        // Whether token t + 1 of this sequence convolves token t, and token t + 2 token t + 1.
+        const bool next = t.s + 1 < a.S, convolved = next && !starts_document(a, {t.b, t.s + 1});
+        const bool next_convolved = t.s + 2 < a.S && !starts_document(a, {t.b, t.s + 2}), first = starts_document(a, t);
         float p[8], da[8], p1[8], da1[8], p2[8], n2[8], x0[8], x1[8], dx[8];
-        load_pn(run + i, p, da);
-        load_pn(run + i + 1, p1, da1);
-        load_pn(run + i + 2, p2, n2);
-        unpack(load_row<T>(a, r0 + i, channel), x0);
-        load_before<T>(a, t, 1, channel, x1);
+        load_pn(my_row + i, p, da);
+        load_pn(my_row + i + 1, p1, da1);
+        load_pn(my_row + i + 2, p2, n2);
+        unpack(load_token<T>(a, r0 + i, channel), x0);
+        load_previous<T>(a, t, 1, channel, x1);
         for (int e = 0; e < 8; e++) {
-            da[e] += sees ? p1[e] : 0;
-            da1[e] += sees_next ? p2[e] : 0;
-            dx[e] = w.now[e] * da[e] + (sees ? w.before[e] * da1[e] : 0);
+            da[e] += convolved ? p1[e] : 0;
+            da1[e] += next_convolved ? p2[e] : 0;
+            dx[e] = w.now[e] * da[e] + (convolved ? w.before[e] * da1[e] : 0);
             dw_now[e] += da[e] * x0[e];
             dw_before[e] += first ? 0 : da[e] * x1[e];
-            db1[e] += da[e] + (first ? p[e] : 0);               // at a beginning a_{t-1} is b1 itself
+            db1[e] += da[e] + (first ? p[e] : 0);               // a document start: a_{t-1} is b1
         }
-        if (t.s == 0 && !first) {                               // a_{-1}, which lies in the past
+        if (t.s == 0 && !first) {                               // a_{-1}, a function of the past
             float x2[8];
-            load_before<T>(a, t, 2, channel, x2);
+            load_previous<T>(a, t, 2, channel, x2);
             for (int e = 0; e < 8; e++) dw_now[e] += p[e] * x1[e], dw_before[e] += p[e] * x2[e], db1[e] += p[e];
         }
         if (t.s == 0 && a.dpast) {
@@ -376,7 +388,7 @@ __global__ void __launch_bounds__(THREADS, 2) cca_backward_input(Args a) {
             store8<T>([&](int e) { return dpast + e; }, x0);
             store8<T>([&](int e) { return dpast + C + e; }, x1);
         }
-        // QK-mean: each q~ is in its own mean (1/2) and in the key's (1 / 2G); k~ in the group's (1/2 each) and its own (1/2).
+        // QK-mean: q~ enters its own mean (1/2) and the key's (1 / 2G); k~ each mean of the group (1/2).
         const bool is_key = head >= a.Hq;
         const int group = is_key ? head - a.Hq : head / G;
         const T* row = (const T*)a.dy + int64_t(r0 + i) * C + dim;
@@ -392,7 +404,7 @@ __global__ void __launch_bounds__(THREADS, 2) cca_backward_input(Args a) {
         store8<T>([&](int e) { return out + e; }, dx);
     }
     __syncthreads();
-    float* part = (float*)shared;                               // (THREADS / LANES, D), three times over
+    float* part = (float*)shared;                               // (THREADS / LANES, D), for each of the three
     for (int which = 0; which < 3; which++) {
         for (int e = 0; e < 8; e++)
             part[threadIdx.x / LANES * D + dim + e] = which == 0 ? dw_before[e] : which == 1 ? dw_now[e] : db1[e];
@@ -407,13 +419,13 @@ __global__ void __launch_bounds__(THREADS, 2) cca_backward_input(Args a) {
 }
 
 
-// ---- backward to the grouped convolution's weight ----
+// ---- backward to the weight of the grouped convolution ----
 
-/// Block (x, y, z): the tokens of portion x, head y, half z of its input dims. dW2 (D x D: out, and in and time of that half) =
-/// dY^T A with the tokens as the inner dimension of the product, so both are laid into shared memory transposed.
+/// Block (x, y, z): split x of the tokens, head y, half z of its input dims. dW2 (D x D: out x (in, time) of that half)
+/// = dY^T A, whose inner dimension is the tokens, so both are stored transposed in shared memory.
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 2) cca_backward_weight(Args a, int tokens_per_block) {
-    constexpr int TOKENS = 128 / sizeof(T);                     // at a time: a row of 128 bytes
+    constexpr int TOKENS = 128 / sizeof(T);                     // per iteration: a row has 128 bytes
     SHARED(shared, 2 * D * 128);
     T* dy = (T*)shared;                                         // (D, TOKENS)
     T* mixed = dy + D * TOKENS;                                 // (D, TOKENS): row 2i is a_{t-1}[i], row 2i + 1 a_t[i]
@@ -425,7 +437,7 @@ __global__ void __launch_bounds__(THREADS, 2) cca_backward_weight(Args a, int to
     };
     Product<T, D, D> product;
     for (int r0 = first; r0 < last; r0 += TOKENS) {
-        // Neighbouring threads take neighbouring tokens: those are neighbours in shared memory.
+        // Adjacent threads take adjacent tokens, which are adjacent in shared memory.
         for (int i = threadIdx.x; i < TOKENS * D / 8; i += THREADS) {
             const int column = i % TOKENS, dim = i / TOKENS * 8, r = r0 + column;
             float g[8] = {};
@@ -439,9 +451,9 @@ __global__ void __launch_bounds__(THREADS, 2) cca_backward_weight(Args a, int to
             float x0[8], x1[8], x2[8], a_before[8] = {}, a_now[8] = {};
             if (r < last) {
                 const Token t = token(a, r);
-                unpack(load_row<T>(a, r, channel), x0);
-                load_before<T>(a, t, 1, channel, x1);
-                load_before<T>(a, t, 2, channel, x2);
+                unpack(load_token<T>(a, r, channel), x0);
+                load_previous<T>(a, t, 1, channel, x1);
+                load_previous<T>(a, t, 2, channel, x2);
                 Depthwise(a, channel)(a, t, x0, x1, x2, a_before, a_now);
             }
             for (int e = 0; e < 8; e++) {
@@ -461,46 +473,47 @@ __global__ void __launch_bounds__(THREADS, 2) cca_backward_weight(Args a, int to
 
 // ---- launches ----
 
-constexpr int FEW_ROWS = 1024;      // up to here a block takes 16 rows and one head: decoding should not wait for one block
-constexpr int ENOUGH_BLOCKS = 512;  // from here on a block takes a whole KV group, whose q~ and k~ its means then find cached
-constexpr int WEIGHT_TOKENS = 512, MOST_SPLITS = 32;
+constexpr int FEW_TOKENS = 1024;    // up to here a block takes 16 tokens and one head, for more parallelism in decoding
+constexpr int ENOUGH_BLOCKS = 512;  // from here on a block takes a whole KV group, so QK-mean's loads hit the cache
+constexpr int WEIGHT_TOKENS = 512, MAX_SPLITS = 32;
 
 static int divide_up(int a, int b) { return (a + b - 1) / b; }
-static bool small_tile(const Args& a) { return a.tile ? a.tile == SMALL_TILE : a.B * a.S <= FEW_ROWS; }
+static bool small_tile(const Args& a) { return a.tile ? a.tile == SMALL_TILE : a.B * a.S <= FEW_TOKENS; }
 constexpr int BACKWARD_ROWS = 32;
 
 Partials partials(const Args& a) {
     const int R = a.B * a.S;
     return {divide_up(R, small_tile(a) ? 16 : BACKWARD_ROWS), divide_up(R, INPUT_OUT),
-            smaller(divide_up(R, WEIGHT_TOKENS), MOST_SPLITS)};
+            smaller(divide_up(R, WEIGHT_TOKENS), MAX_SPLITS)};
 }
 
-template <typename T, int D, int ROWS, bool BACKWARD> static const char* launch_rows(const Args& a, void* stream) {
+template <typename T, int D, int ROWS, bool BACKWARD> static const char* launch_tile(const Args& a, void* stream) {
     const int tiles = divide_up(a.B * a.S, ROWS), heads = a.Hq / a.Hk + 1;
     const int heads_per_block = a.tile == LARGE_TILE || tiles * a.Hk >= ENOUGH_BLOCKS ? heads : 1;
-    return launch(cca_rows<T, D, ROWS, BACKWARD>, dim3(tiles, a.Hk * divide_up(heads, heads_per_block)), THREADS, stream,
-                  a, heads_per_block);
+    const dim3 grid(tiles, a.Hk * divide_up(heads, heads_per_block));
+    return launch(cca_tile<T, D, ROWS, BACKWARD>, grid, THREADS, stream, a, heads_per_block);
 }
 
 template <typename T, int D> static const char* forward(const Args& a, void* stream) {
-    constexpr int LARGE = sizeof(T) == 4 ? 32 : 64;             // 32 KiB of shared memory at D = 128: two blocks a CU
-    return small_tile(a) ? launch_rows<T, D, 16, false>(a, stream) : launch_rows<T, D, LARGE, false>(a, stream);
+    constexpr int LARGE = sizeof(T) == 4 ? 32 : 64;             // 32 KiB of shared memory at D = 128: two blocks per CU
+    return small_tile(a) ? launch_tile<T, D, 16, false>(a, stream) : launch_tile<T, D, LARGE, false>(a, stream);
 }
 
 template <typename T, int D> static const char* backward(const Args& a, void* stream) {
     const Partials n = partials(a);
     const int heads = a.Hq + a.Hk, tokens_per_block = divide_up(a.B * a.S, n.n_splits);
-    const char* error = small_tile(a) ? launch_rows<T, D, 16, true>(a, stream)
-                                      : launch_rows<T, D, BACKWARD_ROWS, true>(a, stream);
+    const char* error = small_tile(a) ? launch_tile<T, D, 16, true>(a, stream)
+                                      : launch_tile<T, D, BACKWARD_ROWS, true>(a, stream);
     if (!error) error = launch(cca_backward_input<T, D>, dim3(n.n_tiles_input, heads), THREADS, stream, a);
-    if (!error) error = launch(cca_backward_weight<T, D>, dim3(n.n_splits, heads, 2), THREADS, stream, a, tokens_per_block);
+    if (!error)
+        error = launch(cca_backward_weight<T, D>, dim3(n.n_splits, heads, 2), THREADS, stream, a, tokens_per_block);
     return error;
 }
 
-#define FOR_TYPE(PASS)                                                                                    \
+#define DISPATCH(PASS)                                                                                  \
     (a.D == 64 ? dtype == FLOAT ? PASS<float, 64>(a, stream)                                            \
                  : dtype == BF16 ? PASS<bf16, 64>(a, stream) : PASS<f16, 64>(a, stream)                 \
                : dtype == FLOAT ? PASS<float, 128>(a, stream)                                           \
                  : dtype == BF16 ? PASS<bf16, 128>(a, stream) : PASS<f16, 128>(a, stream))
-const char* cca_forward(const Args& a, DType dtype, void* stream) { return FOR_TYPE(forward); }
-const char* cca_backward(const Args& a, DType dtype, void* stream) { return FOR_TYPE(backward); }
+const char* cca_forward(const Args& a, DType dtype, void* stream) { return DISPATCH(forward); }
+const char* cca_backward(const Args& a, DType dtype, void* stream) { return DISPATCH(backward); }

@@ -1,24 +1,34 @@
 """What the compilers make of kernels/cca.hip: `python -m tests.assembly`, no GPU needed.
 
-Says what this machine can build and run; compiles for MI300 and H100 where their compilers are, and prints registers,
-shared memory and occupancy. tests/test_kernels.py checks the same.
+Compiles for MI300 and H100 where their compilers are installed, and prints registers, shared memory and occupancy of
+each kernel. tests/test_kernels.py checks the same.
 """
 import re
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
 
-from kernels.build import HERE, command, gpu_trouble, load
+from kernels.build import HERE, gpu_trouble, load
 
-GFX942_LDS = 65536              # bytes of shared memory (LDS) that a compute unit has
-GFX942_REGISTERS = 512          # vector registers, of 64 lanes, that a SIMD shares out to its waves, in eights
+GFX942_LDS = 65536              # bytes of shared memory (LDS) per compute unit
+GFX942_REGISTERS = 512          # vector registers per SIMD, allocated to waves in multiples of 8
 MFMA = {'float32': 'v_mfma_f32_16x16x4_f32', 'bf16': 'v_mfma_f32_16x16x16_bf16', 'fp16': 'v_mfma_f32_16x16x16_f16'}
 
 
+def command(arguments):
+    """Run a compiler and return its output. Raise RuntimeError with the output if it fails."""
+    done = subprocess.run(list(map(str, arguments)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f'{Path(arguments[0]).name} failed:\n{done.stdout.strip()[-4000:]}')
+    return done.stdout
+
+
 def gfx942_assembly():
-    """cca.hip in gfx942's assembly language. Raises FileNotFoundError without a compiler, RuntimeError if it fails."""
+    """Compile cca.hip to gfx942 assembly and return its text. Raise FileNotFoundError without a compiler, RuntimeError
+    if it fails."""
     flags = ['-x', 'hip', '--offload-arch=gfx942', '--cuda-device-only', '-std=c++17', '-O3', '-S', HERE / 'cca.hip',
              '-o']
     with tempfile.TemporaryDirectory() as folder:
@@ -26,7 +36,7 @@ def gfx942_assembly():
         if Path('/opt/rocm/llvm/bin/clang++').exists():
             command(['/opt/rocm/llvm/bin/clang++', *flags, folder / 'cca.s'])
         elif (clang := shutil.which('clang++-19')) and (bitcode := debian_bitcode()):
-            # Debian 12's device library is older than gfx942. It has gfx940, whose file says the same of that ISA.
+            # Debian 12's device library predates gfx942. The file of gfx940 is equivalent for this ISA.
             shutil.copytree(bitcode, folder / 'bitcode')
             if not (folder / 'bitcode' / 'oclc_isa_version_942.bc').exists():
                 shutil.copy(folder / 'bitcode' / 'oclc_isa_version_940.bc',
@@ -44,7 +54,7 @@ def debian_bitcode():
 
 
 def gfx942_kernels(assembly):
-    """What each kernel uses, from the metadata at the assembly's end: a list of dicts."""
+    """Return the resource usage of each kernel as a list of dicts, from the metadata at the end of the assembly."""
     kernels = []
     for entry in assembly.split('.amdhsa_kernel')[-1].split('  - .agpr_count:')[1:]:
         number = lambda key: int(re.search(rf'\.{key}: +(\d+)', entry).group(1))
@@ -58,13 +68,13 @@ def gfx942_kernels(assembly):
             'spills': number('vgpr_spill_count') + number('sgpr_spill_count'),
             'scratch': number('private_segment_fixed_size'),
             'mfma': body.count(MFMA[dtype]),
-            # A block of 256 threads puts one wave on each of the 4 SIMDs, so waves a SIMD = blocks a compute unit.
+            # 256 threads are one wave on each of the 4 SIMDs, so waves per SIMD = thread blocks per CU.
             'waves': min(8, GFX942_REGISTERS // (-(-registers // 8) * 8), GFX942_LDS // lds)})
     return kernels
 
 
 def describe(symbol):
-    """_Z8cca_rowsIfLi64ELi16ELb0EEv4Argsi -> 'cca_rows, D 64, 16 rows, forward', 'float32'"""
+    """_Z8cca_tileIfLi64ELi16ELb0EEv4Argsi -> 'cca_tile, D 64, 16 rows, forward', 'float32'"""
     name, dtype, parameters = re.match(r'_Z\d+([a-z_]+)I(f|4bf16|3f16)(.*?)EEv', symbol).groups()
     D, *rows_and_pass = re.findall(r'L[ib](\d+)', parameters)
     if rows_and_pass:
@@ -76,7 +86,7 @@ def describe(symbol):
 
 
 def check_gfx942(kernels):
-    """Raise ValueError where a kernel would not run well: spilled registers, scratch, too much LDS, no matrix units."""
+    """Raise ValueError if a kernel spills registers, uses scratch or too much LDS, or has no MFMA instruction."""
     for k in kernels:
         if k['spills'] or k['scratch'] or k['lds'] > GFX942_LDS or not k['mfma']:
             raise ValueError(f'gfx942: {k["kernel"]} in {k["dtype"]} has {k["spills"]} spilled registers, '
@@ -89,10 +99,10 @@ def find_nvcc():
 
 
 def sm_90_kernels():
-    """Compile cca.hip for H100 -> what each kernel uses: (name, 'Used 128 registers'). Raises as gfx942_assembly."""
+    """Compile cca.hip for H100 and return each kernel's (name, 'Used 128 registers'). Raise like gfx942_assembly."""
     nvcc = find_nvcc()
     if nvcc is None:
-        raise FileNotFoundError('no compiler for sm_90: it needs nvcc, of the CUDA toolkit')
+        raise FileNotFoundError('no compiler for sm_90: it needs nvcc, from the CUDA toolkit')
     with tempfile.TemporaryDirectory() as folder:
         output = command([nvcc, '-x', 'cu', '-std=c++17', '-O3', '-arch=sm_90', '-Xptxas', '-v', '-c', HERE / 'cca.hip',
                           '-o', Path(folder) / 'cca.o'])
@@ -101,20 +111,18 @@ def sm_90_kernels():
 
 
 def report():
-    """Print what this machine can build and run."""
+    """Print the resource usage of every kernel, for each compiler that is installed."""
     print(f'torch {torch.__version__}')
     trouble = gpu_trouble()
-    print('GPU:', trouble or f'{torch.cuda.get_device_name()}, the kernel is made for it')
-    for kind in ('cuda', 'cpu'):
-        if kind == 'cpu' or not trouble:
-            try:
-                load(kind)
-                print(f'{kind}: built and loaded')
-            except RuntimeError as error:
-                print(f'{kind}: {error}')
+    try:
+        if not trouble:
+            load()
+        print('GPU:', trouble or f'built and loaded for {torch.cuda.get_device_name()}')
+    except RuntimeError as error:
+        print(f'GPU: {error}')
     try:
         kernels = gfx942_kernels(gfx942_assembly())
-        print('gfx942 (MI300), compiled only; waves: how many a SIMD can hold at once, at most 8\n')
+        print('gfx942 (MI300), compiled only; waves: occupancy, waves per SIMD, at most 8\n')
         print('| kernel | dtype | VGPRs | LDS, bytes | waves | MFMA | spills, scratch |\n' + '| --- ' * 7 + '|')
         for k in kernels:
             print(f'| {k["kernel"]} | {k["dtype"]} | {k["vgprs"]} | {k["lds"]:,} | {k["waves"]} | {k["mfma"]} '

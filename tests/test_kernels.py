@@ -1,6 +1,6 @@
-"""The kernel of kernels/, run on the CPU block by block and thread by thread, against float64; and its code for GPUs.
+"""The kernel of kernels/ compared with float64, on a GPU emulated on the CPU (emulated_gpu.h); and its code for GPUs.
 
-NANOZAYA_CPU_BUILD chooses among the builds for the CPU (kernels/build.py); tests marked by `every_build` run with all.
+NANOZAYA_CPU_BUILD selects a build for the CPU (emulated_gpu.py); tests marked with `every_build` run with all.
 """
 import os
 import shutil
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 import assembly
+import emulated_gpu
 import kernels
 from cca import mix
 from common import ENV, ROOT, tiny_model, tokens
@@ -31,14 +32,19 @@ seeds = st.integers(0, 10**6)
 
 @pytest.fixture(scope='module', autouse=True)
 def library():
+    """kernels.load also works for the CPU."""
     if shutil.which(os.environ.get('CXX', 'g++')) is None:
-        pytest.skip('no g++ to build the kernel for the CPU with')
-    kernels.load('cpu')
+        pytest.skip('no g++ to build the kernel for the CPU')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, 'load', emulated_gpu.load)
+        kernels.load('cpu')
+        yield
+    kernels.trouble.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def poison():
-    """New tensors are full of NaN, so that a kernel which leaves a hole in a result or workspace cannot pass."""
+    """Uninitialized tensors are NaN, so that a kernel which leaves part of a result or workspace unwritten fails."""
     torch.use_deterministic_algorithms(True)                    # fill_uninitialized_memory, on by default, needs it
     yield
     torch.use_deterministic_algorithms(False)
@@ -49,12 +55,12 @@ def table(positions, n):
     return angle.cos().float(), angle.sin().float()
 
 
-def problem(dtype, B, S, Hq, Hk, d, past, start, rows_apart, seed=0):
-    """Random arguments of the operators, as a dict: all that may be random is, biases and temperature too."""
+def problem(dtype, B, S, Hq, Hk, d, past, start, own_positions, seed=0):
+    """Return random arguments of the operators as a dict; biases and temperature are random, too."""
     g = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
     C = (Hq + Hk) * d
-    positions = torch.randint(5000, (B if rows_apart else 1, 1), generator=g) + torch.arange(S)
+    positions = torch.randint(5000, (B if own_positions else 1, 1), generator=g) + torch.arange(S)
     cos, sin = table(positions, d // 4)
     return dict(qk=random(B, S, C), past=random(B, 2, C) if past else None, w1=random(C, 1, 2), b1=random(C),
                 w2=random(C, d, 2) / d ** 0.5, b2=random(C), temperature=random(Hk), cos=cos, sin=sin,
@@ -62,16 +68,17 @@ def problem(dtype, B, S, Hq, Hk, d, past, start, rows_apart, seed=0):
 
 
 def reference(qk, past, w1, b1, w2, b2, temperature, cos, sin, start):
-    """From the equations, each document by itself, with conv1d. temperature (B, S, Hk): one a token, see below."""
+    """Compute q and k from the equations, one document at a time, with conv1d. temperature (B, S, Hk): one per token,
+    see `exact`."""
     B, S, C = qk.shape
     d, Hk = w2.shape[1], temperature.shape[-1]
     Hq, G, n = C // d - Hk, (C // d - Hk) // Hk, cos.shape[-1]
     mixed = []
     for b in range(B):
-        begins = [0] + [s for s in range(1, S) if start is not None and start[b, s]] + [S]
-        for s0, s1 in zip(begins, begins[1:]):
-            goes_on = s0 == 0 and past is not None and not (start is not None and start[b, 0])
-            x = torch.cat([past[b] if goes_on else qk.new_zeros(2, C), qk[b, s0:s1]]).T[None]
+        starts = [0] + [s for s in range(1, S) if start is not None and start[b, s]] + [S]
+        for s0, s1 in zip(starts, starts[1:]):
+            continues = s0 == 0 and past is not None and not (start is not None and start[b, 0])
+            x = torch.cat([past[b] if continues else qk.new_zeros(2, C), qk[b, s0:s1]]).T[None]
             mixed.append(F.conv1d(F.conv1d(x, w1, b1, groups=C), w2, b2, groups=C // d)[0].T)
     split = lambda x: x.view(B, S, Hq + Hk, d).split([Hq, Hk], 2)
     (q, k), (q0, k0) = split(torch.cat(mixed)), split(qk)
@@ -87,8 +94,8 @@ def reference(qk, past, w1, b1, w2, b2, temperature, cos, sin, start):
 
 
 def exact(p, dq, dk):
-    """q, k and the gradients of all float arguments in float64. The temperature's comes for each token: the sum over
-    tokens may all but cancel, and rounding errors are small against what is added up, not against what is left."""
+    """Return q, k and the gradients of all float arguments in float64. The temperature's gradient is per token: its sum
+    over tokens may nearly cancel, and rounding errors are small relative to the terms, not to the sum."""
     p = {name: t if t is None or t.dtype == torch.bool else t.double() for name, t in p.items()}
     p['temperature'] = p['temperature'].expand(*p['qk'].shape[:2], -1)
     leaves = {name: p[name] for name in ('qk', 'past', 'w1', 'b1', 'w2', 'b2', 'temperature') if p[name] is not None}
@@ -96,7 +103,7 @@ def exact(p, dq, dk):
         t.requires_grad_()
     q, k = reference(**p)
     gradients = torch.autograd.grad((q, k), list(leaves.values()), (dq.double(), dk.double()),
-                                    materialize_grads=True)     # a past that no document looks at has the gradient 0
+                                    materialize_grads=True)     # a past that no document reads has the gradient 0
     return q.detach(), k.detach(), dict(zip(leaves, gradients))
 
 
@@ -105,7 +112,7 @@ def forward(p, tile=0):
 
 
 def backward(dq, dk, p, tile=0):
-    """-> the gradients by name, without that of a past that is not there."""
+    """Return the gradients by name; without a past, it has none."""
     names = 'qk', 'past', 'w1', 'b1', 'w2', 'b2', 'temperature'
     found = zip(names, torch.ops.nanozaya.cca_backward(dq, dk, *p.values(), tile))
     return {name: g for name, g in found if p[name] is not None}
@@ -126,75 +133,75 @@ def check(p, tile, seed=0):
         assert found.shape == p[name].shape and (found.double() - true).norm() <= bound * size, name
 
 
-# ---- right ----
+# ---- correctness ----
 
 @every_build
 @given(dtypes, st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 5, 13, 16, 17, 31, 33, 40]), heads, st.booleans(),
        st.booleans(), st.booleans(), st.sampled_from([SMALL, LARGE]), seeds)
-def test_forward_and_backward_are_those_of_float64(dtype, B, S, shape, past, start, rows_apart, tile, seed):
-    check(problem(dtype, B, S, *shape, past, start, rows_apart, seed), tile, seed)
+def test_forward_and_backward_equal_float64(dtype, B, S, shape, past, start, own_positions, tile, seed):
+    check(problem(dtype, B, S, *shape, past, start, own_positions, seed), tile, seed)
 
 
 @pytest.mark.parametrize('S', [63, 64, 65, 130])
 @pytest.mark.parametrize('dtype', BOUND)
-def test_tiles_meet_without_a_seam(dtype, S):
-    """Tiles have 16, 32 or 64 rows; backward's 32, of which 30 count."""
+def test_adjacent_tiles_fit_together(dtype, S):
+    """A tile has 16, 32 or 64 tokens; in cca_backward_input 32, of which it computes 30."""
     check(problem(dtype, 1, S, 2, 1, 64, True, False, False), LARGE)
 
 
 @pytest.mark.parametrize('tile', [SMALL, LARGE])
 def test_a_document_may_start_at_any_token_even_after_a_cached_past(tile):
-    """All 16 ways to have starts in four tokens, a sequence each."""
+    """All 16 patterns of starts in four tokens, one per sequence."""
     p = problem(torch.float32, 16, 4, 1, 1, 64, True, False, False)
     p['start'] = torch.arange(16)[:, None] >> torch.arange(4) & 1 == 1
     check(p, tile)
 
 
-def test_many_tokens_are_right_whatever_tile_the_kernel_chooses():
-    """1,030: large tiles by its own choice, and three portions of tokens for the gradient of the grouped weight."""
+def test_the_tile_that_the_kernel_chooses_for_many_tokens_is_correct():
+    """1,030 tokens: large tiles, and three splits for the gradient of the grouped convolution's weight."""
     check(problem(torch.bfloat16, 2, 515, 1, 1, 64, False, False, False), 0)
 
 
-def test_the_depthwise_bias_lands_on_the_padded_position():
-    """Zero input, zero past: the first token's grouped convolution still sees a_{-1} = b1, through W2_0."""
+def test_the_depthwise_bias_applies_to_the_padded_position():
+    """With zero input and zero past, the grouped convolution of the first token still reads a_{-1} = b1."""
     p = problem(torch.float32, 1, 2, 1, 1, 64, False, False, False)
     p['qk'].zero_()
     check(p, 0)
-    y = torch.einsum('oit,i->o', p['w2'][:64], p['b1'][:64]) + p['b2'][:64]     # the same for both tokens
+    y = torch.einsum('oit,i->o', p['w2'][:64], p['b1'][:64]) + p['b2'][:64]     # equal for both tokens
     q = forward(p | {'cos': torch.ones(1, 2, 16), 'sin': torch.zeros(1, 2, 16)})[0]
     torch.testing.assert_close(q[0, 0], 8 * F.normalize(y, dim=0).expand(2, -1))
 
 
 @given(dtypes, st.lists(st.integers(1, 9), min_size=1, max_size=5), seeds)
 @settings(max_examples=10)
-def test_chunks_with_a_cached_past_give_the_bits_of_the_whole(dtype, chunks, seed):
-    """Prefill, decoding steps of one to four tokens: a row's result depends on its own two past rows alone."""
+def test_chunks_with_a_cached_past_equal_the_whole_bitwise(dtype, chunks, seed):
+    """Prefill, then decoding: a token's result depends on itself and the two tokens before it only."""
     p = problem(dtype, 2, sum(chunks), 2, 1, 64, True, False, True, seed)
     whole, columns, at = forward(p, LARGE), torch.cat([p['past'], p['qk']], 1), 0
     for n in chunks:
-        rows = slice(at, at + n)
-        part = p | {'qk': p['qk'][:, rows].contiguous(), 'past': columns[:, at:at + 2],
-                    'cos': p['cos'][:, rows], 'sin': p['sin'][:, rows]}
-        assert all(torch.equal(a, b[:, :, rows]) for a, b in zip(forward(part), whole))
+        new = slice(at, at + n)
+        part = p | {'qk': p['qk'][:, new].contiguous(), 'past': columns[:, at:at + 2],
+                    'cos': p['cos'][:, new], 'sin': p['sin'][:, new]}
+        assert all(torch.equal(a, b[:, :, new]) for a, b in zip(forward(part), whole))
         at += n
 
 
 @given(seeds)
 @settings(max_examples=5)
-def test_results_are_the_same_bits_every_time_and_alone_or_in_a_batch(seed):
+def test_results_are_deterministic_and_independent_of_the_batch(seed):
     p = problem(torch.bfloat16, 3, 21, 2, 1, 64, True, True, True, seed)
     dq, dk = torch.randn(3, 2, 21, 64).bfloat16(), torch.randn(3, 1, 21, 64).bfloat16()
     once, again = (forward(p) + tuple(backward(dq, dk, p).values()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again))
-    row = {name: t[1:2] if name in ('qk', 'past', 'cos', 'sin', 'start') else t for name, t in p.items()}
-    assert all(torch.equal(a, b[1:2]) for a, b in zip(forward(row), once))
-    gradients = list(backward(dq[1:2], dk[1:2], row).values())[:2]
+    alone = {name: t[1:2] if name in ('qk', 'past', 'cos', 'sin', 'start') else t for name, t in p.items()}
+    assert all(torch.equal(a, b[1:2]) for a, b in zip(forward(alone), once))
+    gradients = list(backward(dq[1:2], dk[1:2], alone).values())[:2]
     assert all(torch.equal(g, once[2 + i][1:2]) for i, g in enumerate(gradients))
 
 
 @given(dtypes, st.integers(0, 20), seeds)
 @settings(max_examples=5)
-def test_not_a_number_reaches_its_own_token_and_the_next_two_only(dtype, t, seed):
+def test_nan_reaches_its_own_token_and_the_next_two_only(dtype, t, seed):
     p = problem(dtype, 2, 21, 2, 1, 64, True, False, False, seed)
     p['qk'][1, t] = float('nan')
     for x in forward(p):
@@ -214,8 +221,8 @@ def test_a_zero_vector_stays_zero_and_its_gradient_is_finite():
 
 @given(dtypes, st.integers(1, 3), st.integers(1, 5))
 @settings(max_examples=5)
-def test_rows_of_a_wider_tensor_and_gradients_of_any_stride_are_read_in_place(dtype, B, S):
-    """qk may be a part of a wider projection; attention's gradients come as (B, S, H, d), transposed, or expanded."""
+def test_a_slice_of_a_wider_tensor_and_gradients_of_any_stride_are_read_in_place(dtype, B, S):
+    """qk may be a slice of a wider projection; gradients from attention may be transposed or expanded."""
     p = problem(dtype, B, S, 2, 1, 64, False, False, False)
     wide = torch.cat([p['qk'], torch.full((B, S, 64), float('nan'), dtype=dtype)], -1)
     part = p | {'qk': wide[..., :192]}
@@ -229,21 +236,21 @@ def test_rows_of_a_wider_tensor_and_gradients_of_any_stride_are_read_in_place(dt
 @given(dtypes, st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 31, 64, 65, 200, 1500]), heads, st.booleans(),
        st.booleans(), st.booleans(), st.sampled_from([0, SMALL, LARGE]), seeds)
 @settings(max_examples=60)
-def test_a_gpu_gives_what_float64_gives(dtype, B, S, shape, past, start, rows_apart, tile, seed):
+def test_a_gpu_equals_float64(dtype, B, S, shape, past, start, own_positions, tile, seed):
     kernels.load('cuda')
-    p = problem(dtype, B, S, *shape, past, start, rows_apart, seed)
+    p = problem(dtype, B, S, *shape, past, start, own_positions, seed)
     p = {name: t if t is None else t.cuda() for name, t in p.items()}
     check(p, tile, seed)
     assert all(torch.equal(a, b) for a, b in zip(forward(p, tile), forward(p, tile)))
 
 
-# ---- at home in PyTorch ----
+# ---- autograd, opcheck, torch.compile ----
 
 def arguments(p, leaves=('qk', 'w1', 'b1', 'w2', 'b2', 'temperature')):
     return [t.clone().requires_grad_() if name in leaves else t for name, t in p.items()]
 
 
-def test_autograd_returns_the_backward_operator_s_gradients_in_each_parameter_s_dtype():
+def test_autograd_returns_the_gradients_of_the_backward_operator_in_the_parameters_dtype():
     p = problem(torch.bfloat16, 2, 5, 2, 1, 64, True, True, False)
     masters = 'w1', 'b1', 'w2', 'b2', 'temperature'
     p = {name: t.float() if name in masters else t for name, t in p.items()}
@@ -256,12 +263,12 @@ def test_autograd_returns_the_backward_operator_s_gradients_in_each_parameter_s_
 
 
 @pytest.mark.parametrize('past', [False, True])
-def test_the_operator_keeps_pytorch_s_rules(past):
+def test_the_operator_passes_opcheck(past):
     p = problem(torch.float32, 1, 3, 2, 1, 64, past, True, False)
     torch.library.opcheck(torch.ops.nanozaya.cca_forward.default, arguments(p))
 
 
-def test_torch_compile_takes_it_without_a_break():
+def test_torch_compile_has_no_graph_break():
     inputs = arguments(problem(torch.float32, 2, 5, 2, 1, 64, False, False, False))
 
     def f(*inputs):
@@ -288,20 +295,20 @@ BAD = {                                                         # name: (what is
     'b1': (lambda p: p | {'b1': p['b1'][:-1]}, ValueError, 'conv_depthwise_bias'),
     'w2': (lambda p: p | {'w2': p['w2'][:-1]}, ValueError, 'conv_grouped_weight'),
     'b2': (lambda p: p | {'b2': p['b2'][None]}, ValueError, 'conv_grouped_bias'),
-    'whole numbers': (lambda p: p | {'b2': p['b2'].long()}, TypeError, 'must be floats'),
+    'integer bias': (lambda p: p | {'b2': p['b2'].long()}, TypeError, 'must be floats'),
     'past shape': (lambda p: p | {'past': p['qk'][:, :1]}, ValueError, r'past must have the shape \[2, 2, 192\]'),
     'past dtype': (lambda p: p | {'past': p['qk'][:, :2].bfloat16()}, TypeError, "qk's dtype"),
     'start shape': (lambda p: p | {'start': torch.ones(2, 1).bool()}, ValueError, 'start must have the shape'),
     'start dtype': (lambda p: p | {'start': torch.ones(2, 4)}, TypeError, 'start must be bool'),
     'cos': (lambda p: p | {'cos': p['cos'][:, :-1]}, ValueError, 'cos must have the shape'),
-    'cos rows': (lambda p: p | {'cos': p['cos'].expand(3, -1, -1)}, ValueError, 'cos must have the shape'),
+    'cos batch': (lambda p: p | {'cos': p['cos'].expand(3, -1, -1)}, ValueError, 'cos must have the shape'),
     'sin': (lambda p: p | {'sin': p['sin'][..., :8]}, ValueError, 'sin must have the shape'),
     'odd rotation': (lambda p: p | {name: p[name][..., :12] for name in ('cos', 'sin')}, ValueError, 'multiple of 8'),
     'rotates too much': (lambda p: p | {name: p[name].repeat(1, 1, 3) for name in ('cos', 'sin')},
                          ValueError, '2n of 64'),
     'column stride': (lambda p: p | {'qk': p['qk'].mT.contiguous().mT}, ValueError, 'contiguous'),
     'alignment': (lambda p: p | {'qk': F.pad(p['qk'], (1, 0))[..., 1:]}, ValueError, '16 bytes'),
-    'uneven rows': (lambda p: p | {'qk': F.pad(p['qk'], (0, 0, 0, 1))[:, :4]}, ValueError, 'equally spaced'),
+    'uneven stride': (lambda p: p | {'qk': F.pad(p['qk'], (0, 0, 0, 1))[:, :4]}, ValueError, 'equal strides'),
     'device': (lambda p: p | {'b1': p['b1'].to('meta')}, ValueError, "on qk's device"),
 }
 
@@ -334,7 +341,7 @@ def test_other_devices_are_refused():
 
 @given(dtypes, st.integers(1, 2), st.integers(1, 20), heads, st.booleans(), st.booleans(), seeds)
 @settings(max_examples=10)
-def test_the_kernel_equals_the_plain_definition_in_cca(dtype, B, S, shape, past, start, seed):
+def test_the_kernel_equals_cca_mix(dtype, B, S, shape, past, start, seed):
     p = problem(dtype, B, S, *shape, past, start, True, seed)
     plain = mix(*(t if t is None or t.dtype == torch.bool else t.float() for t in p.values()))
     for a, b in zip(forward(p), plain):
@@ -342,7 +349,7 @@ def test_the_kernel_equals_the_plain_definition_in_cca(dtype, B, S, shape, past,
 
 
 @pytest.mark.parametrize('packed', [False, True])
-def test_the_model_with_the_kernel_has_the_loss_and_gradients_of_the_model_without(packed):
+def test_the_model_has_the_same_loss_and_gradients_with_the_kernel(packed):
     shape = dict(n_layer=2, n_head=4, n_kv_head=2, head_dim=64)
     idx, start = tokens(2, 12), None
     if packed:
@@ -359,14 +366,14 @@ def test_the_model_with_the_kernel_has_the_loss_and_gradients_of_the_model_witho
 
 
 @torch.no_grad()
-def test_the_model_with_the_kernel_continues_a_cache_with_rows_of_any_length():
+def test_the_model_with_the_kernel_continues_a_cache_with_sequences_of_any_length():
     model, plain = (tiny_model(n_layer=2, n_head=2, n_kv_head=1, head_dim=64) for _ in range(2))
     kernels.use(model, 'hip', torch.float32)
     caches = [m.make_cache(2, 12) for m in (model, plain)]
-    for i, n_new in enumerate(([3, 5], [1, 1], [0, 2], [4, 1])):
-        a, b = (m(tokens(2, max(n_new), seed=i), cache=cache, n_new=n_new)[0]
+    for seed, n_new in enumerate(([3, 5], [1, 1], [0, 2], [4, 1])):
+        a, b = (m(tokens(2, max(n_new), seed=seed), cache=cache, n_new=n_new)[0]
                 for m, cache in zip((model, plain), caches))
-        assert all((a[row, :n] - b[row, :n]).abs().max() < 1e-4 for row, n in enumerate(n_new) if n)
+        assert all((a[i, :n] - b[i, :n]).abs().max() < 1e-4 for i, n in enumerate(n_new) if n)
 
 
 def test_an_unknown_kernel_is_refused():
@@ -374,10 +381,10 @@ def test_an_unknown_kernel_is_refused():
         kernels.use(tiny_model(), 'cuda', torch.float32)
 
 
-# ---- choosing it ----
+# ---- selecting the kernel ----
 
 def model_of(head_dim=64, device='cuda'):
-    """As much of a model as kernels.use looks at before it changes anything; 'cuda' where there is none."""
+    """Return a stand-in with the attributes of a model that kernels.use reads; 'cuda' needs no GPU."""
     config = SimpleNamespace(head_dim=head_dim, rope_dim=head_dim // 2)
     return SimpleNamespace(device=SimpleNamespace(type=device), config=config,
                            layers=[SimpleNamespace(attn=SimpleNamespace(mix=mix)) for _ in range(2)])
@@ -389,7 +396,7 @@ def mixers(model):
 
 @pytest.fixture
 def forget():
-    """What was found out about a kernel that a test breaks is forgotten before and after."""
+    """Clear what kernels has cached about a kernel that a test breaks, before and after."""
     kernels.trouble.cache_clear()
     kernels.say_once.cache_clear()
     yield
@@ -397,7 +404,7 @@ def forget():
     kernels.say_once.cache_clear()
 
 
-def test_it_is_used_where_it_is_asked_for_and_can_be(monkeypatch, forget):
+def test_it_is_used_where_requested_and_available(monkeypatch, forget):
     monkeypatch.setattr(kernels, 'load', lambda device: None)
     monkeypatch.setattr(kernels, 'difference', lambda *args: 0.001)
     for kernel, expected in ('torch', mix), ('auto', kernels.cca_mix), ('hip', kernels.cca_mix):
@@ -412,7 +419,7 @@ def test_auto_never_fails_and_hip_says_why(monkeypatch, capsys, forget):
     monkeypatch.setattr(kernels, 'load', broken)
     model, cpu = model_of(), model_of(device='cpu')
     kernels.use(model, 'torch', torch.bfloat16)
-    kernels.use(cpu, 'auto', torch.float32)                     # slow on a CPU: not even looked at
+    kernels.use(cpu, 'auto', torch.float32)                     # never used on a CPU: no message
     assert capsys.readouterr().err == ''
     for _ in range(2):
         kernels.use(model, 'auto', torch.bfloat16)
@@ -425,47 +432,50 @@ def test_auto_never_fails_and_hip_says_why(monkeypatch, capsys, forget):
     assert '\n' not in str(error.value)
     with pytest.raises(ValueError, match='head_dim 64 or 128'):
         kernels.use(model_of(32, 'cpu'), 'hip', torch.float32)
+    monkeypatch.setattr(kernels, 'load', emulated_gpu.load_for_gpu)
+    with pytest.raises(ValueError, match="no kernel for the device 'cpu'"):
+        kernels.use(cpu, 'hip', torch.float32)
     assert mixers(model) == mixers(cpu) == mixers(small) == {mix}
 
 
-def test_a_compiler_that_is_missing_is_named(monkeypatch, tmp_path):
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
     monkeypatch.setenv('CXX', 'no-such-compiler')
     with pytest.raises(RuntimeError, match='needs g\\+\\+'):
-        build.cpu_library()
+        emulated_gpu.library()
     monkeypatch.setenv('CXX', 'false')
     with pytest.raises(RuntimeError, match='false failed'):
-        build.cpu_library()
+        emulated_gpu.library()
 
 
 # ---- other builds ----
 
 @pytest.mark.skipif(BUILD != 'cpu', reason='runs the other builds itself')
 @pytest.mark.parametrize('kind', ['cpu_nvidia', 'cpu_asan'])
-def test_nvidia_s_register_layout_is_right_too_and_nothing_out_of_bounds_is_touched(kind):
+def test_nvidia_s_register_layout_is_correct_and_no_access_is_out_of_bounds(kind):
     environment = ENV | {'NANOZAYA_CPU_BUILD': kind}
-    build.cpu_library(kind)
-    if kind == 'cpu_asan':                                 # its runtime must be loaded before all else, and wants C++'s
+    emulated_gpu.library(kind)
+    if kind == 'cpu_asan':                                 # its runtime must be loaded first, and needs that of C++
         runtime = [subprocess.run(['g++', f'-print-file-name={name}'], capture_output=True, text=True).stdout.strip()
                    for name in ('libasan.so', 'libstdc++.so')]
         environment |= {'LD_PRELOAD': ' '.join(runtime), 'ASAN_OPTIONS': 'detect_leaks=0'}
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-s', '-p', 'no:cacheprovider', __file__,
-                           '-k', 'those_of_float64 or seam and 65'], env=environment, cwd=ROOT, capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-s', '-p', 'no:cacheprovider', __file__, '-k',
+                           'backward_equal_float64 or adjacent_tiles and 65'], env=environment, cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.skipif(BUILD != 'cpu', reason='once is enough')
-def test_gfx942_code_spills_nothing_fits_the_lds_and_uses_the_matrix_units():
+def test_gfx942_code_spills_no_register_fits_the_lds_and_uses_mfma():
     try:
         code = assembly.gfx942_assembly()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     found = assembly.gfx942_kernels(code)
-    assert len(found) == 36 and {k['dtype'] for k in found} == {'float32', 'bf16', 'fp16'}      # nothing was overlooked
+    assert len(found) == 36 and {k['dtype'] for k in found} == {'float32', 'bf16', 'fp16'}      # all instantiations
     assembly.check_gfx942(found)
     for wrong in ({'spills': 1}, {'scratch': 4}, {'lds': 70_000}, {'mfma': 0}):
-        with pytest.raises(ValueError, match='gfx942: cca_rows'):
+        with pytest.raises(ValueError, match='gfx942: cca_tile'):
             assembly.check_gfx942([found[0] | wrong])
 
 
@@ -477,11 +487,11 @@ def test_nvcc_compiles_it_for_sm_90():
         pytest.skip(str(error))
 
 
-QUICK = ((2, 21),)                                               # on a CPU thousands of times slower than on a GPU
+QUICK = ((2, 21),)                                               # the emulation is slow
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_the_self_check_passes_what_is_right_and_notices_what_is_wrong(monkeypatch, dtype):
+def test_the_self_check_passes_a_correct_kernel_and_detects_a_wrong_one(monkeypatch, dtype):
     assert kernels.difference('cpu', dtype, 64, 16, QUICK) < 0.02
     right = kernels.cca_mix
 
@@ -493,8 +503,8 @@ def test_the_self_check_passes_what_is_right_and_notices_what_is_wrong(monkeypat
 
 
 @pytest.mark.parametrize('broken', [SMALL, LARGE, 'past', 'start', 'gradient', 'nan'])
-def test_the_self_check_looks_at_every_variant(monkeypatch, broken):
-    """Also a kernel that is wrong in one tile only, after a cached past, in packed windows, or on the way back."""
+def test_the_self_check_covers_every_variant(monkeypatch, broken):
+    """It detects a kernel that is wrong in one tile only, after a cached past, in packed windows, or in backward."""
     right = kernels.cca_mix
 
     def wrong(*args, tile=0):
@@ -502,26 +512,27 @@ def test_the_self_check_looks_at_every_variant(monkeypatch, broken):
         if broken == 'nan':
             return q, k * float('nan')
         if broken == 'gradient':
-            return q, k.detach() * 0.1 + k * 0.9                # the same results, the gradient of k a tenth too small
+            return q, k.detach() * 0.1 + k * 0.9                # the results are right, the gradient of k is 0.9 of it
         hit = args[1] is not None if broken == 'past' else args[9] is not None if broken == 'start' else tile == broken
         return q, k * 1.05 if hit else k
     monkeypatch.setattr(kernels, 'cca_mix', wrong)
     assert not kernels.difference('cpu', torch.float32, 64, 16, QUICK) <= 0.02
 
 
-def test_the_self_check_s_sizes_lead_to_each_choice_of_the_kernel():
-    """Few rows: small tiles. More: large ones, a head each, then, from 512 blocks on, a KV group each."""
+def test_the_sizes_of_the_self_check_cover_each_choice_of_the_kernel():
+    """Few tokens: small tiles. More: large tiles with one head per block, then, from 512 blocks, one KV group."""
     calls = []
 
-    def note(inputs, tile):
+    def record(inputs, tile):
         calls.append((tuple(inputs[0].shape[:2]), tile))
         return 0.0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, 'error', note)
+        patch.setattr(kernels, 'error', record)
         kernels.difference('cpu', torch.bfloat16, 64, 16)
-    rows = {B * S for (B, S), tile in calls if tile == 0}
-    blocks = lambda n: -(-n // 32) * 2                          # tiles of 32 rows times 2 KV heads
-    assert min(rows) <= 1024 and any(n > 1024 and blocks(n) < 512 for n in rows) and any(blocks(n) >= 512 for n in rows)
+    sizes = {B * S for (B, S), tile in calls if tile == 0}
+    blocks = lambda n: -(-n // 32) * 2                          # tiles of 32 tokens times 2 KV heads
+    assert min(sizes) <= 1024 and any(n > 1024 and blocks(n) < 512 for n in sizes)
+    assert any(blocks(n) >= 512 for n in sizes)
     assert {tile for _, tile in calls} == {0, SMALL, LARGE}
 
 
