@@ -1,1 +1,1 @@
-"""Data: the tokenizer, the scripts that write token files, and the loader that reads them."""
+"""The tokenizer, the scripts that write token files, and the loader that reads them."""

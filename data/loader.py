@@ -1,4 +1,4 @@
-"""Batches of training windows from a token file: every token a target once per epoch, in shuffled order."""
+"""Batches of training sequences from token files: every token is a target once per epoch, in shuffled order."""
 
 from pathlib import Path
 
@@ -10,31 +10,27 @@ from data.reasoning import SCORED, STARTS
 from data.tokenizer import digest, load_tokenizer
 
 REPAIR = 'write it with the prepare.py of its folder, or name another dataset (data/README.md has them)'
-
-
 SIZE = range(2 ** 50)
 SPLIT = {'tokens': SIZE, 'windows?': SIZE}
-META = {'vocab_size': range(1, 2 ** 31), 'tokenizer?': str, 'dtype': ('uint16', 'uint32'), 'packed?': range(2 ** 31),
+META = {'vocab_size': range(1, 2 ** 31), 'tokenizer': str, 'dtype': ('uint16', 'uint32'), 'packed?': range(2 ** 31),
         'train': SPLIT, 'val': SPLIT}
 
 
 class TokenLoader:
-    """Batches of one split, as a pure function of (seed, batch index).
+    """Batches of one split, a pure function of (seed, batch index).
 
-    There is no state to save: training resumes from its step number alone. Processes that train together each ask for
-    other indices (step * world_size + rank), and so see different windows without talking to each other.
+    There is no state to save: training resumes from its step number alone. In data-parallel training each rank asks for
+    the batches step * world_size + rank, so ranks read different windows without communication.
 
-    The N tokens are cut into ceil((N - 1) / context) windows: window w has tokens[w*context : (w+1)*context]
-    as inputs and the same shifted by one as targets. The last window may be short; it is filled up with
-    input 0 and target -1, which the loss must ignore. So in one epoch every token but the very first
-    (nothing precedes it) is a target exactly once. Each epoch visits the windows in another order.
+    The N tokens are cut into ceil((N - 1) / context) windows: window w has tokens[w*context : (w+1)*context] as inputs
+    and the same shifted by one as targets. The last window may be short: it is padded with input 0 and target -1, which
+    the loss ignores. So every token except the first, which has no predecessor, is a target exactly once per epoch.
+    Each epoch visits the windows in a different order.
 
-    A packed set (reasoning.py) is stored as windows, each of whole documents; its flags say what is a target and
-    where documents start.
+    A packed dataset (reasoning.py) is stored as windows of whole documents; its flags mark targets and document starts.
 
-    Attributes: meta (the content of meta.json), vocab_size, n_tokens, n_windows; packed (the context of a packed set,
-    else 0).
-    Raise ValueError, naming the file, if the data is missing, unfinished or damaged.
+    Attributes: meta (the content of meta.json), vocab_size, n_tokens, n_windows; packed (the context of a packed
+    dataset, else 0). Raise ValueError, naming the file, if the data is missing, unfinished or damaged.
     """
 
     def __init__(self, folder, split, batch_size, context, seed):
@@ -51,47 +47,34 @@ class TokenLoader:
             raise ValueError(f'{error}: {REPAIR}') from None
         self.vocab_size, self.n_tokens = self.meta['vocab_size'], self.meta[split]['tokens']
         self.packed = self.meta.get('packed', 0)
-        n_stored = self.meta[split].get('windows', 0) * self.packed if self.packed else self.n_tokens
-        dtype = np.dtype({'uint16': '<u2', 'uint32': '<u4'}[self.meta['dtype']])
         if self.packed not in (0, context):
             raise ValueError(f'{folder} is packed into windows of {self.packed}, but context is {context}: '
                              'prepare it again with --context, or change context')
-
+        n_stored = self.meta[split].get('windows', 0) * self.packed if self.packed else self.n_tokens
+        dtype = np.dtype({'uint16': '<u2', 'uint32': '<u4'}[self.meta['dtype']])
         self.path = Path(folder) / f'{split}.bin'
-        self.tokens = self.map(self.path, dtype, n_stored)
-        self.flags = self.map(self.path.with_suffix('.flags'), np.dtype('u1'), n_stored) if self.packed else None
+        self.tokens = map_file(self.path, dtype, n_stored)
+        self.flags = map_file(self.path.with_suffix('.flags'), np.dtype('u1'), n_stored) if self.packed else None
         self.n_windows = n_stored // context if self.packed else -(-(n_stored - 1) // context)  # rounded up
-        self.epoch = self.order = None             # the epoch that was visited last, and its order of the windows
+        self.epoch = self.order = None             # the epoch of the last window, and its order of the windows
 
-    def map(self, path, dtype, n):
-        """Return the file's n numbers as an array that is read from disk as needed, never as a whole.
+    def sequence(self, i):
+        """Return sequence i (0, 1, ..., epoch after epoch): inputs and targets, int64, and document starts, bool.
 
-        Raise ValueError if the file has another size, or n is below 2.
+        All three are arrays of length context. Raise ValueError for a token outside the vocabulary.
         """
-        size = path.stat().st_size if path.exists() else 0
-        if size != n * dtype.itemsize or n < 2:
-            raise ValueError(f'{path} has {size:,} bytes, but meta.json says {n:,} numbers '
-                             f'of {dtype.name} (at least 2 are needed): {REPAIR}')
-        return np.memmap(path, dtype, mode='r')
-
-    def row(self, position):
-        """Return window number `position` (0, 1, ... without end, epoch after epoch).
-
-        Three arrays of length context: inputs, targets (both int64), starts of documents (bool).
-        Raise ValueError if the window holds a token outside the vocabulary.
-        """
-        epoch, position = divmod(position, self.n_windows)
+        epoch, i = divmod(i, self.n_windows)
         if epoch != self.epoch:
             self.order = np.random.default_rng((self.seed, epoch)).permutation(self.n_windows)
             self.epoch = epoch
-        begin = int(self.order[position]) * self.context
-        window = self.tokens[begin:begin + self.context + 1].astype(np.int64)
+        first = int(self.order[i]) * self.context
+        window = self.tokens[first:first + self.context + 1].astype(np.int64)
         if window.max() >= self.vocab_size:
             raise ValueError(f'{self.path} holds token {window.max()}, outside the vocabulary of '
                              f'{self.vocab_size}: {REPAIR}')
         x, y, start = np.zeros(self.context, np.int64), np.full(self.context, -1), np.arange(self.context) == 0
         if self.packed:
-            flags = self.flags[begin:begin + self.context]
+            flags = self.flags[first:first + self.context]
             scored, start = flags & SCORED != 0, flags & STARTS != 0
             x[:] = window[:self.context]
             y[scored] = window[1:][scored[:len(window) - 1]]
@@ -101,18 +84,26 @@ class TokenLoader:
         return x, y, start
 
     def batch(self, index):
-        """Return batch number `index`, as batch_of_rows does."""
-        return batch_of_rows(self, index)
+        """Return batch number `index`, as stack_sequences does."""
+        return stack_sequences(self, index)
+
+
+def map_file(path, dtype, n):
+    """Return the n elements of a file as a memory-mapped array. Raise ValueError if its size differs, or n < 2."""
+    size = path.stat().st_size if path.exists() else 0
+    if size != n * dtype.itemsize or n < 2:
+        raise ValueError(f'{path} has {size:,} bytes, but meta.json says {n:,} elements '
+                         f'of {dtype.name} (at least 2 are needed): {REPAIR}')
+    return np.memmap(path, dtype, mode='r')
 
 
 class MixtureLoader:
-    """Batches whose rows come from several sets, in proportion to weights: a pure function of the index, too.
+    """Batches whose sequences come from several datasets, in proportion to weights: also a pure function of the index.
 
-    A schedule of 1000 rows, shuffled once and then repeated for ever, says from which set each row is. The rows taken
-    from one set are its windows in its own order, none left out: an epoch of it holds each window once, as if it were
-    alone. The weights are kept to 1/1000.
+    A schedule of 1000 entries, shuffled once and repeated, gives the dataset of each sequence; the weights are rounded
+    to 1/1000. The sequences of each dataset come in its own order, none skipped: an epoch of it holds each window once.
 
-    loaders: a TokenLoader for each set, all of one batch_size, context and vocabulary; weights: positive numbers.
+    loaders: a TokenLoader per dataset, all of one batch_size, context and vocabulary; weights: positive.
     """
 
     def __init__(self, loaders, weights, seed):
@@ -122,33 +113,33 @@ class MixtureLoader:
         self.n_tokens = sum(loader.n_tokens for loader in loaders)
         self.n_windows = sum(loader.n_windows for loader in loaders)
         ends = np.round(np.cumsum(weights) / sum(weights) * 1000).astype(int)
-        self.counts = np.diff(ends, prepend=0)     # of each set's rows in the schedule
+        self.counts = np.diff(ends, prepend=0)     # entries per dataset in the schedule
         self.schedule = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(loaders)), self.counts))
         is_from = self.schedule[:, None] == np.arange(len(loaders))
-        self.before = is_from.cumsum(0) - is_from  # (1000, sets): rows of each set before this one
+        self.before = is_from.cumsum(0) - is_from  # (1000, datasets): earlier entries per dataset
 
-    def batch(self, index):
-        """Return batch number `index`, as batch_of_rows does."""
-        return batch_of_rows(self, index)
-
-    def row(self, i):
-        """Return row number i (0, 1, ... without end), as TokenLoader.row does."""
+    def sequence(self, i):
+        """Return sequence i (0, 1, ...), as TokenLoader.sequence does."""
         cycle, i = divmod(i, len(self.schedule))
         k = self.schedule[i]
-        return self.loaders[k].row(int(cycle * self.counts[k] + self.before[i, k]))
+        return self.loaders[k].sequence(int(cycle * self.counts[k] + self.before[i, k]))
+
+    def batch(self, index):
+        """Return batch number `index`, as stack_sequences does."""
+        return stack_sequences(self, index)
 
 
-def batch_of_rows(loader, index):
-    """Return batch number `index` (0, 1, ... without end): rows index * batch_size and following of the loader.
+def stack_sequences(loader, index):
+    """Return batch number `index` (0, 1, ...) of a loader: its sequences index * batch_size and following.
 
-    Three tensors (batch_size, context): inputs and targets, both int64, and where documents start, bool; that is None
-    if no set is packed, for then nothing in a row has to be kept apart.
+    Three tensors (batch_size, context): inputs and targets, int64, and document starts, bool; None instead of the
+    starts if no dataset is packed: then a sequence is not divided into documents.
     """
     shape = loader.batch_size, loader.context
-    # Memory before rows: a batch that does not fit fails at once.
+    # Allocate first: a batch that does not fit into memory fails at once.
     x, y, start = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, bool)
     for i in range(loader.batch_size):
-        x[i], y[i], start[i] = loader.row(index * loader.batch_size + i)
+        x[i], y[i], start[i] = loader.sequence(index * loader.batch_size + i)
     x, y, start = map(torch.from_numpy, (x, y, start))
     return x, y, start if loader.packed else None
 
@@ -174,18 +165,15 @@ def dataset_folders(dataset):
 
 
 def open_dataset(dataset, split, batch_size, context, seed):
-    """Return the loader of a string as dataset_folders reads it: a TokenLoader, or of several sets a MixtureLoader; and
-    the sets' tokenizer.
+    """Return (loader, tokenizer) of a string as dataset_folders reads it: a TokenLoader; for several a MixtureLoader.
 
-    Raise ValueError if the sets' tokenizers differ, or one is not that of its meta.json, and as dataset_folders,
-    TokenLoader and load_tokenizer do.
+    Raise ValueError if the datasets' tokenizers differ, or one is not the tokenizer of its meta.json.
     """
     folders, weights = zip(*dataset_folders(dataset))
     loaders = [TokenLoader(folder, split, batch_size, context, seed) for folder in folders]
     encs = [load_tokenizer(Path(folder) / 'bpe.json') for folder in folders]
     for folder, loader, enc in zip(folders, loaders, encs):
-        # Folders that earlier versions wrote have no digest.
-        if (enc.n_vocab, digest(enc)) != (loader.vocab_size, loader.meta.get('tokenizer', digest(enc))):
+        if (enc.n_vocab, digest(enc)) != (loader.vocab_size, loader.meta['tokenizer']):
             raise ValueError(f'{folder}: bpe.json is not the tokenizer that meta.json was written with: {REPAIR}')
         if digest(enc) != digest(encs[0]):
             raise ValueError(f'dataset: {folder} and {folders[0]} have different tokenizers: '

@@ -1,12 +1,12 @@
-"""From documents to token files: split, train the tokenizer, encode, write. data/stdlib and data/text call this.
+"""Documents to token files: split, train the tokenizer, encode, write. Used by data/stdlib and data/text.
 
-A folder that is ready holds
+A prepared folder contains
 
-    train.bin, val.bin   tokens and nothing else, as numbers, little endian; every document ends in <|endoftext|>
+    train.bin, val.bin   the tokens only, as little-endian integers; every document ends in <|endoftext|>
     bpe.json             the tokenizer
-    meta.json            vocab_size, the tokenizer's digest, dtype, and the tokens, bytes and files of each split
+    meta.json            vocab_size, the tokenizer's digest, dtype, and per split the number of tokens, bytes and files
 
-meta.json is written last: a folder without it is unfinished.
+meta.json is written last: a folder without it is incomplete.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ VAL_PERCENT = 5
 
 
 def prepare(documents, out, vocab_size, tokenizer='bpe'):
-    """Write train.bin, val.bin, bpe.json and meta.json into the folder out.
+    """Write train.bin, val.bin, bpe.json and meta.json to the folder out.
 
-    documents: list of (name, bytes), held in memory; vocab_size: of the BPE trained on the train split;
-    tokenizer: "bpe", or "gpt2" for that ready vocabulary. Raise ValueError if there is too little text.
+    documents: list of (name, bytes), held in memory; tokenizer: "bpe", trained on the train split to vocab_size tokens,
+    or "gpt2", downloaded. Raise ValueError if there is too little text.
     """
     start = time.time()
     splits = split_documents(documents)
@@ -36,22 +36,21 @@ def prepare(documents, out, vocab_size, tokenizer='bpe'):
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'meta.json').unlink(missing_ok=True)    # from here on, the folder is unfinished
+    (out / 'meta.json').unlink(missing_ok=True)    # from here on, the folder is incomplete
     if tokenizer == 'gpt2':
         enc = gpt2_encoding()
     else:
-        # Bytes that are not UTF-8 are left out of the training; encode_bytes keeps them when the files are written.
+        # Invalid UTF-8 is replaced for training only; encode_bytes preserves it.
         enc = train_bpe((chunk.decode('utf-8', 'replace') for _, data in splits['train']
                          for chunk in line_chunks(data)), vocab_size)
     save_tokenizer(out / 'bpe.json', enc)
     print(f'bpe.json: {enc.n_vocab:,} tokens, ready at {time.time() - start:.1f} s')
-
     dtype = token_dtype(enc.n_vocab)
     meta = {'vocab_size': enc.n_vocab, 'tokenizer': digest(enc), 'dtype': dtype.name}
     for split, docs in splits.items():
         n_tokens, n_bytes = 0, 0
         path = out / f'{split}.bin'
-        path.unlink(missing_ok=True)               # not overwritten: a run may have the old file mapped into memory
+        path.unlink(missing_ok=True)               # not overwritten: a running training may have it memory-mapped
         with open(path, 'wb') as file:
             for _, data in docs:
                 for chunk in line_chunks(data):
@@ -68,7 +67,7 @@ def prepare(documents, out, vocab_size, tokenizer='bpe'):
 
 
 def write_meta(out, meta):
-    """Write the dict meta as meta.json into the folder out, all of it or nothing: from then on the folder is ready."""
+    """Write the dict meta to meta.json in the folder out, atomically, which marks the folder as complete."""
     (out / 'meta.json.tmp').write_text(json.dumps(meta, indent=2) + '\n', encoding='utf-8')
     os.replace(out / 'meta.json.tmp', out / 'meta.json')
 
@@ -76,9 +75,9 @@ def write_meta(out, meta):
 def split_documents(documents):
     """Return {"train": [...], "val": [...]}, neither empty, with about VAL_PERCENT of the documents in val.
 
-    documents: list of (name, data); those without data are left out. A hash of its name says where a document
-    belongs: adding another moves none (unless a split was empty). A single document is cut in two: its last lines, at
-    least VAL_PERCENT of it, are val. Raise ValueError if there is nothing to split.
+    documents: list of (name, data); empty ones are dropped. A hash of the name decides the split, so that adding a
+    document moves no other (unless a split was empty). A single document is cut in two: its last lines, at least
+    VAL_PERCENT of it, are val. Raise ValueError if there is nothing to split.
     """
     documents = sorted((name, data) for name, data in documents if data)
     if not documents:
@@ -91,22 +90,22 @@ def split_documents(documents):
         cut = data.rfind(b'\n', 0, cut) + 1 or cut
         return {'train': [(name, data[:cut])], 'val': [(name, data[cut:])]}
 
-    def place(document):                           # 0..99, evenly, and the same on every machine
+    def bucket(document):                          # 0..99, uniform, and the same on every machine
         return int(hashlib.sha256(document[0].encode('utf-8', 'surrogateescape')).hexdigest(), 16) % 100
 
-    n_val = sum(place(document) < VAL_PERCENT for document in documents)
+    n_val = sum(bucket(document) < VAL_PERCENT for document in documents)
     n_val = min(max(n_val, 1), len(documents) - 1)
-    documents.sort(key=place)
+    documents.sort(key=bucket)
     return {'train': sorted(documents[n_val:]), 'val': sorted(documents[:n_val])}
 
 
 def line_chunks(data):
-    """Yield the bytes in chunks of whole lines, about 1 MB each, so that a file of gigabytes is not encoded at once."""
+    """Yield the bytes in chunks of whole lines of about 1 MB, so that large files are not encoded at once."""
     lines = io.BytesIO(data)
     while chunk := lines.readlines(1 << 20):
         yield b''.join(chunk)
 
 
 def token_dtype(vocab_size):
-    """Return the smallest unsigned dtype that holds every token: 2 bytes a token for most vocabularies."""
+    """Return the smallest unsigned dtype that holds every token: 2 bytes per token for most vocabularies."""
     return np.dtype('<u2' if vocab_size <= 1 << 16 else '<u4')

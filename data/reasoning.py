@@ -1,28 +1,27 @@
-"""Reasoning data: conversations to tokens, long ones fitted into the context, short ones packed into windows.
+"""Reasoning data: conversations to tokens, long ones trimmed to the context, short ones packed into windows.
 
-A conversation is one line of a JSONL file, as public reasoning sets write it:
+A conversation is one line of a JSONL file, in the format of public reasoning datasets:
 
     {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "<think>t</think>a"}, ...]}
 
-and becomes, with the special tokens of tokenizer.py,
+and is encoded, with the special tokens of tokenizer.py, as
 
     <|user|> q <|end|> <|assistant|> <think> t </think> a <|end|>
 
-where the loss is on what the model has to say itself: everything after <|assistant|>. No <|endoftext|> follows: <|end|>
-says that the turn is over, and the flags of write_packed say where the next document starts.
+The loss covers the assistant's tokens: everything after <|assistant|>. No <|endoftext|> follows: <|end|> ends the turn,
+and the flags of write_packed mark where the next document starts.
 
-Two things then decide how much of long reasoning a model with a short context can learn (ZAYA1-8B report, arXiv
-2605.05365, III):
+Two methods let a model with a short context learn from long reasoning (ZAYA1-8B report, arXiv 2605.05365, III):
 
-  - AP-trimming, "answer-preserving", makes a sample fit the context by the first of these rules that can. (1) Keep it
-    as it is. (2) Cut the end of the last turn's reasoning, no more than needed. (3) Drop the reasoning of the earlier
-    turns, and cut that of the last as in (2). (4) Drop the sample: its questions and answers alone are too long.
-    The two usual ways are here to compare: dropping what is long loses the hard problems, and plain truncation loses
-    their answers.
-  - Packing lays whole samples side by side in windows of one size, by best-fit decreasing (arXiv 2404.10830): the
-    longest first, each into the fullest window that still has room. Nothing is cut, and hardly any space stays empty.
+  - Answer-preserving (AP) trimming makes a sample fit the context by the first of these rules that suffices. (1) Keep
+    the sample unchanged. (2) Cut the end of the last turn's reasoning, no more than needed. (3) Drop the reasoning of
+    the earlier turns, and cut that of the last as in (2). (4) Drop the sample: its questions and answers alone are too
+    long. Two common alternatives are included for comparison: dropping long samples loses the hard problems, and
+    truncation loses their answers.
+  - Packing puts whole samples into windows of one size by best-fit decreasing (arXiv 2404.10830): the longest first,
+    each into the fullest window that has room for it. No sample is cut, and there is little padding.
 
-Read from the top: the functions come in the order in which data goes through them.
+The functions are in the order in which data passes through them.
 """
 
 from bisect import bisect_left, insort
@@ -42,8 +41,7 @@ SCORED, STARTS = 1, 2    # the bits of a .flags file: see write_packed
 class Turn(NamedTuple):
     """A question and its reply, as lists of tokens. A sample is a list of turns.
 
-    Three parts, because trimming treats each in its own way, and because the loss leaves out the prompt: all else is
-    "scored".
+    Trimming treats the three parts differently. The loss covers all but the prompt; these tokens are called scored.
     """
     prompt: list         # <|user|> question <|end|> <|assistant|>
     think: list          # <think> reasoning </think>, or [] without reasoning
@@ -56,11 +54,10 @@ class Turn(NamedTuple):
 def read_conversations(path):
     """Return the conversations of a JSONL file, each a list of {"role", "content"}; other keys are ignored.
 
-    Raise ValueError, naming the file and the line, for what is not a conversation (see check_messages), and
-    if there is none.
+    Raise ValueError, naming the file and the line, if a line is not a conversation or there is none.
     """
     conversations = []
-    with open(path, 'rb') as file:                 # bytes: a line ends at \n and nowhere else, as JSONL has it
+    with open(path, 'rb') as file:                 # bytes: in JSONL only \n ends a line
         for number, line in enumerate(file, 1):
             if line.strip():
                 conversations.append(parse_conversation(line, f'{path}, line {number}'))
@@ -70,17 +67,17 @@ def read_conversations(path):
 
 
 def parse_conversation(line, where='conversation'):
-    """Return the messages of one line, as bytes. Raise ValueError if it is not one conversation."""
+    """Return the messages of one line, given as bytes. Raise ValueError if it is not a conversation."""
     messages = parse_json(line, where, {'messages': [{'role': str, 'content': str}]})['messages']
     try:
-        check_messages(messages, last='assistant')
+        check_messages(messages)
     except ValueError as error:
         raise ValueError(f'{where}: {error}') from None
     return messages
 
 
-def check_messages(messages, last):
-    """Raise ValueError unless user and assistant take turns, user first and `last` last, and all say something."""
+def check_messages(messages):
+    """Raise ValueError unless user and assistant alternate, user first and assistant last, and no content is empty."""
     if not messages:
         raise ValueError('a conversation needs at least one message')
     for i, message in enumerate(messages):
@@ -97,15 +94,15 @@ def check_messages(messages, last):
                 raise ValueError(f'message {i + 1} opens <think> but never closes it')
             if not answer.strip():
                 raise ValueError(f'message {i + 1} has no answer after </think>')
-    if role != last:
-        raise ValueError(f'the last message is of the {role}, must be of the {last}')
+    if role != 'assistant':
+        raise ValueError(f'the last message is of the {role}, must be of the assistant')
 
 
 def split_think(content):
     """Return (reasoning or None, answer) of an assistant's content; the answer is None if <think> is not closed.
 
-    A think block stands at the very start (after white space at most) and ends at the first </think>. Anywhere
-    else the two tags are plain text, as in an answer about them. White space inside and after the block stays.
+    A think block is at the start, after optional white space, and ends at the first </think>. Elsewhere the two tags
+    are plain text. White space inside and after the block is kept.
     """
     block = content.lstrip()
     if not block.startswith('<think>'):
@@ -115,10 +112,10 @@ def split_think(content):
 
 
 def render(messages, enc):
-    """Return the sample that messages make: a list of Turns. If the last message is the user's, its turn has no reply.
+    """Return the sample of a conversation, a list of Turns.
 
-    encode_ordinary turns the text into ordinary tokens, whatever it looks like: content cannot forge a special token.
-    Raise ValueError if the tokenizer has no such special tokens.
+    encode_ordinary makes ordinary tokens of any text, so content cannot contain a special token. Raise ValueError if
+    the tokenizer lacks the special tokens.
     """
     names = ['<|user|>', '<|assistant|>', '<|end|>', '<think>', '</think>']
     try:
@@ -126,15 +123,11 @@ def render(messages, enc):
     except KeyError:
         raise ValueError(f'the tokenizer lacks one of the special tokens {" ".join(names)}') from None
     sample = []
-    for i in range(0, len(messages), 2):
-        prompt = [user, *enc.encode_ordinary(messages[i]['content']), end, assistant]
-        reasoning, reply = [], []
-        if i + 1 < len(messages):
-            think, answer = split_think(messages[i + 1]['content'])
-            if think is not None:
-                reasoning = [open_think, *enc.encode_ordinary(think), close_think]
-            reply = [*enc.encode_ordinary(answer), end]
-        sample.append(Turn(prompt, reasoning, reply))
+    for question, reply in zip(messages[::2], messages[1::2]):
+        think, answer = split_think(reply['content'])
+        prompt = [user, *enc.encode_ordinary(question['content']), end, assistant]
+        reasoning = [] if think is None else [open_think, *enc.encode_ordinary(think), close_think]
+        sample.append(Turn(prompt, reasoning, [*enc.encode_ordinary(answer), end]))
     return sample
 
 
@@ -144,8 +137,7 @@ def length(sample):
 
 
 def flatten(sample):
-    """Return (tokens, scored) of a sample, two lists of one length. scored[i]: the assistant says token i, so the loss
-    counts it."""
+    """Return (tokens, scored) of a sample, lists of equal length. scored[i]: the loss covers token i."""
     tokens, scored = [], []
     for prompt, think, answer in sample:
         tokens += prompt + think + answer
@@ -153,25 +145,16 @@ def flatten(sample):
     return tokens, scored
 
 
-def prompt_tokens(messages, enc):
-    """Return the tokens to which a model adds the assistant's next turn, until it says <|end|>.
-
-    messages: as in a conversation, but the user's is the last. Raise ValueError if they are not.
-    """
-    check_messages(messages, last='user')
-    return flatten(render(messages, enc))[0]
-
-
 # --- trimming ----------------------------------------------------------------------------------------------
-# A rule takes a sample and a budget, a number of tokens, and returns (the trimmed sample or None, what was done).
+# A rule takes a sample and a budget in tokens, and returns (the trimmed sample or None, the outcome: one of OUTCOMES).
 
 
 def ap_trim(sample, budget):
-    """Trim to `budget` tokens, preserving answers: keep every question and answer whole, and what reasoning fits.
+    """Trim a sample to `budget` tokens: keep all questions and answers, and as much reasoning as fits.
 
-    Return None as the sample only if questions and answers alone have more than `budget` tokens. A larger budget never
-    gives a shorter result, nor one by a later rule. It may leave less of the last turn's reasoning in one case only:
-    where it lets rule 2 do, which keeps the earlier turns' reasoning, instead of rule 3, which drops it.
+    The sample is None only if questions and answers alone exceed the budget. A larger budget never gives a shorter
+    result or a later rule. It keeps less of the last turn's reasoning only where rule 2, which keeps the earlier turns'
+    reasoning, replaces rule 3, which drops it.
     """
     if length(sample) <= budget:
         return sample, 'kept'
@@ -184,13 +167,13 @@ def ap_trim(sample, budget):
 
 
 def cut_last(sample, budget):
-    """Return the sample with the longest start of its last reasoning that fits; None if it does not even fit without.
+    """Return the sample with the longest prefix of its last reasoning that fits; None if it does not fit without any.
 
-    The tags stay around what is kept. If not one token of the reasoning fits between them, the tags are left out too:
-    an empty block would teach the model to stop thinking at once, and might not fit.
+    The prefix keeps its tags. If no token fits between them, the tags are dropped too: an empty block would teach the
+    model to end its reasoning at once.
     """
     think = sample[-1].think
-    room = budget - (length(sample) - len(think))  # what all else leaves for reasoning and tags
+    room = budget - (length(sample) - len(think))  # for the reasoning and its tags
     if room < 0:
         return None
     if room < len(think):
@@ -199,7 +182,7 @@ def cut_last(sample, budget):
 
 
 def truncate(sample, budget):
-    """Keep the first `budget` tokens, whatever they are: a long sample loses its answer, and some of its reasoning."""
+    """Keep the first `budget` tokens: a long sample loses its answer and part of its reasoning."""
     if length(sample) <= budget:
         return sample, 'kept'
     start, room = [], budget
@@ -215,50 +198,57 @@ def truncate(sample, budget):
 
 
 def drop(sample, budget):
-    """Keep the sample if it fits `budget` tokens, else nothing of it."""
+    """Keep the sample only if it has at most `budget` tokens."""
     return (sample, 'kept') if length(sample) <= budget else (None, 'dropped')
 
 
 RULES = {'ap': ap_trim, 'truncate': truncate, 'drop': drop}
-OUTCOMES = 'kept', 'cut', 'earlier dropped', 'truncated', 'dropped'      # what the rules say that they did
+OUTCOMES = 'kept', 'cut', 'earlier dropped', 'truncated', 'dropped'
 
 
 def trim(samples, budget, rule='ap'):
-    """Trim many samples (any iterable) to `budget` tokens by one rule.
+    """Trim an iterable of samples to `budget` tokens by one rule.
 
-    Return ([(tokens, scored)], Counter of what was done). tokens (int32) and scored (bool) are those of `flatten`, but
-    as arrays, which take a tenth of the memory of lists.
+    Return ([(tokens, scored)], Counter of the outcomes). tokens (int32) and scored (bool) are those of `flatten` as
+    arrays, which take a tenth of the memory of lists.
     """
-    flat, done = [], Counter()
+    flat, outcomes = [], Counter()
     for sample in samples:
-        trimmed, what = RULES[rule](sample, budget)
-        done[what] += 1
+        trimmed, outcome = RULES[rule](sample, budget)
+        outcomes[outcome] += 1
         if trimmed is not None:
             tokens, scored = flatten(trimmed)
             flat.append((np.array(tokens, np.int32), np.array(scored, bool)))
-    return flat, done
+    return flat, outcomes
+
+
+def trim_and_report(name, samples, budget, rule):
+    """Trim as `trim` does, print the outcomes under this name, and return [(tokens, scored)]."""
+    flat, outcomes = trim(samples, budget, rule)
+    counts = ', '.join(f'{outcomes[outcome]:,} {outcome}' for outcome in OUTCOMES if outcomes[outcome])
+    print(f'{name}, {rule} to {budget:,} tokens: {counts}')
+    return flat
 
 
 # --- packing -----------------------------------------------------------------------------------------------
 
 
 def pack(lengths, capacity):
-    """Pack by best-fit decreasing: return bins, each a list of indices into lengths, every index in exactly one bin.
+    """Pack by best-fit decreasing. Return bins, each a list of indices into lengths; each index is in exactly one bin.
 
-    lengths: the number of tokens of each sample. The longest first (of equally long ones the first), each goes into the
-    fullest bin that has room for it. Which of several bins with equally much space left makes no difference, so it is
-    enough to keep a sorted list of the different spaces, at most `capacity` of them: to find one is a binary search,
-    and a million samples pack in seconds.
-    Raise ValueError for a sample that is empty or longer than capacity.
+    lengths: the number of tokens per sample. The longest sample comes first (of equal lengths the one listed first),
+    and goes into the fullest bin that has room for it. Bins with the same space left are interchangeable, so a sorted
+    list of the distinct spaces, at most `capacity`, is enough: a binary search finds the bin, and a million samples
+    pack in seconds. Raise ValueError for a sample that is empty or longer than capacity.
     """
     bins = []
-    spaces = []                                    # ascending, each once: the spaces that the bins have left
-    with_space = defaultdict(list)                 # space -> the bins that have exactly that left
+    spaces = []                                    # the distinct spaces left in bins, ascending
+    with_space = defaultdict(list)                 # space -> the bins with exactly this space left
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         n = lengths[i]
         if not 1 <= n <= capacity:
             raise ValueError(f'sample {i} has {n} tokens, must be 1 to {capacity}: trim it first')
-        at = bisect_left(spaces, n)                # the smallest space that is enough
+        at = bisect_left(spaces, n)                # the smallest sufficient space
         if at < len(spaces):
             space = spaces[at]
             b = with_space[space].pop()
@@ -276,26 +266,25 @@ def pack(lengths, capacity):
 
 
 def padding(lengths, bins, capacity):
-    """Return (the share of all positions that no sample fills, the fewest bins that could do: ceil(sum / capacity)).
+    """Return (the fraction of positions that are padding, the lower bound ceil(sum(lengths) / capacity) on bins).
 
-    lengths: the number of tokens of each sample; bins: what `pack` returned.
+    lengths: the number of tokens per sample; bins: the result of `pack`.
     """
     total = sum(lengths)
     return 1 - total / (len(bins) * capacity), -(-total // capacity)
 
 
 def write_packed(splits, out, capacity, enc):
-    """Write a packed set into the folder out, with its tokenizer enc; meta.json comes last, as in prepare.py.
+    """Write a packed dataset with its tokenizer enc to the folder out; meta.json comes last, as in prepare.py.
 
-    splits: {"train": [(tokens, scored), ...], "val": [...], ...}, samples as `flatten` gives them. For each split:
+    splits: {"train": [(tokens, scored), ...], "val": [...], ...}, samples as `flatten` returns them. Per split:
 
-        train.bin    windows * capacity tokens; the rest of a window, behind its samples, is filled with token 0
-        train.flags  a byte for each of these positions. Bit 0, SCORED: the next token is this position's target.
-                     Bit 1, STARTS: a document starts here (the filling counts as one). A document is predicted from
-                     nothing but itself, so its first token is no position's target.
-        meta.json    vocab_size, "tokenizer" (its digest), dtype, "packed": capacity, and for each split "tokens" (those
-                     of its samples, filling not counted), "documents", "windows" and "padding", the share of positions
-                     filled
+        train.bin    windows * capacity tokens; each window is padded at its end with token 0
+        train.flags  one byte per position. Bit 0, SCORED: the next token is the target of this position. Bit 1, STARTS:
+                     a document starts here; the padding counts as one. Documents do not attend to each other, so the
+                     first token of a document is not a target.
+        meta.json    vocab_size, "tokenizer" (its digest), dtype, "packed": capacity, and per split "tokens" (without
+                     padding), "documents", "windows" and "padding", its fraction of all positions
 
     Raise ValueError, before anything is written, if a sample does not fit or a split has no target.
     """
@@ -311,33 +300,43 @@ def write_packed(splits, out, capacity, enc):
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'meta.json').unlink(missing_ok=True)    # from here on, the folder is unfinished
+    (out / 'meta.json').unlink(missing_ok=True)    # from here on, the folder is incomplete
     save_tokenizer(out / 'bpe.json', enc)
     dtype = token_dtype(enc.n_vocab)
     meta = {'vocab_size': enc.n_vocab, 'tokenizer': digest(enc), 'dtype': dtype.name, 'packed': capacity}
     for split, bins in packed.items():
-        samples, n_scored = splits[split], 0
-        for suffix in ('bin', 'flags'):            # not overwritten: a run may have them mapped into memory
-            (out / f'{split}.{suffix}').unlink(missing_ok=True)
-        with open(out / f'{split}.bin', 'wb') as bin_file, open(out / f'{split}.flags', 'wb') as flags_file:
-            for members in bins:
-                window, flags = np.zeros(capacity, dtype), np.zeros(capacity, np.uint8)
-                at = 0
-                for tokens, scored in (samples[i] for i in members):
-                    end = at + len(tokens)
-                    window[at:end] = tokens
-                    flags[at:end - 1] = np.asarray(scored[1:], bool) * SCORED
-                    flags[at] |= STARTS
-                    at = end
-                if at < capacity:
-                    flags[at] = STARTS
-                n_scored += np.count_nonzero(flags & SCORED)
-                bin_file.write(window.tobytes())
-                flags_file.write(flags.tobytes())
-        lengths = [len(tokens) for tokens, _ in samples]
-        fraction, fewest = padding(lengths, bins, capacity)
-        meta[split] = {'tokens': sum(lengths), 'documents': len(samples), 'windows': len(bins),
-                       'padding': round(fraction, 6)}
-        print(f'{split}.bin: {len(samples):,} documents, {sum(lengths):,} tokens ({n_scored:,} scored), '
-              f'{len(bins):,} windows of {capacity:,} (at least {fewest:,}), {fraction:.2%} padding')
+        meta[split] = write_windows(out / f'{split}.bin', splits[split], bins, capacity, dtype)
     write_meta(out, meta)
+
+
+def write_windows(path, samples, bins, capacity, dtype):
+    """Write the windows of one split to path and their flags next to it. Return the split's entry in meta.json."""
+    flags_path, n_scored = path.with_suffix('.flags'), 0
+    for file in path, flags_path:                  # not overwritten: a running training may have them memory-mapped
+        file.unlink(missing_ok=True)
+    with open(path, 'wb') as bin_file, open(flags_path, 'wb') as flags_file:
+        for members in bins:
+            window, flags = fill_window([samples[i] for i in members], capacity, dtype)
+            n_scored += np.count_nonzero(flags & SCORED)
+            bin_file.write(window.tobytes())
+            flags_file.write(flags.tobytes())
+    lengths = [len(tokens) for tokens, _ in samples]
+    fraction, fewest = padding(lengths, bins, capacity)
+    print(f'{path.name}: {len(samples):,} documents, {sum(lengths):,} tokens ({n_scored:,} scored), '
+          f'{len(bins):,} windows of {capacity:,} (at least {fewest:,}), {fraction:.2%} padding')
+    return {'tokens': sum(lengths), 'documents': len(samples), 'windows': len(bins), 'padding': round(fraction, 6)}
+
+
+def fill_window(samples, capacity, dtype):
+    """Return (tokens, flags), arrays of length capacity, of one window with these samples."""
+    window, flags = np.zeros(capacity, dtype), np.zeros(capacity, np.uint8)
+    start = 0
+    for tokens, scored in samples:
+        end = start + len(tokens)
+        window[start:end] = tokens
+        flags[start:end - 1] = np.asarray(scored[1:], bool) * SCORED
+        flags[start] |= STARTS
+        start = end
+    if start < capacity:
+        flags[start] = STARTS
+    return window, flags

@@ -1,10 +1,10 @@
 """Byte-level byte pair encoding (BPE): text to integers and back.
 
-A token is a number that stands for a few bytes. A vocabulary starts as the 256 single bytes, so any data at all can
-be written in it. Training then repeats one step: find the pair of neighbouring tokens that occurs most often, and make
-it one new token. Common words end up as one token, rare ones as a few (Sennrich et al. 2016; on bytes: GPT-2, 2019).
+A token is an integer that stands for a few bytes. The vocabulary starts as the 256 single bytes, so it can encode any
+data. Training repeats one step: find the most frequent pair of adjacent tokens, and add it to the vocabulary as a new
+token. Common words end up as one token, rare words as a few (Sennrich et al. 2016; on bytes: GPT-2, 2019).
 
-Training is here, in plain Python; encoding is left to `tiktoken`, which replays the merges much faster.
+Training is implemented here, in plain Python; `tiktoken` applies the merges when encoding, which is much faster.
 """
 
 import base64
@@ -20,62 +20,69 @@ import tiktoken
 
 from validate import read_json, reading
 
-# Text is first cut into pieces, and no token crosses a cut: otherwise ` the,`, ` the.` and so on would each become a
-# token of their own. At each position the first alternative that matches is taken. None looks ahead or backtracks, so
-# that the time tiktoken takes to cut grows only linearly with the text, whatever it holds.
+# Pre-tokenization: text is first split into pieces, and no token crosses a boundary; otherwise ` the,`, ` the.` and so
+# on would each become a token. At each position the first alternative that matches is taken. None looks ahead or
+# backtracks, so splitting takes linear time for any text.
 PATTERN = (
-    r'[^\r\n\p{L}\p{N}]?\p{L}+|'                   # a word and the one sign before it: ` if`, `.append`
-    r'\p{N}{1,3}|'                                 # digits in threes: long numbers share their tokens
-    r' ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|'       # punctuation; at the end of a line the newline and the
-                                                   # next line's indentation too: `):\n    ` is one token
+    r'[^\r\n\p{L}\p{N}]?\p{L}+|'                   # a word and one character before it: ` if`, `.append`
+    r'\p{N}{1,3}|'                                 # digits in groups of three
+    r' ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|'       # punctuation; at the end of a line with the newline and
+                                                   # the next line's indentation: `):\n    ` is one token
     r'\s*[\r\n][ \t]*|'                            # blank lines, then the indentation that follows
     r'\s+'                                         # spaces and tabs inside a line
 )
 
-# Tokens that no text contains: `encode_ordinary` spells these strings out in ordinary tokens, so a document cannot
-# forge one. Their numbers follow those of the ordinary tokens; enc.encode_single_token("<|user|>") returns one.
+# `encode_ordinary` encodes these strings as ordinary tokens, so a document cannot contain a special token. Their IDs
+# follow those of the ordinary tokens; enc.encode_single_token("<|user|>") returns one.
 SPECIAL_TOKENS = [
     '<|endoftext|>',                               # ends each document of the training files
-    '<|user|>',                                    # a user's turn begins
-    '<|assistant|>',                               # the model's turn begins
-    '<|end|>',                                     # a turn ends
-    '<think>',                                     # reasoning begins; the answer comes after
-    '</think>',                                    # reasoning ends
+    '<|user|>',                                    # starts a user turn
+    '<|assistant|>',                               # starts the model's turn
+    '<|end|>',                                     # ends a turn
+    '<think>',                                     # starts the reasoning, which precedes the answer
+    '</think>',                                    # ends the reasoning
 ]
 
 PROBE = ''.join(f'{chr(c)}a {chr(c)}{chr(c)}b1\n' for c in [*range(128), 0xe9, 0x6f22, 0x300, 0x1f642])
-MAX_PIECE = 64    # bytes; longer pieces (base64, DNA) are cut for training, because a merge rewrites whole pieces
+MAX_PIECE = 64    # bytes; longer pieces (base64, DNA) are split for training, because a merge rewrites whole pieces
 
 
 def train_bpe(texts, vocab_size):
-    """Learn a vocabulary of vocab_size tokens: 256 bytes, then merges, then SPECIAL_TOKENS.
+    """Train a vocabulary of vocab_size tokens: 256 bytes, then merges, then SPECIAL_TOKENS. Return a tiktoken.Encoding.
 
-    texts: iterable of str. Return a tiktoken.Encoding; it has fewer tokens than vocab_size, and a line printed says so,
-    if no pair in the texts repeats any more. The same texts always give the same vocabulary.
-    Raise ValueError if vocab_size has no room for the bytes and the special tokens.
-
-    Counting all pairs anew for each merge would take time in proportion to corpus x merges. Three things make it fast:
-      - equal pieces are stored once, with their count: 10 MB of source has only some 70,000 different pieces;
-      - a merge touches only the pieces that contain its pair (`where`), and only their pairs are recounted;
-      - the commonest pair is taken from a heap. When a count changes, its old entry stays in the heap, and is
-        recognised as old when it comes out on top ("lazy deletion").
+    texts: iterable of str. If no pair of tokens occurs twice any more, the vocabulary is smaller, and a line printed
+    says so. Training is deterministic. Raise ValueError if vocab_size is too small for the bytes and special tokens.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise ValueError(f'vocab_size is {vocab_size}, but the bytes and special tokens need {smallest}')
-
     pieces = Counter()
     for text in texts:
         pieces.update(regex.findall(PATTERN, text))
-    words, counts = [], []                         # a piece as a list of tokens; how often it occurs
+    enc = make_encoding(PATTERN, learn_merges(pieces, vocab_size - len(SPECIAL_TOKENS)), SPECIAL_TOKENS)
+    if enc.n_vocab < vocab_size:
+        print(f'no pair repeats any more: the vocabulary has {enc.n_vocab} tokens, not {vocab_size}')
+    return enc
+
+
+def learn_merges(pieces, n_tokens):
+    """Return at most n_tokens tokens as bytes: the 256 single bytes, then the merged pairs, most frequent first.
+
+    pieces: Counter of str. Recounting all pairs after each merge would take time proportional to corpus x merges.
+    Instead
+      - equal pieces are stored once, with their count: 10 MB of source code has only about 70,000 different pieces;
+      - a merge updates only the pieces that contain its pair (`where`), and recounts only their pairs;
+      - a heap gives the most frequent pair, with lazy deletion: when a count changes, the outdated entry stays in the
+        heap and is discarded when it is popped.
+    """
+    words, counts = [], []                         # a piece as a list of tokens; its number of occurrences
     for piece, count in pieces.items():
         piece = piece.encode('utf-8')
         for i in range(0, len(piece), MAX_PIECE):
             words.append(list(piece[i:i + MAX_PIECE]))
             counts.append(count)
-
     pair_counts = Counter()                        # (left, right) -> occurrences in the corpus
-    where = defaultdict(set)                       # (left, right) -> the words it occurs in, or once did
+    where = defaultdict(set)                       # (left, right) -> indices of the words that contain it or once did
     for w, word in enumerate(words):
         for pair in pairwise(word):
             pair_counts[pair] += counts[w]
@@ -84,39 +91,37 @@ def train_bpe(texts, vocab_size):
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
 
-    tokens = [bytes([b]) for b in range(256)]      # tokens[i]: the bytes that token i stands for
-    while len(tokens) < vocab_size - len(SPECIAL_TOKENS) and heap:
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < n_tokens and heap:
         negative_count, pair = heapq.heappop(heap)
         count = pair_counts[pair]
-        if count < 2:                              # a pair seen once is no pattern
-            continue
-        if count != -negative_count:               # an old entry: the count has fallen since then
+        if count >= 2 and count != -negative_count:             # an outdated entry
             heapq.heappush(heap, (-count, pair))
-            continue
-        new = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        fresh = set()                              # pairs that contain the new token
-        for w in where.pop(pair):
-            merged = merge(words[w], pair, new)
-            for old in pairwise(words[w]):
-                pair_counts[old] -= counts[w]
-            for now in pairwise(merged):
-                pair_counts[now] += counts[w]
-                if new in now:
-                    where[now].add(w)
-                    fresh.add(now)
-            words[w] = merged
-        for now in fresh:
-            heapq.heappush(heap, (-pair_counts[now], now))
+        elif count >= 2:                                        # merge only pairs that occur more than once
+            for new_pair in merge_everywhere(words, counts, pair, len(tokens), pair_counts, where):
+                heapq.heappush(heap, (-pair_counts[new_pair], new_pair))
+            tokens.append(tokens[pair[0]] + tokens[pair[1]])
+    return tokens
 
-    enc = make_encoding(PATTERN, tokens, SPECIAL_TOKENS)
-    if enc.n_vocab < vocab_size:
-        print(f'no pair repeats any more: the vocabulary has {enc.n_vocab} tokens, not {vocab_size}')
-    return enc
+
+def merge_everywhere(words, counts, pair, new, pair_counts, where):
+    """Replace the pair by the token `new` in all words; update pair_counts and where. Return the pairs with `new`."""
+    new_pairs = set()
+    for w in where.pop(pair):
+        merged = merge(words[w], pair, new)
+        for old_pair in pairwise(words[w]):
+            pair_counts[old_pair] -= counts[w]
+        for new_pair in pairwise(merged):
+            pair_counts[new_pair] += counts[w]
+            if new in new_pair:
+                where[new_pair].add(w)
+                new_pairs.add(new_pair)
+        words[w] = merged
+    return new_pairs
 
 
 def merge(word, pair, new):
-    """Return the list of tokens `word` with each pair, from left to right, replaced by the token new."""
+    """Return the list of tokens `word` with each occurrence of the pair, from left to right, replaced by `new`."""
     merged, i = [], 0
     while i < len(word):
         if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
@@ -131,9 +136,9 @@ def merge(word, pair, new):
 def make_encoding(pattern, tokens, special_tokens):
     """Return a tiktoken.Encoding.
 
-    pattern: the regular expression that cuts text; tokens: their bytes, in the order in which they were learned;
-    special_tokens: names, numbered after the tokens. tiktoken keeps no list of merges: it joins the neighbours whose
-    joint bytes come first in `tokens`. That is the same thing, because in BPE no two pairs ever make the same bytes.
+    pattern: the regular expression that splits text; tokens: their bytes, in the order learned; special_tokens: names,
+    whose IDs follow. tiktoken has no list of merges: it merges the adjacent pair whose concatenated bytes come first in
+    `tokens`. This is equivalent, since no two pairs that BPE merges have the same bytes.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     special = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
@@ -141,9 +146,9 @@ def make_encoding(pattern, tokens, special_tokens):
 
 
 def gpt2_encoding():
-    """Return GPT-2's vocabulary (downloaded by tiktoken, then cached) with our special tokens after its 50257 tokens.
+    """Return GPT-2's vocabulary (downloaded by tiktoken, then cached) with SPECIAL_TOKENS after its 50257 tokens.
 
-    `<|endoftext|>` stays GPT-2's own, 50256. Raise ValueError if the download fails.
+    `<|endoftext|>` keeps GPT-2's ID, 50256. Raise ValueError if the download fails.
     """
     try:
         gpt2 = tiktoken.get_encoding('gpt2')
@@ -157,10 +162,10 @@ def gpt2_encoding():
 
 
 def encode_bytes(enc, data):
-    """Return the tokens, a list of int, of any bytes: enc.decode_bytes(encode_bytes(enc, data)) == data.
+    """Return the tokens of any bytes, so that enc.decode_bytes(encode_bytes(enc, data)) == data.
 
     tiktoken encodes str only, and not all bytes are valid UTF-8. "surrogateescape" decodes an invalid byte to a code
-    point that no valid text contains; the text is cut there, and that byte becomes a token by itself.
+    point that no valid text contains; the text is split there, and the byte becomes a single token.
     """
     parts = re.split('([\udc80-\udcff])', data.decode('utf-8', 'surrogateescape'))
     tokens = enc.encode_ordinary(parts[0])
@@ -171,7 +176,7 @@ def encode_bytes(enc, data):
 
 
 def content_of(enc):
-    """Return what the file of an encoding of train_bpe, make_encoding or gpt2_encoding holds, as a dict."""
+    """Return the content of the encoding's file, a dict, for an encoding made by a function of this module."""
     if enc.name == 'gpt2':
         return {'encoding': 'gpt2'}
     n_ordinary = enc.n_vocab - len(enc.special_tokens_set)
@@ -181,19 +186,18 @@ def content_of(enc):
 
 
 def digest(enc):
-    """Return 16 characters that are the same for equal encodings only: what is made with one, and later read with
-    another, would be wrong without a sign of it."""
+    """Return a hash of 16 characters. It is stored with tokens and models, to check that they use this encoding."""
     return hashlib.sha256(json.dumps(content_of(enc)).encode('ascii')).hexdigest()[:16]
 
 
 def save_tokenizer(path, enc):
-    """Write an encoding as JSON; load_tokenizer reads it."""
+    """Write an encoding as JSON, for load_tokenizer."""
     with open(path, 'w', encoding='utf-8') as file:
         json.dump(content_of(enc), file, indent=0)
 
 
 def load_tokenizer(path):
-    """Return the encoding in a file of save_tokenizer. Raise ValueError if the file is missing or damaged."""
+    """Return the encoding in a file that save_tokenizer wrote. Raise ValueError if it is missing or damaged."""
     content = read_json(path, ({'pattern': str, 'tokens': [str], 'special_tokens': [str]}, {'encoding': 'gpt2'}))
     if 'encoding' in content:
         return gpt2_encoding()
@@ -204,7 +208,7 @@ def load_tokenizer(path):
             raise ValueError('the tokens are not 256 bytes and different merges')
         if len(set(special)) < len(special) or '' in special or SPECIAL_TOKENS[0] not in special:
             raise ValueError(f'the special tokens are not different names, {SPECIAL_TOKENS[0]} among them')
-        # tiktoken panics at a pattern that matches nothing, and leaves out of a text what no piece covers.
+        # tiktoken panics if the pattern matches the empty string, and drops text that it does not match.
         pieces = regex.findall(content['pattern'], PROBE, timeout=1)
         if '' in pieces or ''.join(pieces) != PROBE:
             raise ValueError('the pattern does not cut a text into pieces that make it up')

@@ -1,1 +1,1 @@
-"""Tasks whose answers can be verified, and the client of a server that solves them."""
+"""Tasks with verifiable answers, and the client of a server that answers them."""

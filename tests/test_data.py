@@ -346,7 +346,7 @@ def test_interrupted_prepare_is_not_taken_for_a_complete_one(tmp_path, monkeypat
 
 def write_tokens(folder, tokens, vocab_size=1000, dtype='uint16'):
     counts = {'tokens': len(tokens), 'bytes': len(tokens), 'files': 1}
-    meta = {'vocab_size': vocab_size, 'dtype': dtype, 'train': counts, 'val': counts}
+    meta = {'vocab_size': vocab_size, 'tokenizer': '', 'dtype': dtype, 'train': counts, 'val': counts}
     (folder / 'meta.json').write_text(json.dumps(meta))
     for split in ('train', 'val'):
         np.array(tokens, dtype).tofile(folder / f'{split}.bin')
@@ -423,7 +423,7 @@ def damage_tokens(folder, damage):
     elif damage == 'meta is a list':
         meta.write_text('[]')
     elif damage == 'no split in meta':
-        meta.write_text(json.dumps({'vocab_size': 9, 'dtype': 'uint16'}))
+        meta.write_text(json.dumps({'vocab_size': 9, 'tokenizer': '', 'dtype': 'uint16'}))
     elif damage == 'strange dtype':
         meta.write_text(json.dumps(content | {'dtype': 'float16'}))
     elif damage == 'other dtype':

@@ -68,19 +68,19 @@ def test_packed_windows_demand_their_own_context(folders):
 
 
 class Counter:
-    """A stand-in for a TokenLoader: row n is the number n."""
+    """A stand-in for a TokenLoader: sequence n is [n]."""
     batch_size, context, vocab_size, n_tokens, n_windows, packed = 4, 1, 2, 1, 1, 0
 
-    def row(self, position):
+    def sequence(self, position):
         return (np.array([position]),) * 3
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(0, 600), st.integers(0, 9))
-def test_a_mixture_keeps_the_weights_and_skips_and_repeats_no_row(weights, n_batches, seed):
+def test_a_mixture_keeps_the_weights_and_skips_and_repeats_no_sequence(weights, n_batches, seed):
     seen = []
     loaders = [Counter() for _ in weights]
     for k, loader in enumerate(loaders):
-        loader.row = lambda position, k=k: seen.append((k, position)) or (np.array([position]),) * 3
+        loader.sequence = lambda position, k=k: seen.append((k, position)) or (np.array([position]),) * 3
     mixture = MixtureLoader(loaders, weights, seed)
     for index in range(n_batches):
         mixture.batch(index)

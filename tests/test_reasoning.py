@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import data.reasoning
 from data.chat.prepare import ChatConfig, prepare_chat, texts
 from data.reasoning import (OUTCOMES, RULES, SCORED, STARTS, Turn, ap_trim, drop, flatten, length, pack, padding,
-                            prompt_tokens, read_conversations, render, split_think, trim, truncate, write_packed)
+                            read_conversations, render, split_think, trim, truncate, write_packed)
 from data.tokenizer import PATTERN, SPECIAL_TOKENS, load_tokenizer, make_encoding, save_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,15 +76,6 @@ def test_special_strings_in_content_stay_ordinary_text(turns):
     assert [token for token in tokens if token in SPECIAL.values()] == [SPECIAL[name] for name in expected]
 
 
-@given(conversations())
-def test_prompt_is_all_that_comes_before_the_reply(turns):
-    messages = messages_of(turns)
-    tokens, scored = flatten(render(messages, ENC))
-    prompt = prompt_tokens(messages[:-1], ENC)
-    assert tokens[:len(prompt)] == prompt and prompt[-1] == SPECIAL['<|assistant|>']
-    assert all(scored[len(prompt):]) and not scored[len(prompt) - 1]
-
-
 @pytest.mark.parametrize('content, expected', [
     ('answer', (None, 'answer')),
     ('\n<think>\nt\n</think>\n\na', ('\nt\n', '\n\na')),       # white space is the model's to learn
@@ -98,17 +89,10 @@ def test_a_think_block_starts_the_content_and_ends_at_the_first_closing_tag(cont
     assert split_think(content) == expected
 
 
-@pytest.mark.parametrize('messages', [[], [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]])
-def test_prompt_needs_a_question_last(messages):
-    with pytest.raises(ValueError) as raised:
-        prompt_tokens(messages, ENC)
-    one_line(raised)
-
-
 def test_tokenizer_without_the_special_tokens_is_an_error():
     enc = make_encoding(PATTERN, [bytes([b]) for b in range(256)], ['<|endoftext|>'])
     with pytest.raises(ValueError, match='lacks') as raised:
-        render([{'role': 'user', 'content': 'q'}], enc)
+        render(messages_of([('q', '', None, 'a')]), enc)
     one_line(raised)
 
 

@@ -1,13 +1,13 @@
-"""A packed set from your own conversations: JSONL, with or without reasoning, in the format of data/reasoning.py.
-From the project's root:
+"""Write a packed dataset from your own conversations: JSONL, with or without reasoning, in the format of
+data/reasoning.py. From the project's root:
 
     python -m data.chat.prepare FILE.jsonl... [--out=DIR] [--context=N] [--rule=ap|truncate|drop]
                                 [--vocab_size=N] [--tokenizer_from=FOLDER]
 
-Samples are trimmed to the context by the rule and packed into windows of that size. For a longer context later,
-prepare again with a larger --context and the first folder as --tokenizer_from. The same flag lets this set share its
-vocabulary with another, so that one model learns from both. About 5% of the conversations are val, chosen by a hash of
-the first question: conversations that begin with the same question are all on the same side.
+Samples are trimmed to the context by the rule and packed into windows of that size. To train with a longer context
+later, prepare again with a larger --context and the first folder as --tokenizer_from. The same flag gives two datasets
+one vocabulary, so that a model can train on both. About 5% of the conversations are val, chosen by a hash of the first
+question: conversations with the same first question are in the same split.
 """
 
 import sys
@@ -16,24 +16,24 @@ from pathlib import Path
 
 import configurator
 from data.prepare import split_documents
-from data.reasoning import OUTCOMES, RULES, read_conversations, render, split_think, trim, write_packed
+from data.reasoning import RULES, read_conversations, render, split_think, trim_and_report, write_packed
 from data.tokenizer import load_tokenizer, train_bpe
 
 
 @dataclass
 class ChatConfig:
     out: str = str(Path(__file__).parent)          # folder to write: data/chat
-    context: int = 256                             # tokens in a window
-    rule: str = 'ap'                               # what is done to longer samples: 'ap', 'truncate' or 'drop'
+    context: int = 256                             # tokens per window
+    rule: str = 'ap'                               # how longer samples are shortened: 'ap', 'truncate' or 'drop'
     vocab_size: int = 4096                         # tokens of the vocabulary that is trained
-    tokenizer_from: str = ''                       # a prepared folder whose tokenizer is taken; '': one is trained
+    tokenizer_from: str = ''                       # a prepared folder whose tokenizer is used; '': train one
 
     def __post_init__(self):
         configurator.check_ranges(self, context=(1, 10**7), rule=tuple(RULES))
 
 
 def prepare_chat(paths, config):
-    """Read the JSONL files in paths, render, trim, pack and write as the ChatConfig says.
+    """Read the JSONL files in paths; tokenize, trim, pack and write their conversations as the ChatConfig says.
 
     Raise ValueError for no paths, bad lines and too few conversations.
     """
@@ -43,7 +43,7 @@ def prepare_chat(paths, config):
     if len(conversations) < 2:
         raise ValueError('there is a single conversation: too few to split into train and val')
 
-    # As documents, for the split: the name, which is hashed, is the question; the data, never empty, is the index.
+    # For split_documents: the name, which is hashed, is the first question; the data is the index.
     documents = [(messages[0]['content'], str(i)) for i, messages in enumerate(conversations)]
     splits = {split: [conversations[int(i)] for _, i in docs] for split, docs in split_documents(documents).items()}
     if config.tokenizer_from:
@@ -58,14 +58,12 @@ def prepare_chat(paths, config):
         n_think = sum(split_think(content)[0] is not None for content in replies)
         print(f'{split}: {len(conversations):,} conversations, {len(replies):,} replies, {n_think:,} with reasoning')
         samples = (render(messages, enc) for messages in conversations)
-        packed[split], done = trim(samples, config.context, config.rule)
-        print(f'{split}, {config.rule} to {config.context:,} tokens:',
-              ', '.join(f'{done[what]:,} {what}' for what in OUTCOMES if done[what]))
+        packed[split] = trim_and_report(split, samples, config.context, config.rule)
     write_packed(packed, config.out, config.context, enc)
 
 
 def texts(conversations):
-    """Yield every text that becomes ordinary tokens: questions, reasoning, answers; not the tags around reasoning."""
+    """Yield every text that becomes ordinary tokens: questions, reasoning and answers, without the <think> tags."""
     for messages in conversations:
         for message in messages:
             parts = split_think(message['content']) if message['role'] == 'assistant' else [message['content']]
@@ -76,8 +74,8 @@ if __name__ == '__main__':
     with configurator.one_line_errors('data.chat.prepare'):
         prepare_chat(*configurator.read_with_files(sys.argv[1:], ChatConfig))
 
-# Recorded output (CPython 3.11.7, one busy core of a server; 1 s in all) for 2000 conversations about sums, of one
-# or two turns, that add digit by digit in a think block. The file is what this program prints:
+# Output (CPython 3.11.7, one busy core of a server; 1 s in total) for 2000 conversations about sums, of one or two
+# turns, with digit-by-digit addition as reasoning. This program prints the file:
 #
 # import json, random
 # random.seed(0)

@@ -1,9 +1,9 @@
-"""Token files from the source of Python's own standard library: about 10 MB of real code and prose that is
-already on the machine, so nothing is downloaded. From the project's root:
+"""Write token files from the source of Python's standard library: about 10 MB of code and prose that is already on
+the machine, so nothing is downloaded. From the project's root:
 
     python -m data.stdlib.prepare [--out=DIR] [--vocab_size=N]
 
-Another Python version gives other text, and so another vocabulary and slightly different losses.
+Other Python versions have different text, so the vocabulary and the losses differ slightly.
 """
 
 import re
@@ -15,11 +15,11 @@ from pathlib import Path
 import configurator
 from data.prepare import prepare
 
-# Folders and files that are not the library (installed packages), would drown it (tests are 60% of all
-# bytes), are tables rather than code (character maps, HTML entities), or belong to one machine's build.
+# Skip what is not the library (installed packages), tests (60% of all bytes), tables (character maps, HTML entities),
+# and what is specific to one build.
 SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'entities.py',
         'python-config.py'}
-# A file written by a program says so near its top. `configuration generated` is sysconfig's record of one build.
+# Generated files say so near the top. `configuration generated` is sysconfig's record of one build.
 GENERATED = re.compile(rb'(auto-?|is |automatically |configuration )generated', re.IGNORECASE)
 
 
@@ -30,7 +30,7 @@ class StdlibConfig:
 
 
 def stdlib_documents(root):
-    """Return [(relative path, bytes)] of the .py files under root worth learning from, sorted by path.
+    """Return [(relative path, bytes)] of the .py files under root, without SKIP and generated files, sorted by path.
 
     Raise ValueError if there are none.
     """
@@ -51,7 +51,7 @@ if __name__ == '__main__':
         config, = configurator.read(sys.argv[1:], StdlibConfig)
         prepare(stdlib_documents(Path(sysconfig.get_path('stdlib'))), config.out, config.vocab_size)
 
-# Recorded output (CPython 3.11.7, one busy core of a server; 11 s in all):
+# Output (CPython 3.11.7, one busy core of a server; 11 s in total):
 #
 # train: 577 files, 9,462,637 bytes
 # val: 24 files, 348,166 bytes
