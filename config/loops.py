@@ -1,20 +1,20 @@
-# The loops task (tasks/loops/): 1.1M parameters learn to reason in rounds. First `python -m tasks.loops.prepare`.
+# The loops task (tasks/loops/) for Markovian RSA, with 1.1M parameters. First `python -m tasks.loops.prepare`.
 out_dir = 'runs/loops'
 dataset = 'tasks/loops/traces:0.5 tasks/loops/votes:0.5'
 n_layer = 4
 n_embd = 128
-n_head = 4              # two KV heads: one sees this token's value, the other that of the token before
+n_head = 4              # two KV heads: one has the value of this token, the other that of the previous token
 n_kv_head = 2
 head_dim = 32
 n_expert = 4
 expert_dim = 128
 router_dim = 32
-batch_size = 8         # 8 * 256 = 2,048 tokens a step: what is learned late, arithmetic, takes steps rather than tokens
+batch_size = 8          # 8 * 256 = 2,048 tokens per step: arithmetic, learned last, needs steps more than tokens
 max_steps = 1000        # 2.0M tokens
 warmup_steps = 20
 lr = 1e-2
 min_lr = 5e-4
-balancer_lr = 3e-3      # experts are then busy for longer with the same tokens
+balancer_lr = 3e-3      # slower, so that tokens change experts less often
 eval_every = 500
 eval_batches = 10
 checkpoint_every = 500

@@ -1,3 +1,3 @@
-# Reinforcement learning from runs/loops (rl.py). First `python train.py config/loops.py`.
+# Reinforcement learning (rl.py), starting from runs/loops. First `python train.py config/loops.py`.
 out_dir = 'runs/rl'
 init_from = 'runs/loops'

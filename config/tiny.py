@@ -1,4 +1,4 @@
-# A few seconds on any machine: the configuration of quick trials and of the tests.
+# For quick trials and tests: a few seconds on any machine.
 out_dir = 'runs/tiny'
 n_layer = 2
 n_embd = 64

@@ -1,9 +1,9 @@
-# The loops task in words, in the chat format (tasks/words/). First `python -m tasks.words.prepare`.
+# The loops task as conversations in words (tasks/words/). First `python -m tasks.words.prepare`.
 out_dir = 'runs/words'
 dataset = 'tasks/words'
 n_layer = 4
 n_embd = 128
-n_head = 4              # two KV heads: one sees this token's value, the other that of the token before
+n_head = 4              # two KV heads: one has the value of this token, the other that of the previous token
 n_kv_head = 2
 head_dim = 32
 n_expert = 4
