@@ -1,14 +1,14 @@
-"""How speed and memory grow with one size at a time: `python -m evidence.scaling`.
+"""Measure how speed and memory grow with one size at a time: `python -m evidence.scaling`.
 
 Claim. A token visits one expert, so its cost does not grow with the number of experts (ZAYA1-8B report, arXiv
 2605.05365, II).
 
 Test. A training step and a decoding step of the small model, with one size changed at a time. A time that grows with
-the experts would refute the claim. What CCA saves a layer: evidence/kv_cache.py.
+the number of experts would refute the claim. What CCA saves per layer: evidence/kv_cache.py.
 
-A plot is drawn if matplotlib is there.
+A plot is saved if matplotlib is installed.
 
-Legend:  B batch   S sequence
+Legend:  B sequences   S tokens per sequence
 """
 import os
 import sys
@@ -20,24 +20,31 @@ from tqdm import tqdm
 
 import configurator
 import decode
-from bench import SMALL, TINY, BenchConfig, alternate, set_up, memory, random_tokens, training, zaya
+from bench import SMALL, TINY, BenchConfig, alternate, memory, random_tokens, set_up, training, zaya
+
+FIGURES = 'training, tokens/s', 'peak memory per step, MiB', 'decode, ms per step'
+
+
+@dataclass
+class ScalingConfig(BenchConfig):
+    plot: str = 'runs/scaling.png'  # the plot's file; '': no plot
 
 
 def sizes_to_try(quick):
-    """Yield (name, value, config, B, S of a training step)."""
+    """Return [(name, value, config, B, S)]: B and S are those of a training step."""
     base = TINY if quick else replace(SMALL, context=8192)
-    S, T = (16, 32) if quick else (256, 4096)                   # tokens of a sequence and of a training step
+    S, T = (16, 32) if quick else (256, 4096)                   # tokens per sequence and per training step
     contexts, experts, depths, batches = ((16, 32), (4, 8), (1, 2), (1, 2)) if quick else \
         ((256, 512, 1024, 2048, 4096, 8192), (4, 8, 16, 32, 64), (3, 6, 12, 24), (1, 4, 16, 64))
-    yield from (('context', s, base, T // s or 1, s) for s in contexts)
-    yield from (('experts', n, replace(base, n_expert=n), T // S, S) for n in experts)
-    yield from (('layers', n, replace(base, n_layer=n), T // S, S) for n in depths)
-    yield from (('batch', b, base, b, S) for b in batches)
+    return [*(('context', s, base, T // s or 1, s) for s in contexts),
+            *(('experts', n, replace(base, n_expert=n), T // S, S) for n in experts),
+            *(('layers', n, replace(base, n_layer=n), T // S, S) for n in depths),
+            *(('batch', b, base, b, S) for b in batches)]
 
 
 @torch.no_grad()
-def decoding_step(model, B, S):
-    """A function that decodes eight tokens at the end of S cached ones, for B rows -> it, and the KV cache's MiB."""
+def decoding_steps(model, B, S):
+    """Return a function that decodes the last 8 of S positions for B sequences, and the KV cache's size in MiB."""
     model.eval()
     cache, step, tokens = model.make_cache(B, S), decode.folded(model), random_tokens(model, B, S)
     model(tokens[:, 8:], cache=cache, last_only=True)
@@ -50,15 +57,16 @@ def decoding_step(model, B, S):
 
 
 def scaling(device, settings):
-    """Print the table of the small model. Decoding is that of one row, but for the batch's rows."""
-    print('| size | | training, tokens/s | peak memory of a step | decode, ms a step | KV cache |')
-    print('| --- | --- | --- | --- | --- | --- |')
+    """Print the table of the small model and return [(name, value, *FIGURES)]. Decoding is that of one sequence unless
+    the batch size varies."""
+    print('| size | | training, tokens/s | peak memory per step | decode, ms per step | KV cache |')
+    print('| --- ' * 6 + '|')
     results = []
-    for name, value, config, B, S in tqdm(list(sizes_to_try(settings.quick)), leave=False):
+    for name, value, config, B, S in tqdm(sizes_to_try(settings.quick), leave=False):
         model = zaya(config, device, settings.seed)
         seconds, = alternate([training(model, B, S)], device, settings.repeats)
         mib = memory(device, partial(zaya, config, device, settings.seed), training, (B, S))
-        eight, cache_mib = decoding_step(model, value if name == 'batch' else 1, S)
+        eight, cache_mib = decoding_steps(model, B if name == 'batch' else 1, S)
         ms = alternate([eight], device, settings.repeats)[0] / 8 * 1e3
         results.append((name, value, B * S / seconds, mib, ms))
         tqdm.write(f'| {name} | {value} | {B * S / seconds:,.0f} | {mib:,.0f} MiB | {ms:.2f} | {cache_mib:.2f} MiB |')
@@ -66,35 +74,29 @@ def scaling(device, settings):
 
 
 def plot(results, path):
-    """Draw the table of `scaling`: a column for each size, a row for each figure."""
+    """Plot the results of `scaling`: one column of axes per size, one row per figure."""
     import matplotlib
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(3, 4, figsize=(14, 9), sharex='col', layout='constrained')
     for column, name in enumerate(dict.fromkeys(row[0] for row in results)):
         _, x, *ys = zip(*(row for row in results if row[0] == name))
-        labels = 'training, tokens/s', 'peak memory of a step, MiB', 'decode, ms a step'
-        for axis, y, label in zip(axes[:, column], ys, labels):
+        for axis, y, label in zip(axes[:, column], ys, FIGURES):
             axis.plot(x, y, 'o-')
             axis.set(xscale='log', xticks=x, xticklabels=x, ylim=(0, 1.1 * max(y) or 1), ylabel='' if column else label)
             axis.minorticks_off()
         axes[-1, column].set_xlabel(name)
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     figure.savefig(path, dpi=100)
-
-
-@dataclass
-class ScalingConfig(BenchConfig):
-    plot: str = 'runs/scaling.png'  # where to draw; '': nowhere
+    print(f'\nplot: {path}')
 
 
 if __name__ == '__main__':
     with configurator.one_line_errors('evidence.scaling'):
         settings, device, _ = set_up(sys.argv[1:], ScalingConfig)
         results = scaling(device, settings)
-        if settings.plot:
-            try:
-                os.makedirs(os.path.dirname(settings.plot) or '.', exist_ok=True)
+        try:
+            if settings.plot:
                 plot(results, settings.plot)
-                print(f'\nplot: {settings.plot}')
-            except ImportError:
-                print('\n(no plot: pip install matplotlib)')
+        except ImportError:
+            print('\n(no plot: pip install matplotlib)')

@@ -1,16 +1,16 @@
-"""What the presets come to in parameters and in KV cache: `python -m evidence.sizes`.
+"""Count the parameters and the KV cache of the presets: `python -m evidence.sizes`.
 
-Claims. ZAYA1-8B has 8.4B parameters, of which 0.76B work on each token (report, arXiv 2605.05365, Table I); its KV
-cache is 8 times smaller than full multi-head attention's (II-A). Counted by model.sizes, without allocating anything.
+Claims. ZAYA1-8B has 8.4B parameters, 0.76B of them active (report, arXiv 2605.05365, Table I), and its KV cache is 8
+times smaller than that of full multi-head attention (II-A). model.sizes counts without allocating memory.
 """
 from bench import MEDIUM
 from model import ZayaConfig, sizes
 
 if __name__ == '__main__':
-    heads = f'{"preset":<10}{"parameters":>16}{"active a token":>16}{"KV bytes a token":>18}'
+    heads = f'{"preset":<10}{"parameters":>16}{"active":>16}{"KV bytes per token":>20}'
     print(heads + f'{"full MHA":>10}{"smaller":>9}')
     for name, preset in ('zaya1_8b', ZayaConfig.zaya1_8b()), ('medium', MEDIUM), ('small', ZayaConfig()):
         n = sizes(preset)
-        print(f'{name:<10}{n["total"]:>16,}{n["active"]:>16,}{n["kv_bytes"]:>18,}{n["mha_kv_bytes"]:>10,}'
+        print(f'{name:<10}{n["total"]:>16,}{n["active"]:>16,}{n["kv_bytes"]:>20,}{n["mha_kv_bytes"]:>10,}'
               f'{n["mha_kv_bytes"] / n["kv_bytes"]:>8.0f}x')
-    print('active: parameters that work on one token, without the embedding. KV cache in bf16, over all layers.')
+    print('active: parameters used per token, without the embedding. KV cache: bf16, all layers.')
