@@ -1,17 +1,16 @@
-"""CCA's preparation of queries and keys as one GPU kernel (cca.hip), an optional accelerator of cca.py.
+"""A fused GPU kernel for steps 2 to 5 of CCA (cca.hip), an optional replacement of cca.mix.
 
     q, k = cca_mix(qk, past, w1, b1, w2, b2, T, cos, sin, start)        the kernel
-    use(model, 'auto', dtype)                                           put it into a model's layers, if it can run here
+    use(model, 'auto', dtype)                                           use it in a model's layers, if it can run here
 
-cca_mix takes the arguments of cca.mix and gives the same results: steps 2 to 5 of cca.py, where mix stays the
-definition of what is right. In place of a dozen passes over memory there is one, forward; three, backward. See
-README.md beside this file.
+cca_mix has the arguments and results of cca.mix, which remains the reference. It makes one pass over memory in forward
+and three in backward, where PyTorch makes a dozen. See kernels/README.md.
 
-The operators nanozaya::cca_forward and cca_backward are defined here, for torch.compile and autograd; binding.cpp
-implements them, once build.load() has built and loaded it.
+This file defines the operators nanozaya::cca_forward and cca_backward, for torch.compile and autograd; binding.cpp
+implements them, and build.load() builds and loads it.
 
 Legend as in cca.py:  B batch   S sequence   Hq, Hk query / KV heads   d head dim   C = (Hq + Hk) d channels
-                      n pairs of dims that RoPE rotates
+                      n rotated pairs of dims
 """
 import functools
 import sys
@@ -49,7 +48,7 @@ def _(dq, dk, qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None, tile=
     return qk.new_empty(B, S, C), dpast, *map(gradient, (w1, b1, w2, b2, temperature))
 
 
-def remember(ctx, inputs, output):
+def save_inputs(ctx, inputs, output):
     *tensors, ctx.tile = inputs
     ctx.save_for_backward(*tensors)
 
@@ -61,86 +60,86 @@ def gradients(ctx, dq, dk):
     return *found, None, None, None, None                       # cos, sin, start, tile
 
 
-torch.library.register_autograd('nanozaya::cca_forward', gradients, setup_context=remember, lib=library)
+torch.library.register_autograd('nanozaya::cca_forward', gradients, setup_context=save_inputs, lib=library)
 
 
-@torch.compiler.assume_constant_result                        # torch.compile: call it while tracing, do not look inside
+@torch.compiler.assume_constant_result                          # torch.compile calls it instead of tracing it
 def load(device):
-    """Make cca_mix work for tensors on `device`, 'cuda' or 'cpu', building it at first use. Raises RuntimeError if that
-    fails, with the reason."""
-    from kernels import build                                  # here, so that `python -m kernels.build` imports it once
+    """Make cca_mix work for tensors on `device`, building it at first use. Raise RuntimeError with the reason if that
+    fails."""
+    from kernels import build                                   # here, for `python -m kernels.build` to import it once
     build.load(device)
 
 
 def cca_mix(qk, past, conv_depthwise_weight, conv_depthwise_bias, conv_grouped_weight, conv_grouped_bias, temperature,
             cos, sin, start=None, tile=CHOOSE):
-    """Convolutions, QK-mean, norm with temperature and RoPE: steps 2 to 5 of cca.py, differentiable.
+    """Return q (B, Hq, S, d) and k (B, Hk, S, d) after steps 2 to 5 of cca.py: convolutions, QK-mean, norm with
+    temperature, RoPE.
 
-    qk (B, S, C)      [q~; k~], float32, bfloat16 or float16; rows contiguous, equally spaced, at multiples of 16 bytes
-    past (B, 2, C)    the two columns of [q~; k~] before these (Cache.qk), in qk's dtype; None: a sequence starts here
+    qk (B, S, C)      [q~; k~], float32, bfloat16 or float16; token strides are equal and multiples of 16 bytes
+    past (B, 2, C)    [q~; k~] of the two tokens before these (Cache.qk), in qk's dtype; None: the sequence starts here
     conv_depthwise_weight (C, 1, 2), conv_depthwise_bias (C), conv_grouped_weight (C, d, 2), conv_grouped_bias (C),
     temperature (Hk)  the parameters, any float dtype; d is 64 or 128
-    cos, sin (B or 1, S, n)     of rope_table: any positions; n a multiple of 8
-    start (B, S) bool           True where a document begins, for packed windows; None: nowhere
-    tile              tokens for a block of threads: SMALL_TILE, LARGE_TILE, or CHOOSE by the number of tokens
+    cos, sin (B or 1, S, n)     from rope_table, for any positions; n is a multiple of 8
+    start (B, S) bool           True where a document starts, for packed windows; None: nowhere
+    tile              tokens per thread block: SMALL_TILE, LARGE_TILE, or CHOOSE by the number of tokens
 
-    Return q (B, Hq, S, d) and k (B, Hk, S, d) in qk's dtype; all sums are in float32. The results, forward and
-    backward, are the same bits every time. Raises RuntimeError if the kernel cannot be built, ValueError or TypeError
-    for arguments that do not fit.
+    The results have qk's dtype, sums are in float32, and forward and backward are deterministic. Raise RuntimeError if
+    the kernel cannot be built, ValueError or TypeError for invalid arguments.
     """
     load(qk.device.type)
     return torch.ops.nanozaya.cca_forward(qk, past, conv_depthwise_weight, conv_depthwise_bias, conv_grouped_weight,
                                           conv_grouped_bias, temperature, cos, sin, start, tile)
 
 
-# ---- putting it into a model ----
+# ---- use in a model ----
 
 def use(model, kernel, dtype):
-    """Put cca_mix in the place of cca.mix in all layers of `model` (Zaya), which is on its device already.
+    """Replace cca.mix by cca_mix in all layers of `model` (Zaya), which must be on its final device.
 
-    kernel: 'torch' leaves the model as it is. 'hip' puts cca_mix there, and raises ValueError if it cannot be built or
-    is wrong. 'auto' does so on a GPU where it can be built and is right; where not, it says why in one line on stderr.
-    dtype: that of the activations (torch.bfloat16 under autocast). Raises ValueError for any other kernel."""
+    kernel: 'torch' changes nothing. 'hip' raises ValueError if cca_mix cannot be built or is wrong. 'auto' changes
+    nothing then, and says why in one line on stderr; on a CPU it does nothing.
+    dtype: that of the activations (torch.bfloat16 under autocast)."""
     if kernel not in KERNELS:
         raise ValueError(f'kernel is {kernel!r}, it must be one of {", ".join(KERNELS)}')
     device = model.device.type
     if kernel == 'torch' or kernel == 'auto' and device != 'cuda':
-        return                                                  # on a CPU the kernel is for checking, and slow
+        return
     reason = trouble(device, dtype, model.config.head_dim, model.config.rope_dim // 2)
     if reason and kernel == 'hip':
-        raise ValueError(f'kernel is hip, but {reason} (`python -m kernels.build` shows all)')
+        raise ValueError(f'kernel is hip, but {reason} (`python -m kernels.build` prints all of it)')
     if reason:
-        return say_once(f'CCA runs without its kernel: {reason}')
+        return warn_once(f'CCA runs without its kernel: {reason}')
     for layer in model.layers:
         layer.attn.mix = cca_mix
 
 
-say_once = functools.cache(lambda line: print(line, file=sys.stderr))
+warn_once = functools.cache(lambda line: print(line, file=sys.stderr))
 
 
 @functools.cache
 def trouble(device, dtype, d, n):
-    """Return why cca_mix cannot be used, in one line, or None. device: 'cuda' or 'cpu'. On a GPU it is compared."""
+    """Return why cca_mix cannot be used, in one line, or None. On a GPU, this compares it with cca.mix."""
     try:
         if dtype not in DTYPES or d not in HEAD_DIMS or n % 8:
             raise ValueError(f'the kernel takes {", ".join(map(str, DTYPES))}, head_dim '
                              f'{" or ".join(map(str, HEAD_DIMS))} and a multiple of 16 rotated dims, '
                              f'not {dtype}, {d} and {2 * n}')
         load(device)
-        if device == 'cuda' and not (worst := difference(device, dtype, d, n)) <= 0.02:         # NaN is wrong, too
-            raise RuntimeError(f'on this GPU its results are {worst:.0%} off those of cca.mix; it is not used')
+        if device == 'cuda' and not (worst := difference(device, dtype, d, n)) <= 0.02:         # NaN fails, too
+            raise RuntimeError(f'on this GPU its results are {worst:.0%} off those of cca.mix')
     except (RuntimeError, ValueError) as error:
         return str(error).partition('\n')[0]
 
 
-# ---- is it right? ----
+# ---- comparison with cca.mix ----
 
 def difference(device, dtype, d, n, sizes=((2, 70), (2, 550), (2, 8250))):
-    """Return the largest relative error of cca_mix on random inputs, over all its variants: each tile, at each size
-    (B, S); with nothing before the tokens, with a cached past, and packed with several documents.
+    """Return the largest relative error of cca_mix on random inputs, over all its variants: each tile at each size
+    (B, S), without a past, with a cached past, and with packed documents.
 
-    The sizes lead to the three choices that the kernel makes by itself, see FEW_ROWS and ENOUGH_BLOCKS in cca.hip:
-    small tiles; large ones, a head each; large ones, a KV group each."""
+    The sizes cover the three choices of the kernel (FEW_TOKENS and ENOUGH_BLOCKS in cca.hip): small tiles, large tiles
+    with one head per thread block, and large tiles with one KV group per block."""
     g = torch.Generator(device).manual_seed(0)
     random = lambda *shape: torch.randn(shape, generator=g, device=device).to(dtype)
     Hq, Hk = 4, 2
@@ -148,7 +147,7 @@ def difference(device, dtype, d, n, sizes=((2, 70), (2, 550), (2, 8250))):
     parameters = random(C, 1, 2), random(C), random(C, d, 2) / d ** 0.5, random(C), random(Hk)
     for B, S in sizes:
         table = rope_table(torch.arange(S, device=device)[None], 2 * n, 10_000.0)
-        packed = torch.rand(B, S, generator=g, device=device) < 0.1             # True where a document begins
+        packed = torch.rand(B, S, generator=g, device=device) < 0.1             # True where a document starts
         for past, start in (None, None), (random(B, 2, C), None), (None, packed):
             inputs = random(B, S, C), past, *parameters, *table, start
             errors += [error(inputs, tile) for tile in TILES]
@@ -157,13 +156,13 @@ def difference(device, dtype, d, n, sizes=((2, 70), (2, 550), (2, 8250))):
 
 @torch.enable_grad()
 def error(inputs, tile=CHOOSE, exact=torch.float32):
-    """Return the largest relative error of cca_mix, in its results and the gradients of all tensors but cos and sin,
-    against cca.mix computed in the dtype `exact`. inputs: the arguments of mix, all in one dtype but cos and sin."""
+    """Return the largest relative error of the results of cca_mix, and of the gradients of all tensors but cos and sin,
+    compared with cca.mix in the dtype `exact`. inputs: the arguments of mix, in one dtype except cos and sin."""
     dtype, results, gradients = inputs[0].dtype, [], None
     for f, precision in (mix, exact), (functools.partial(cca_mix, tile=tile), dtype):
         leaves = [None if t is None else t.detach().to(precision).requires_grad_() for t in inputs[:7]]
         outputs = f(*leaves, *inputs[7:])
-        # Cubes, because their product with the result is positive: the temperature's sum over all tokens cannot cancel.
+        # With x^3 as the gradient of x, the terms of the temperature's gradient are positive and cannot cancel.
         gradients = gradients or [(x.detach() ** 3).to(dtype) for x in outputs]
         wanted = [t for t in leaves if t is not None]
         results.append([*outputs, *torch.autograd.grad(outputs, wanted, [g.to(precision) for g in gradients])])
