@@ -65,7 +65,7 @@ class RLConfig:
     budget: int = 41                # of a round: the value and 8 steps
     tail: int = 10                  # the last 2 steps
     level: int = 24                 # most steps of a problem, at first: it follows the rewards
-    operations: int = task.MOST     # most that a program has
+    operations: int = task.MAX_OPERATIONS     # most that a program has
     advantage: str = 'maxrl'        # 'grpo': divided by the standard deviation instead
     updates: int = 1                # from the same rollouts
     delta: float = 0.1              # the trust region

@@ -166,13 +166,13 @@ def without(config):
 def state(problem, text):
     """Return (steps done, value) at the end of a trace; the first is None if the trace does not end in a step."""
     digits = re.findall(r'\d', text)
-    return task.place_of(problem, text), int(digits[-1]) if digits else None
+    return task.steps_at_end(problem, text), int(digits[-1]) if digits else None
 
 
 def ends_and_vote(problem, tails):
     """Return where the tails end, [(steps done, value)], the start if there are none; and their vote or None."""
     ends = [state(problem, task.ENC.decode(task.without_end(tail))) for tail in tails] or [(0, problem.start)]
-    return ends, task.vote(ends) if all(place is not None for place, _ in ends) else None
+    return ends, task.majority_vote(ends) if all(place is not None for place, _ in ends) else None
 
 
 def what_went_wrong(problem, tails, output, budget):
@@ -185,7 +185,7 @@ def what_went_wrong(problem, tails, output, budget):
     if vote is None or vote[1] != task.value_at(problem, vote[0]):
         return 'outvoted'
     text = task.ENC.decode(output)
-    begin = task.begin_of(problem, text)
+    begin = task.steps_at_start(problem, text)
     if begin not in {place for place, _ in ends}:
         return 'place'
     return 'computed' if text[0] == str(task.value_at(problem, begin)) else 'misread'
@@ -244,6 +244,10 @@ def report_replay(rows):
     print_table(['generator, replay', 'KL', "Pearson's r", 'largest difference', 'another expert in some layer'],
                 [[row['setting'], f'{float(row["kl"]):.2g}', f'{float(row["pearson_r"]):.7f}',
                   f'{float(row["largest_difference"]):.4f}', f'{float(row["other"]):.1f} % of tokens'] for row in rows])
+    kl = {row['setting']: float(row['kl']) for row in rows}
+    print_verdicts((f'KL of {name}: with replay below without', f'{kl[f"{name}, on"]:.2g} against {kl[f"{name}, off"]:.2g}',
+                    'reproduced' if kl[f'{name}, on'] < kl[f'{name}, off'] else 'contradicted at this size')
+                   for name in ('bf16', 'int8'))
 
 
 @torch.no_grad()

@@ -107,10 +107,10 @@ def marked(problem, text, places):
     where it goes wrong, 'after' on all that comes of that, else ''. places: how many steps may be done at its begin."""
     step = r'[1-9][a-z][-+*]\d=\d'
     pieces = re.findall(rf'{step}|</think>\d?|<\|end\|>|[^<]+?(?={step}|<|$)|.', text, re.S)
-    begin = task.begin_of(problem, text)
+    begin = task.steps_at_start(problem, text)
     true = [(done, task.value_at(problem, done))
             for done in range(problem.steps if begin is None else begin, problem.steps + 1)]
-    expected = [*task.texts_of(problem, true), f'</think>{true[-1][1]}', '<|end|>', *[''] * len(pieces)]
+    expected = [*task.step_texts(problem, true), f'</think>{true[-1][1]}', '<|end|>', *[''] * len(pieces)]
     fits = lambda i: (pieces[i] == expected[i] or i == len(pieces) - 1 and expected[i].startswith(pieces[i])) and (
         i != 1 or begin in places)                              # the budget may end within the last piece
     wrong = next((i for i in range(len(pieces)) if not fits(i)), len(pieces))

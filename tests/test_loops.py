@@ -15,8 +15,8 @@ from data.loader import open_dataset
 from tasks.loops import task
 from tasks.loops.prepare import LoopsConfig, prepare_loops
 from tasks.loops.task import (CLOSE, END, ENC, LENGTHS, OPERATIONS, STEP, THINK, Problem, aggregation_sample, answer_of,
-                             build_prompt, continue_chain, draw_problem, expert, judge, parse, side, solve, tail_of,
-                             test_problems as problems_of, trace_sample, vote, write)
+                              build_prompt, continue_chain, draw_problem, encode_chain, judge, majority_vote, parse,
+                              simulate_candidate, solve, split_of, tail_of, test_problems as problems_of, trace_sample)
 from data.reasoning import flatten
 from data.tokenizer import load_tokenizer, save_tokenizer
 
@@ -82,7 +82,7 @@ def test_test_problems_are_held_out_different_and_of_the_stated_lengths(split):
     few, many = problems_of(split, 50), problems_of(split, 200)
     assert many[:50] == few and len(set(many)) == 200
     low, high = LENGTHS[split]
-    assert all(low <= p.steps <= high and side(p.question) == 'test' for p in many)
+    assert all(low <= p.steps <= high and split_of(p.question) == 'test' for p in many)
     assert len({p.steps for p in many}) > 1
 
 
@@ -96,9 +96,9 @@ def test_prepared_programs_have_at_most_as_many_operations_as_asked_for(tmp_path
 
 def test_the_hash_divides_questions_in_a_fixed_proportion():
     rng = random.Random(0)
-    counts = Counter(side(f'{rng.random()}') for _ in range(8000))
+    counts = Counter(split_of(f'{rng.random()}') for _ in range(8000))
     assert abs(counts['test'] - 1000) < 120 and abs(counts['val'] - 1000) < 120
-    assert [side(q) for q in ('1x:a-2=1', '1x:a-2=2', '1x:a-2=3')] == ['train', 'train', 'test']    # on any machine
+    assert [split_of(q) for q in ('1x:a-2=1', '1x:a-2=2', '1x:a-2=3')] == ['train', 'train', 'test']    # on any machine
 
 
 def questions_in(folder, split):
@@ -120,7 +120,7 @@ def prepared(tmp_path_factory):
 @pytest.mark.parametrize('name', ['traces', 'votes'])
 def test_train_val_and_test_share_no_question(prepared, name):
     for split in ('train', 'val'):
-        assert {side(question) for question in questions_in(prepared / name, split)} == {split}
+        assert {split_of(question) for question in questions_in(prepared / name, split)} == {split}
 
 
 # ---- tokens ----
@@ -191,7 +191,7 @@ def test_judge_knows_right_from_wrong(problem, seed):
     chain = continue_chain(problem, [(0, problem.start)], rng.randint(1, problem.steps), rng, 0.2)
     done, value = chain[-1]
     right = 'ok' if value == interpret(problem.question)[done] else 'wrong'
-    text = ENC.decode(write(problem, chain))
+    text = ENC.decode(encode_chain(problem, chain))
     assert judge(problem.question, text) == right and judge(problem.question, text[:1]) == ''
     marks = [judge(problem.question, f'{text}</think>{digit}<|end|>') for digit in range(10)]
     assert marks.pop(solve(problem.question)) == 'ok' and set(marks) == {'wrong'}
@@ -221,7 +221,7 @@ def test_a_vote_is_for_the_fullest_place_and_then_for_the_commonest_value(ends):
     place = max(p for p in places if places.count(p) == max(map(places.count, places)))
     values = [value for p, value in ends if p == place]
     best = sorted({value for value in values if values.count(value) == max(map(values.count, values))})
-    assert vote(ends) == ((place, best[0]) if len(best) == 1 else None)
+    assert majority_vote(ends) == ((place, best[0]) if len(best) == 1 else None)
 
 
 def aggregated(n=300, candidates=4, **kwargs):
@@ -286,7 +286,7 @@ def test_experts_err_lag_stop_early_and_finish():
     for _ in range(2000):
         problem = draw_problem(rng, 20, 40, 'train')
         end, truth = rng.randrange(9, problem.steps + 1), interpret(problem.question)
-        chain = expert(rng, problem, end, wrong=0.5)
+        chain = simulate_candidate(rng, problem, end, error_rate=0.5)
         done, value = chain[-1]
         text = ENC.decode(tail_of(rng, problem, chain, 10, 8, rng.random() < 0.7))
         assert text[-1] == str(value)

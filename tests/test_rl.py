@@ -43,7 +43,7 @@ def rollouts_of(model, n=5, budget=9, seed=0):
 def honest(rng, problem, begin, end):
     """The right trace from value `begin` on, of the steps up to `end`, with the answer if that is the last."""
     whole = task.continue_chain(problem, [(0, problem.start)], problem.steps, rng, 0)
-    text = task.ENC.decode(task.write(problem, whole[begin:end + 1]))
+    text = task.ENC.decode(task.encode_chain(problem, whole[begin:end + 1]))
     return text + (f'</think>{whole[-1][1]}<|end|>' if end == problem.steps else ''), whole
 
 
@@ -62,7 +62,7 @@ def test_right_solutions_and_right_rounds_have_the_reward_and_wrong_values_do_no
         wrong = encode(task.ENC.decode(output).replace('=', '=x', 1))
         assert not task.verify(problem.question, tails, wrong, len(wrong))
         other = [(done, (value + 1) % 10) for done, value in whole[place:end + 1]]          # all values one off
-        output = task.write(problem, other)[:41]
+        output = task.encode_chain(problem, other)[:41]
         assert not task.verify(problem.question, tails, output, len(output))
 
 
@@ -95,7 +95,7 @@ def test_the_gate_flags_repetition_and_no_honest_trace():
     for _ in range(200):
         problem = task.draw_problem(rng, 3, 72, 'train')
         chain = task.continue_chain(problem, [(0, problem.start)], problem.steps, rng, 0.02)
-        assert not repeats(task.write(problem, chain))
+        assert not repeats(task.encode_chain(problem, chain))
     for period, n in ((1, 100), (2, 160), (5, 200), (10, 500)):
         loop = rng.sample(range(300), period) * n
         assert repeats(loop[:n]) and repeats(rng.choices(range(300), k=256) + loop[:256])

@@ -57,9 +57,9 @@ def experts_err(monkeypatch):
         for prompt in prompts:
             question, *tails = re.findall(r'(?<=<\|user\|>)[^[<]*|(?<=\[)[^]]*(?=\])', task.ENC.decode(prompt))
             problem = task.parse(question)
-            begin = task.vote([state(problem, tail) for tail in tails] or [(0, problem.start)])
+            begin = task.majority_vote([state(problem, tail) for tail in tails] or [(0, problem.start)])
             chain = task.continue_chain(problem, [begin or state(problem, tails[0])], 8, rng, 0.05)
-            output = task.write(problem, chain)
+            output = task.encode_chain(problem, chain)
             if chain[-1][0] == problem.steps:
                 output += [task.CLOSE, *task.ENC.encode_ordinary(str(chain[-1][1])), task.END]
             said[-1].append(([task.ENC.encode(tail, allowed_special='all') for tail in tails], output[:limit]))

@@ -1,11 +1,11 @@
-"""Two packed sets of the loops task (task.py): whole solutions, and continuations of what several candidates left.
+"""Write two packed datasets of the loops task (task.py): whole solutions, and aggregation samples.
 From the project's root:
 
     python -m tasks.loops.prepare --key=value ...            keys: those of LoopsConfig
 
-out/traces holds problems of `low` to `high` steps with their solutions, trimmed to the context by the rule (at the
-default settings all fit). out/votes holds aggregation samples, for problems of 3 to 72 steps: of one too deep for
-the context the model sees one budget at a time. A training config mixes the two sets by weight.
+out/traces has problems of `low` to `high` steps with their solutions, trimmed to the context by the rule (with the
+default settings all fit). out/votes has aggregation samples for problems of 3 to 72 steps: when a problem has too many
+for the context, the model sees one budget at a time. A training config mixes the two datasets by weight.
 """
 
 import random
@@ -14,26 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from tasks.loops.task import ENC, MOST, NOISE, aggregation_sample, draw_problem, trace_sample
-from data.reasoning import OUTCOMES, RULES, trim, write_packed
+from tasks.loops.task import ENC, MAX_OPERATIONS, NOISE_RATE, aggregation_sample, draw_problem, trace_sample
+from data.reasoning import RULES, trim_and_report, write_packed
 
-# How many candidates an aggregation sample has, each of these equally often: half the samples have the 4 that RSA takes
-# by default; 1 is a lone chain, which goes on from its own tail; 0 is the first round, which has no tails.
+# Number of candidates in an aggregation sample, each equally likely: half of the samples have 4, RSA's default;
+# 1 is Markovian continuation from the candidate's own tail; 0 is the first round, which has no tails.
 CANDIDATES = 0, 1, 1, 2, 4, 4, 4, 4
 
 
 @dataclass
 class LoopsConfig:
-    out: str = str(Path(__file__).parent)          # folder of the two sets: tasks/loops
-    context: int = 256                             # tokens in a window
-    rule: str = 'ap'                               # what is done to longer solutions: 'ap', 'truncate' or 'drop'
-    traces: int = 30_000                           # solutions
+    out: str = str(Path(__file__).parent)          # folder of the two datasets: tasks/loops
+    context: int = 256                             # tokens per window
+    rule: str = 'ap'                               # how longer solutions are shortened: 'ap', 'truncate' or 'drop'
+    traces: int = 30_000                           # whole solutions
     votes: int = 30_000                            # aggregation samples
     low: int = 3                                   # fewest and most steps of a solution
     high: int = 36
-    operations: int = MOST                         # most of a program; the split deeper has 14, deepest 26
-    noise: float = NOISE                           # share of wrong values
-    budget: int = 41                               # tokens of a continuation: the value and 8 steps
+    operations: int = MAX_OPERATIONS               # most per program; the test split 'deeper' has 14, 'deepest' 26
+    noise: float = NOISE_RATE                      # fraction of wrong values
+    budget: int = 41                               # tokens of a continuation: the first value and 8 steps
     tail: int = 10                                 # tokens of a tail: 2 steps
     seed: int = 0
 
@@ -43,7 +43,7 @@ class LoopsConfig:
 
 
 def prepare_loops(config):
-    """Draw, trim, pack, and write out/traces and out/votes; val has a twentieth of train's samples."""
+    """Draw, trim and pack the samples, and write out/traces and out/votes; val has a twentieth of train's samples."""
     rng = random.Random(config.seed)
 
     def trace(split):
@@ -56,11 +56,8 @@ def prepare_loops(config):
 
     for name, n, draw, rule in (('traces', config.traces, trace, config.rule),
                                 ('votes', config.votes, aggregation, 'drop')):
-        packed = {}
-        for split, size in ('train', n), ('val', max(1, n // 20)):
-            packed[split], done = trim((draw(split) for _ in range(size)), config.context, rule)
-            print(f'{name}, {split}, {rule} to {config.context:,} tokens:',
-                  ', '.join(f'{done[what]:,} {what}' for what in OUTCOMES if done[what]))
+        packed = {split: trim_and_report(f'{name}, {split}', (draw(split) for _ in range(size)), config.context, rule)
+                  for split, size in (('train', n), ('val', max(1, n // 20)))}
         write_packed(packed, Path(config.out) / name, config.context, ENC)
 
 

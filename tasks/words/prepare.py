@@ -55,7 +55,7 @@ def in_words(problem):
 
 def lines_of(problem, chain):
     """Return the lines of a chain, one for each of its pairs (steps done, value): the first states the value alone."""
-    return [f'{text}\n' for text in task.texts_of(problem, chain)]
+    return [f'{text}\n' for text in task.step_texts(problem, chain)]
 
 
 def sample(language, words, problem, tails, chain):
@@ -92,7 +92,7 @@ def prepare_words(config):
 
     def trace(split):
         problem = task.draw_problem(rng, 3, 24, split)
-        chain = task.continue_chain(problem, [(0, problem.start)], problem.steps, rng, task.NOISE)
+        chain = task.continue_chain(problem, [(0, problem.start)], problem.steps, rng, task.NOISE_RATE)
         return sample(language, words, problem, [], chain)
 
     def vote(split):
