@@ -1,12 +1,12 @@
-"""The loops task (tasks/loops/) in words, through the interface of released models: chat format, English prompts,
-answers in \\boxed{}. From the project's root:
+"""Write the loops task (tasks/loops/) in the interface of released models: chat format, English prompts, answers in
+\\boxed{}. From the project's root:
 
     python -m tasks.words.prepare && python train.py config/words.py
     python rsa.py --ckpt=runs/words --problems=tasks/words/problems.jsonl --aggregation_prompt=tasks/words/prompt.txt \\
         --budget=59 --final_budget=59 --tail=14 --rounds=4
 
-It writes a packed set like tasks/loops/prepare.py, whose prompts are those that rsa.py makes (tasks/problems.py), and
-problems.jsonl, held-out problems of 25 to 32 steps with their answers. A problem and the beginning of a solution:
+The output is a packed dataset like that of tasks/loops/prepare.py, with the prompts of rsa.py (tasks/problems.py), and
+problems.jsonl, held-out problems of 25 to 32 steps with their answers. A problem and the start of its solution:
 
     Start with 5. Do this 4 times: a) -2 b) *7 c) +3. What is the last digit?
 
@@ -26,21 +26,21 @@ from runtime.language import run_language
 from tasks.loops import task
 from tasks.loops.prepare import CANDIDATES
 from tasks.problems import INSTRUCTION, message, read_words
-from data.reasoning import Turn, trim, write_packed
+from data.reasoning import Turn, trim_and_report, write_packed
 from data.tokenizer import save_tokenizer, train_bpe
 
 HERE = Path(__file__).parent
-PER_ROUND = 8                                       # steps of a continuation: 59 tokens, with <think> and the value
-LINES = 2                                           # of a tail: 14 tokens
+PER_ROUND = 8                                       # steps per continuation: 59 tokens with <think> and first value
+TAIL_LINES = 2                                      # 14 tokens
 
 
 @dataclass
 class WordsConfig:
     out: str = str(HERE)
-    context: int = 256                              # tokens in a window
+    context: int = 256                              # tokens per window
     traces: int = 20_000                            # whole solutions
-    votes: int = 30_000                             # continuations of what several candidates left
-    problems: int = 100                             # held out
+    votes: int = 30_000                             # aggregation samples
+    problems: int = 100                             # held-out problems
     seed: int = 0
 
     def __post_init__(self):
@@ -49,65 +49,68 @@ class WordsConfig:
 
 def in_words(problem):
     """Return the text of a task.Problem."""
-    steps = ' '.join(f'{label}) {operation}' for label, operation in zip('abcdefgh', problem.operations))
+    steps = ' '.join(f'{label}) {operation}' for label, operation in zip(task.LABELS, problem.operations))
     return f'Start with {problem.start}. Do this {problem.loops} times: {steps}. What is the last digit?'
 
 
 def lines_of(problem, chain):
-    """Return the lines of a chain, one for each of its pairs (steps done, value): the first states the value alone."""
+    """Return the lines of a chain, one per pair (steps done, value): the first value, then the steps."""
     return [f'{text}\n' for text in task.step_texts(problem, chain)]
 
 
-def sample(language, words, problem, tails, chain):
-    """Return a training sample, a list of one Turn. tails: texts. The answer stands there if all steps are done."""
+def training_sample(language, aggregation_prompt, problem, tails, chain):
+    """Return a training sample, a list of one Turn, with the answer if all steps are done. tails: texts."""
     question = language.encode(in_words(problem) + INSTRUCTION)
-    content = message(question, [language.encode(tail) for tail in tails], words)
+    content = message(question, [language.encode(tail) for tail in tails], aggregation_prompt)
     prompt = language.prompt([{'role': 'user', 'content': content}])
     think = language.open_think + language.encode(''.join(lines_of(problem, chain)))
-    if chain[-1][0] < problem.steps:
+    done, value = chain[-1]
+    if done < problem.steps:
         return [Turn(prompt, think, [])]
-    answer = language.encode(f'The last digit is \\boxed{{{chain[-1][1]}}}.') + language.encode_with_special('<|end|>')
+    answer = language.encode(f'The last digit is \\boxed{{{value}}}.') + language.encode_with_special('<|end|>')
     return [Turn(prompt, think + language.close_think, answer)]
 
 
-def aggregation(language, words, rng, problem):
-    """Draw a sample of what experts left, as in tasks/loops/task.py, with their tails in words."""
-    chains, written, _, chain = task.draw_aggregation(rng, problem, rng.choice(CANDIDATES), PER_ROUND)
-    tails = [''.join(lines_of(problem, c[-1 - max(written, LINES):])[1:][-LINES:]) for c in chains]
-    return sample(language, words, problem, tails, chain)
+def train_language(out, rng, aggregation_prompt):
+    """Train a tokenizer on 2000 problems and solutions and write it to the folder out. Return (encoding, Language)."""
+    texts = []
+    for _ in range(2000):
+        problem = task.draw_problem(rng, 3, 36, 'train')
+        chain = task.continue_chain(problem, [(0, problem.start)], problem.steps, rng, 0)
+        texts += [in_words(problem) + INSTRUCTION, ''.join(lines_of(problem, chain)), aggregation_prompt,
+                  '--- 1 ---\n--- 2 ---\n', 'The last digit is \\boxed{5}.']
+    out.mkdir(parents=True, exist_ok=True)
+    enc = train_bpe(texts, 400)
+    save_tokenizer(out / 'bpe.json', enc)
+    return enc, run_language(out)
 
 
 def prepare_words(config):
-    rng, out, words = random.Random(config.seed), Path(config.out), read_words(HERE / 'prompt.txt')
-    texts = []
-    for _ in range(2000):                           # for the vocabulary
-        problem = task.draw_problem(rng, 3, 36, 'train')
-        chain = task.continue_chain(problem, [(0, problem.start)], problem.steps, rng, 0)
-        texts += [in_words(problem) + INSTRUCTION, ''.join(lines_of(problem, chain)), words, '--- 1 ---\n--- 2 ---\n',
-                  'The last digit is \\boxed{5}.']
-    enc = train_bpe(texts, 400)
-    out.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(out / 'bpe.json', enc)
-    language = run_language(out)
+    """Draw, trim and pack the samples, and write them and the held-out problems as the WordsConfig says."""
+    rng, out, aggregation_prompt = random.Random(config.seed), Path(config.out), read_words(HERE / 'prompt.txt')
+    enc, language = train_language(out, rng, aggregation_prompt)
 
     def trace(split):
         problem = task.draw_problem(rng, 3, 24, split)
         chain = task.continue_chain(problem, [(0, problem.start)], problem.steps, rng, task.NOISE_RATE)
-        return sample(language, words, problem, [], chain)
+        return training_sample(language, aggregation_prompt, problem, [], chain)
 
-    def vote(split):
-        return aggregation(language, words, rng, task.draw_problem(rng, 3, 72, split))
+    def aggregation(split):
+        problem = task.draw_problem(rng, 3, 72, split)
+        chains, written, _, chain = task.draw_aggregation(rng, problem, rng.choice(CANDIDATES), PER_ROUND)
+        tails = [''.join(lines_of(problem, c[-1 - max(written, TAIL_LINES):])[1:][-TAIL_LINES:]) for c in chains]
+        return training_sample(language, aggregation_prompt, problem, tails, chain)
+
     splits = {}
     for split, share in ('train', 1), ('val', 20):
-        samples = [draw(split) for n, draw in ((config.traces, trace), (config.votes, vote))
+        samples = [draw(split) for n, draw in ((config.traces, trace), (config.votes, aggregation))
                    for _ in range(max(1, n // share))]
-        splits[split], done = trim(samples, config.context, 'drop')
-        print(f'{split}: {done["kept"]:,} samples kept, {done["dropped"]:,} are too long')
+        splits[split] = trim_and_report(split, samples, config.context, 'drop')
     write_packed(splits, out, config.context, enc)
     with open(out / 'problems.jsonl', 'w') as file:
         for problem in task.test_problems('hard', config.problems):
-            row = {'problem': in_words(problem), 'answer': str(task.solve(problem.question))}
-            file.write(json.dumps(row) + '\n')
+            line = {'problem': in_words(problem), 'answer': str(task.solve(problem.question))}
+            file.write(json.dumps(line) + '\n')
 
 
 if __name__ == '__main__':
