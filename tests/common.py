@@ -1,4 +1,4 @@
-"""Small models and runs for the tests."""
+"""Small models, small runs and helpers shared by the tests."""
 import os
 import runpy
 import shutil
@@ -10,13 +10,13 @@ import torch
 from model import Zaya, ZayaConfig
 
 ROOT = Path(__file__).parent.parent
-# For subprocesses: they import from the project's root, and do not fight over the cores.
+# For subprocesses: import from the project root, one thread each.
 ENV = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
 
-# What torch.compile compiles with, on a CPU.
+# Whether the C++ compiler that torch.compile needs on a CPU is installed.
 HAS_COMPILER = bool(shutil.which(os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')))
 
-# A model that trains at a few milliseconds a step, as flags of train.py.
+# Flags of train.py for a model that trains at a few milliseconds per step.
 TINY_RUN = [f'--{key}={value}' for key, value in dict(
     n_layer=2, n_embd=32, n_head=2, n_kv_head=1, head_dim=8, n_expert=4, expert_dim=16, router_dim=8, context=16,
     batch_size=4, max_steps=4, warmup_steps=2, eval_every=4, eval_batches=1, sample_tokens=8, checkpoint_every=2,
@@ -30,10 +30,10 @@ def tiny_config(**changes):
 
 @torch.no_grad()
 def randomize(module, seed=0):
-    """Every parameter and float buffer random: a fresh model's ones and zeros would hide errors."""
+    """Fill all parameters and float buffers with random values: the ones and zeros of a new model would hide errors."""
     g = torch.Generator().manual_seed(seed)
     for name, t in [*module.named_parameters(), *module.named_buffers()]:
-        if t.is_floating_point() and 'inv_freq' not in name:     # RoPE's frequencies are not learned
+        if t.is_floating_point() and 'inv_freq' not in name:     # RoPE frequencies are fixed
             t.copy_(torch.randn(t.shape, generator=g) * (0.3 if t.ndim < 2 else t.shape[-1] ** -0.5)
                     + ('scale' in name or 'norm' in name or 'temp' in name))
     return module
@@ -48,8 +48,8 @@ def tokens(*shape, seed=0, vocab_size=50):
 
 
 def run_script(monkeypatch, capsys, script, *arguments):
-    """`python script arguments`, or `python -m script ...`, in this process -> (stdout, None), or (stdout, message) if
-    it ends with sys.exit(message), which means exit code 1 and the message on stderr."""
+    """Run `python script arguments`, or `python -m script ...`, in this process. Return (stdout, None), or
+    (stdout, message) if it ends with sys.exit(message), that is exit code 1 and the message on stderr."""
     monkeypatch.setattr(sys, 'argv', [script, *map(str, arguments)])
     message = None
     try:

@@ -1,4 +1,4 @@
-"""Invariants of CCA (cca.py), piece by piece, then of the whole layer and its cache (cache.py)."""
+"""Invariants of CCA (cca.py), step by step, then of the whole layer and of the cache (cache.py)."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,16 +23,16 @@ def run(cca, x):
     return cca(x, *rope_table(torch.arange(x.shape[1])[None], 2, 10_000.0))
 
 
-# ---- the two convolutions, as the paper has them: what the merged one must equal ----
+# ---- reference: the two convolutions and the steps of the paper, which merge_convolutions and mix must equal ----
 
 def conv_depthwise(before, now, weight, bias):
-    """y_t = w_0 x_{t-1} + w_1 x_t + b, each channel by itself. before = x_{t-1}, now = x_t: (B, S, C) -> (B, S, C)."""
+    """y_t = w_0 x_{t-1} + w_1 x_t + b, within each channel. before = x_{t-1}, now = x_t: (B, S, C) -> (B, S, C)."""
     w_before, w_now = weight[:, 0].unbind(-1)                                   # (C) each
     return before * w_before + (now * w_now + bias)
 
 
 def conv_grouped(before, now, weight, bias):
-    """y_t = W_0 x_{t-1} + W_1 x_t + b, the channels of a head among themselves."""
+    """y_t = W_0 x_{t-1} + W_1 x_t + b, within the channels of each head."""
     C, d, _ = weight.shape
     x = torch.stack([before, now], 2).unflatten(-1, (C // d, d))                # (B, S, 2, H, d)
     w = weight.view(C // d, d, d, 2)                                            # (head, out, in, time)
@@ -40,18 +40,18 @@ def conv_grouped(before, now, weight, bias):
 
 
 def before(x):
-    """x_{t-1}, zero at t = 0."""
+    """Return x_{t-1}, zero at t = 0."""
     return F.pad(x, (0, 0, 1, 0))[:, :-1]
 
 
 def both_convolutions(x, w1, b1, w2, b2):
-    """One after the other. x (B, S + 2, C), two columns of past first -> (B, S, C)."""
+    """Apply both. x (B, S + 2, C), starting with two past tokens -> (B, S, C)."""
     x = conv_depthwise(x[:, :-1], x[:, 1:], w1, b1)
     return conv_grouped(x[:, :-1], x[:, 1:], w2, b2)
 
 
 def mix_step_by_step(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
-    """cca.mix from the paper's equations, with two convolutions, each document alone, and head by head."""
+    """cca.mix by the paper's equations: two convolutions, one document at a time, one head at a time."""
     (B, S, C), d, Hk = qk.shape, w2.shape[1], len(temperature)
     Hq = C // d - Hk
     past = qk.new_zeros(B, 2, C) if past is None else past
@@ -76,7 +76,7 @@ def mix_step_by_step(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None
 
 
 def check_causal(f, x, t):
-    """Changing x at time t changes f(x) at t, and nothing before."""
+    """Changing x at time t changes f(x) at t and not before."""
     changed = x.clone()
     changed[:, t] += 1
     a, b = f(x), f(changed)
@@ -107,7 +107,7 @@ def test_the_whole_model_is_causal(S, data, seed):
     changed[:, t] = (changed[:, t] + 1) % 50
     with torch.no_grad():
         a, b = model(idx)[0], model(changed)[0]
-    assert (a[:, :t] - b[:, :t]).abs().max() < 1e-5 if t else True            # expert slices change size: not bit-equal
+    assert (a[:, :t] - b[:, :t]).abs().max() < 1e-5 if t else True      # not bit-equal: expert slices differ in size
     assert (a[:, t] - b[:, t]).abs().max() > 1e-4
 
 
@@ -142,7 +142,7 @@ def test_the_merged_convolution_equals_the_two(shape, S, seed):
 
 @given(heads, st.integers(1, 7), st.booleans(), st.booleans(), seeds)
 def test_mix_equals_the_steps_one_by_one_with_its_gradients(shape, S, has_past, packed, seed):
-    """For whole sequences, continued ones, and windows in which documents start anywhere."""
+    """For whole sequences, continued sequences, and windows in which documents start at any token."""
     Hq, Hk, d = shape
     C, g = (Hq + Hk) * d, torch.Generator().manual_seed(seed)
     start = torch.rand(2, S, generator=g) < 0.4 if packed else None
@@ -213,7 +213,7 @@ def test_rope_keeps_norms_and_the_unrotated_dims(position, seed):
 @given(st.integers(0, 500), seeds)
 def test_rope_turns_dims_i_and_i_plus_n_by_the_angle(position, seed):
     x, table = random(2, 1, 3, 12, seed=seed), rope_table(position + torch.arange(3)[None], 8, 10_000.0)
-    points = lambda x: torch.complex(x[..., :4], x[..., 4:8])                   # a turn is a product
+    points = lambda x: torch.complex(x[..., :4], x[..., 4:8])                   # a rotation is a complex product
     torch.testing.assert_close(points(rope(x, *table)), points(x) * torch.complex(*table))
 
 
@@ -229,7 +229,7 @@ def test_rope_depends_on_distance_only(m, n, shift, seed):
 def test_with_two_kv_heads_one_value_head_sees_this_token_and_one_the_token_before(monkeypatch):
     cca, x = layer(2, 2, 8), random(1, 5, 32, seed=1)
     cca.o_proj = torch.nn.Identity()
-    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, **_: v)      # lay the values bare
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, **_: v)      # return the values
     y = run(cca, x)
     torch.testing.assert_close(y[..., :8], cca.v_proj(x))
     torch.testing.assert_close(y[:, 1:, 8:], cca.v_proj_delayed(x)[:, :-1])
@@ -289,7 +289,7 @@ def test_cached_forward_equals_the_full_forward_for_any_split(chunks, shape, see
 @torch.no_grad()
 @given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any), min_size=1, max_size=4), seeds)
 def test_rows_of_different_lengths_get_what_they_get_alone(steps, seed):
-    """Each step gives row b n_new[b] tokens, some none at all, the rest of the chunk being padding of random ids."""
+    """Each step appends n_new[b] >= 0 tokens to sequence b; the rest of the chunk is padding with random tokens."""
     model, past = tiny_model(seed), [[], [], []]
     cache = model.make_cache(3, 5 * len(steps))
     for i, n_new in enumerate(steps):
@@ -304,7 +304,7 @@ def test_rows_of_different_lengths_get_what_they_get_alone(steps, seed):
 
 
 @torch.no_grad()
-def test_rows_that_leave_do_not_disturb_the_others():
+def test_removing_sequences_does_not_change_the_others():
     model, idx = tiny_model(), tokens(3, 9)
     cache = model.make_cache(3, 9)
     model(idx[:, :4], cache=cache)
@@ -319,12 +319,12 @@ def test_cache_holds_nothing_but_the_compressed_state():
     L, d, Hq, Hk = config.n_layer, config.head_dim, config.n_head, config.n_kv_head
     lists = [value for value in vars(cache).values() if isinstance(value, list) and torch.is_tensor(value[0])]
     stored = sum(t.numel() for tensors in lists for t in tensors)
-    assert stored == 2 * L * (11 * 2 * Hk * d + 2 * (Hq + Hk) * d + Hk * d // 2)        # 11: one place for padding
+    assert stored == 2 * L * (11 * 2 * Hk * d + 2 * (Hq + Hk) * d + Hk * d // 2)        # 11: one position for padding
 
 
 @torch.no_grad()
 def test_padding_leaves_no_trace_even_if_it_is_not_a_number():
-    """Of the same real tokens, with paddings that differ: all that a cache holds of its rows, and all logits."""
+    """With equal real tokens and different padding, the cached tensors and the logits are equal."""
     model, idx = tiny_model(), tokens(2, 4)
     other, kept = idx.clone(), []
     other[0, 2:] = 7
@@ -335,11 +335,11 @@ def test_padding_leaves_no_trace_even_if_it_is_not_a_number():
         kept.append([[t[:, :, :-1] for t in cache.k + cache.v], cache.qk + cache.v_last, logits])
     torch.testing.assert_close(*kept, rtol=0, atol=0)
     for t in cache.k + cache.v:
-        t[:, :, -1] = float('nan')                              # the place where padding went
+        t[:, :, -1] = float('nan')                              # the position of padding tokens
     assert model(idx[:, :1], cache=cache)[0].isfinite().all()
 
 
-def test_a_full_cache_says_so():
+def test_exceeding_the_capacity_raises():
     model = tiny_model()
     with pytest.raises(ValueError, match='capacity'):
         model(tokens(1, 5), cache=model.make_cache(1, 4))

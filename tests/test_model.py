@@ -1,4 +1,4 @@
-"""Invariants of the model (model.py) besides its equality to the reference."""
+"""Invariants of layers.py and model.py. Equality to the reference implementation: test_reference.py."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,14 +7,14 @@ from hypothesis import given, strategies as st
 import model as model_module
 from runtime.pretrained import save_pretrained
 from common import randomize, tiny_config, tiny_model, tokens
-from layers import ResidualScaling, RMSNorm
+from layers import ResidualScaling, RMSNorm, float32_products
 from model import CrossEntropy, Experts, Zaya, ZayaConfig, initial_value, sizes, swiglu
 
 seeds = st.integers(0, 10**6)
 
 
 def sorted_tokens(seed, T=40, **changes):
-    """x (T, E), count (N) of a random routing in which an expert may well have no token at all."""
+    """Return experts, x (T, E), expert (T), weight (T) of a random routing; some experts may have no tokens."""
     g = torch.Generator().manual_seed(seed)
     experts = randomize(Experts(tiny_config(**changes)), seed)
     expert = torch.randint(experts.gate_up.shape[0], (T,), generator=g) * torch.randint(2, (T,), generator=g)
@@ -26,7 +26,7 @@ def test_dispatch_equals_the_dense_one_hot_formula(seed, T, skip):
     experts, x, expert, weight = sorted_tokens(seed, T, skip_expert=skip)
     N = len(experts.gate_up)
     if skip:
-        expert = torch.where(torch.arange(T) % 3 == 0, N, expert)               # class N: no expert at all
+        expert = torch.where(torch.arange(T) % 3 == 0, N, expert)               # class N, 'skip': no expert
     h = torch.einsum('te,nfe->tnf', x, experts.gate_up)                         # every token through every expert
     y = torch.einsum('tnf,nef->tne', swiglu(h), experts.down)
     dense = torch.einsum('tn,t,tne->te', F.one_hot(expert, N + 1)[:, :N].float(), weight, y)
@@ -34,8 +34,8 @@ def test_dispatch_equals_the_dense_one_hot_formula(seed, T, skip):
 
 
 @given(seeds, st.integers(1, 600), st.booleans())
-def test_slices_in_steps_of_rows_give_the_same_results_and_gradients(seed, T, skip):
-    """In bf16 on a CPU each expert's slice is filled up with zeros; rounding apart, nothing changes."""
+def test_padded_slices_give_the_same_results_and_gradients(seed, T, skip):
+    """With bf16 products on a CPU each expert's slice is padded with zeros; only rounding differs."""
     experts, x, expert, weight = sorted_tokens(seed, T, skip_expert=skip)
     leaves = [x.requires_grad_(), experts.gate_up, experts.down]
     found = []
@@ -50,7 +50,7 @@ def test_slices_in_steps_of_rows_give_the_same_results_and_gradients(seed, T, sk
 
 @given(seeds, st.booleans())
 def test_gradients_of_dispatch_are_those_of_each_expert_alone(seed, skip):
-    """One plain product after the other, token by token; an expert without tokens gets zero gradients."""
+    """Compared with one product per token; an expert without tokens has zero gradients."""
     experts, x, expert, weight = sorted_tokens(seed, skip_expert=skip)
     if skip:
         expert[::3] = len(experts.gate_up)
@@ -68,7 +68,7 @@ def test_gradients_of_dispatch_are_those_of_each_expert_alone(seed, skip):
 
 
 def test_skipped_tokens_get_zero_and_finite_gradients_from_undefined_rows(monkeypatch):
-    """grouped_mm leaves the rows past the last expert's undefined, results and gradients: NaN, at worst."""
+    """grouped_mm leaves results and gradients after the last slice undefined; here they are NaN."""
     experts, x, expert, weight = sorted_tokens(0, skip_expert=True)
     expert[::3] = len(experts.gate_up)
     grouped_mm = model_module.grouped_mm
@@ -83,6 +83,14 @@ def test_skipped_tokens_get_zero_and_finite_gradients_from_undefined_rows(monkey
     assert y[::3].eq(0).all() and y.isfinite().all()
     assert weight.grad.isfinite().all() and weight.grad[::3].eq(0).all()
     assert x.grad.isfinite().all() and x.grad[::3].eq(0).all()
+
+
+def test_float32_products_restores_the_precision_it_found():
+    torch.set_float32_matmul_precision('high')
+    with pytest.raises(KeyError), float32_products():
+        assert torch.get_float32_matmul_precision() == 'highest'
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == 'high'
 
 
 def test_residual_scaling_at_init_is_the_plain_residual():
@@ -130,7 +138,7 @@ def test_the_loss_is_the_mean_over_scored_targets(seed):
     torch.testing.assert_close(loss, -logp[targets >= 0].mean())
 
 
-@pytest.mark.parametrize('rows, V', [(3, 5), (700, 2000)])                      # the second: more than one piece
+@pytest.mark.parametrize('rows, V', [(3, 5), (700, 2000)])                      # the second needs more than one piece
 @pytest.mark.parametrize('scored', [1.0, 0.3])
 def test_cross_entropy_in_pieces_equals_the_whole_with_its_gradients(rows, V, scored):
     g = torch.Generator().manual_seed(0)
@@ -151,7 +159,7 @@ def test_the_loss_is_the_same_with_and_without_gradients():
     torch.testing.assert_close(without, zaya(idx, idx)[1])
 
 
-def test_a_fresh_model_guesses_evenly():
+def test_a_fresh_model_has_the_loss_of_uniform_predictions():
     torch.manual_seed(0)
     model = Zaya(ZayaConfig())
     idx = tokens(2, 64, vocab_size=4096)
@@ -159,7 +167,7 @@ def test_a_fresh_model_guesses_evenly():
 
 
 def test_initial_values_depend_on_the_seed_and_the_name_only():
-    """Whatever else used the global generator; and each matrix has its own values, with the documented std."""
+    """Not on the state of the global generator. Each matrix has its own values and the documented std."""
     config = tiny_config(skip_expert=True, n_embd=64)
     torch.manual_seed(3)
     torch.rand(5)
@@ -178,7 +186,7 @@ def test_initial_values_depend_on_the_seed_and_the_name_only():
 
 
 @torch.no_grad()
-def test_last_only_gives_each_row_s_last_real_logits():
+def test_last_only_gives_the_last_real_logits_of_each_sequence():
     model, idx = tiny_model(), tokens(3, 6)
     assert torch.allclose(model(idx, last_only=True)[0], model(idx)[0][:, -1:], atol=1e-5)
     n_new = [2, 6, 4]
@@ -189,8 +197,8 @@ def test_last_only_gives_each_row_s_last_real_logits():
 
 
 def test_the_numbers_of_section_iv_d_are_float32_under_bf16():
-    """Residual stream, router probabilities, logits, loss and the cache's state stay float32 in a bf16 model and under
-    autocast; the matrix products are bf16."""
+    """Residual stream, router probabilities, logits, loss and the convolution state of the cache are float32 in a bf16
+    model and under autocast; matrix products are bf16."""
     for autocast in (False, True):
         model = tiny_model()
         model = model if autocast else model.bfloat16()
@@ -237,7 +245,7 @@ def test_impossible_sizes_are_refused(bad):
         tiny_config(**bad)
 
 
-def test_sizes_count_what_is_there():
+def test_sizes_equal_the_counts_of_an_allocated_model():
     config = tiny_config()
     n = sizes(config)
     model = Zaya(config)
@@ -245,7 +253,7 @@ def test_sizes_count_what_is_there():
     idle = sum(p.numel() for layer in model.layers for p in layer.moe.experts.parameters()) * 3 // 4
     assert n['active'] == n['total'] - 50 * 32 - idle
     assert n['kv_bytes'] == 2 * 2 * 3 * 2 * 8
-    attention = 2 * 2 * sum(range(1, 65)) / 64 * 3 * 4 * 8                # two products, multiply and add, 64 positions
+    attention = 2 * 2 * sum(range(1, 65)) / 64 * 3 * 4 * 8        # 2 products, 2 FLOPs per multiply-add, 64 positions
     assert n['train_flops'] == pytest.approx(3 * (2 * (n['active'] + 50 * 32) + attention), rel=0.02)
 
 

@@ -22,7 +22,7 @@ def test_the_update_has_singular_values_near_1(shape, seed):
 def test_the_update_keeps_the_singular_vectors(shape, seed):
     G = random(*shape, seed=seed)
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    middle = U.mT @ orthogonalize(G) @ Vh.mT                    # diagonal in G's own basis
+    middle = U.mT @ orthogonalize(G) @ Vh.mT                    # diagonal in the basis of G's singular vectors
     off = middle - torch.diag_embed(middle.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < 1e-3
 
@@ -34,8 +34,8 @@ def test_each_expert_of_a_stack_is_a_matrix_of_its_own(seed):
 
 
 def test_muon_equals_torch_s_own_for_each_of_many_matrices():
-    """torch.optim.Muon rounds to bfloat16 inside, on every device: hence the tolerance."""
-    shapes = [(24, 24), (16, 40), (40, 16), (16, 40), (24, 24), (16, 40)]       # some of one shape
+    """torch.optim.Muon computes in bfloat16 on every device, hence the tolerance."""
+    shapes = [(24, 24), (16, 40), (40, 16), (16, 40), (24, 24), (16, 40)]       # some have equal shapes
     start = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
     a = Muon(ours, lr=0.05, weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""The oracle: `transformers`' ZayaForCausalLM, tiny and random in every number, against ours, loaded from its files."""
+"""Equality to `transformers`' ZayaForCausalLM: a tiny one with random parameters, saved, and loaded by ours."""
 import copy
 import json
 import os
@@ -28,9 +28,9 @@ def make_reference(folder, seed=1, dtype=torch.float32, shards=None, **shape):
                  max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     config = transformers.ZayaConfig(**sizes | shape)
     reference = randomize(transformers.ZayaForCausalLM(config), seed).to(dtype).eval()
-    for layer in reference.model.layers:        # .to() rounded these, a released checkpoint keeps them in float32
+    for layer in reference.model.layers:        # float32 in released checkpoints; .to() rounded them
         layer.mlp.gate.balancing_biases = layer.mlp.gate.balancing_biases.float()
-        layer.mlp.gate.balancing_biases[-1] = layer.mlp.gate.balancing_biases.max()     # 'skip' must win now and then
+        layer.mlp.gate.balancing_biases[-1] = layer.mlp.gate.balancing_biases.max()     # 'skip' is chosen sometimes
     reference.save_pretrained(folder, **({'max_shard_size': shards} if shards else {}))
     return reference
 
@@ -54,7 +54,7 @@ def test_logits_equal_the_reference(pair, B, S):
 
 
 @torch.no_grad()
-def test_skip_class_takes_part_in_these_tests(pair):
+def test_the_skip_class_is_used_in_these_tests(pair):
     _, model = pair
     classes = []
     hooks = [r.register_forward_hook(lambda module, args, out: classes.append(out[0])) for r in model.routers]
@@ -73,7 +73,7 @@ def test_cached_logits_equal_the_reference(pair, chunks):
     cache = model.make_cache(2, sum(chunks))
     ours = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, 1)], 1)
     assert_close(ours, reference(idx).logits)
-    past, theirs = transformers.DynamicCache(config=reference.config), []       # and their cached path agrees as well
+    past, theirs = transformers.DynamicCache(config=reference.config), []       # and to their cached path
     for part in idx.split(1, 1):
         theirs.append(reference(part, past_key_values=past, use_cache=True).logits)
     assert_close(ours, torch.cat(theirs, 1))
@@ -82,7 +82,7 @@ def test_cached_logits_equal_the_reference(pair, chunks):
 @pytest.mark.parametrize('S', [1, 33])
 def test_gradients_equal_the_reference(pair, S):
     reference, model = pair
-    # No token 0: the reference gives the embedding of its padding token no gradient.
+    # No token 0: it is the padding token of the reference, whose embedding gets no gradient.
     idx, targets = 1 + tokens(2, S, vocab_size=96), tokens(2, S, seed=1, vocab_size=97)
     reference.zero_grad()
     model.zero_grad()
@@ -92,7 +92,7 @@ def test_gradients_equal_the_reference(pair, S):
     theirs.backward()
     ours.backward()
     grads = {name: p.grad for name, p in reference.named_parameters()}
-    # The small absolute term: with S = 1 the softmax over a single key makes q and k's true gradients 0, plus rounding.
+    # Absolute tolerance: with S = 1 the softmax is over a single key, and the gradients of q and k are rounding errors.
     rounding = 1e-7 * torch.stack([g.norm() for g in grads.values()]).norm()
     for name, p in model.named_parameters():
         theirs = grads[released_name(name)]
@@ -125,14 +125,14 @@ def test_save_pretrained_writes_the_same_bits(tmp_path, dtype, shards):
     for name in before:
         assert before[name].dtype == after[name].dtype, name
         assert before[name].view(torch.uint8).equal(after[name].view(torch.uint8)), name
-    if not shards:                              # one file: equal to the last byte
+    if not shards:                              # one file: equal bytes
         assert (tmp_path / 'a/model.safetensors').read_bytes() == (tmp_path / 'b/model.safetensors').read_bytes()
 
 
 @torch.no_grad()
 def test_transformers_loads_what_we_write(pair, tmp_path):
     model = copy.deepcopy(pair[1])
-    for router in model.routers:                # the reference loads any skip bias as the released one, -1
+    for router in model.routers:                # the reference always loads the bias of 'skip' as -1
         router.balancing_bias[-1] = -1.0
     save_pretrained(model, tmp_path)
     again = transformers.ZayaForCausalLM.from_pretrained(tmp_path)
@@ -185,14 +185,14 @@ def test_a_broken_folder_gets_one_clear_error(tmp_path, message):
     assert message in str(error.value) and '\n' not in str(error.value)
 
 
-def test_what_was_saved_last_is_loaded_from_a_once_sharded_folder(tmp_path):
+def test_saving_into_a_sharded_folder_replaces_its_weights(tmp_path):
     make_reference(tmp_path, shards='50KB')
     model = from_pretrained(tmp_path)
     with torch.no_grad():
         model.norm.weight.fill_(7)
     save_pretrained(model, tmp_path)
     assert from_pretrained(tmp_path).norm.weight.eq(7).all()
-    assert json.loads((tmp_path / 'config.json').read_text())['eos_token_id'] == 2   # kept, though nothing here uses it
+    assert json.loads((tmp_path / 'config.json').read_text())['eos_token_id'] == 2   # kept, although unused
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -204,7 +204,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def test_loading_needs_little_more_memory_than_the_model(tmp_path):
-    """bf16 weights of about 220 MB: a fresh process must not grow by twice that."""
+    """With bf16 weights of about 220 MB, a fresh process must grow by less than 1.5 times their size."""
     make_reference(tmp_path, dtype=torch.bfloat16, vocab_size=2000, hidden_size=512, moe_intermediate_size=1024,
                    num_experts=16, num_hidden_layers=4)
     size = os.path.getsize(tmp_path / 'model.safetensors')

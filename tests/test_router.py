@@ -94,7 +94,7 @@ def test_loads_count_each_token_once_and_in_training_only():
 
 
 class FakeRouter:
-    """Tokens with fixed preferences, standing in for a Router."""
+    """A stand-in for Router with a fixed distribution of probabilities."""
 
     def __init__(self, skew, seed=0):
         self.n_expert, self.g = len(skew), torch.Generator().manual_seed(seed)
@@ -105,7 +105,7 @@ class FakeRouter:
         self.load = torch.bincount(choose(probs, self.balancing_bias)[0], minlength=self.n_expert)
 
 
-@pytest.mark.parametrize('rule, evenness', [('pid', 0.99), ('sign', 0.95)])    # a fixed step keeps overshooting
+@pytest.mark.parametrize('rule, evenness', [('pid', 0.99), ('sign', 0.95)])    # a step of fixed size oscillates
 def test_the_balancer_evens_a_skewed_load_and_recovers_after_a_shift(rule, evenness):
     r = FakeRouter([3.0, 1.0, 0.0, 0.0, -1.0, -2.0])
     balancer = Balancer([r], rule, lr=1e-2)
@@ -116,7 +116,7 @@ def test_the_balancer_evens_a_skewed_load_and_recovers_after_a_shift(rule, evenn
             r.see()
             fractions = balancer.step()
         assert load_entropy(fractions)[0] > evenness
-        r.skew = r.skew.flip(0)                                 # the tokens change their minds
+        r.skew = r.skew.flip(0)                                 # the preferred experts change
 
 
 def test_without_a_rule_a_skewed_load_stays_skewed():
