@@ -1,25 +1,25 @@
-"""Quantization: the weights of a released model in 8 or 4 bits, to read and to keep half or a quarter as many bytes.
+"""Quantization: the weights of a released model as int8 or int4, in half or a third of the bytes of bf16.
 
-For a single token a model does nothing but read its weights, so its speed is that of memory: bytes a weight decide. A
-weight w becomes a code c, a whole number of few bits, and neighbours along the input share a scale s and an offset z:
+Decoding a single sequence is memory-bandwidth bound: time is proportional to the bytes of the weights. A weight w
+becomes an integer code c; weights of a group, neighbors along the input dim, share a scale s and an offset z:
 
-    8 bits   w ~ s c               c = -127 .. 127, one s for each row of a matrix, which is all inputs of an output
-    4 bits   w ~ s (c - 8) + z     c = 0 .. 15, s and z in bf16 for each 32 inputs of an output: 5 bits a weight
+    8 bits   w ~ s c               c = -127 .. 127, one s per output (matrix row)
+    4 bits   w ~ s (c - 8) + z     c = 0 .. 15, s and z in bf16 per group of 32 inputs: 5 bits per weight
 
-Round to nearest: c = 0 is the group's smallest weight, c = 15 the largest, in between c is rounded. But a single large
-weight makes s large, and all its neighbours coarse. So narrower spans are tried as well, which clip the largest, and
-the one with the least squared error of its group is kept.
+Round to nearest maps a group's smallest weight to c = 0 and its largest to c = 15. An outlier then makes s large and
+the other 31 weights coarse, so narrower ranges, which clip outliers, are tried as well, and each group keeps the range
+with the least squared error.
 
-What is quantized are the large matrices: each expert (96 % of all weights), the projections of attention, and the
-embedding, which is also the head. Router, convolutions, norms, temperature, residual scaling stay as they are: they are
-0.6 % of the weights; a router's choice and the temperature of attention are what all else depends on; and CCA's norm
-and the stream itself amplify small errors (report, IV-D).
+The large matrices are quantized: experts (96 % of the parameters), attention projections, and the embedding, which is
+also the output head. Router, convolutions, norms, temperature and residual scaling (0.6 %) keep their dtype: everything
+depends on the routing and the attention temperature, and CCA's norm and the residual stream amplify small errors
+(report, IV-D).
 
-    y = x W^T          as it is defined: dequantize, multiply
-                       on a CPU for few rows: operators of torch that read the codes (`Matrix.forward`)
+    y = x W^T          by definition: dequantize, then multiply
+                       on a CPU, for few tokens: torch's int8 and int4 kernels, which read the codes (`Matrix.forward`)
 
-`python quantize.py FOLDER OUT --bits=4` reads a released folder tensor by tensor and writes another, which sample.py
-and rsa.py take like any. Legend: out, in: of a matrix; G groups of a row; N experts; T tokens; E, F: see model.py.
+`python quantize.py FOLDER OUT --bits=4` reads a released folder tensor by tensor and writes one that sample.py and
+rsa.py read like any other. Legend: out, in: dims of a matrix; G groups per output; N experts; T tokens; E, F: model.py.
 """
 import re
 import runpy
@@ -30,15 +30,15 @@ from torch import nn
 
 from model import swiglu
 
-GROUP = 32                      # inputs that share s and z, in 4 bits
-SPANS = [1 - 0.05 * i for i in range(6)]
+GROUP = 32                      # inputs that share s and z, with 4 bits
+SPANS = [1 - 0.05 * i for i in range(6)]        # ranges to try, as fractions of the group's
 QUANTIZED = re.compile(r'.*(self_attn\..*_proj(_current|_delayed)?\.weight|mlp\.experts\.\w+|embed_tokens\.weight)')
 
 
 @torch.no_grad()
 def quantize(W, bits, spans=SPANS):
-    """W (out, in) float -> a dict of codes (out, in) int8 and scale (out, 1) float32 for 8 bits; of codes (out, in / 2)
-    uint8, two in a byte, scale and offset (out, G) bf16 for 4 bits. Raise ValueError if `in` is no multiple of 32."""
+    """Quantize W (out, in). Return a dict. 8 bits: codes (out, in) int8, scale (out, 1) float32. 4 bits: codes
+    (out, in / 2) uint8, two per byte, scale and offset (out, G) bf16. Raise ValueError if `in` is no multiple of 32."""
     W = W.float()
     if bits == 8:
         scale = W.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
@@ -48,10 +48,10 @@ def quantize(W, bits, spans=SPANS):
     w = W.unflatten(-1, (-1, GROUP))                                            # (out, G, 32)
     low, high, best = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True), None
     for span in spans:
-        s = ((high - low) * span / 15).clamp_min(1e-12).bfloat16().float()      # (out, G, 1), as it will be stored
+        s = ((high - low) * span / 15).clamp_min(1e-12).bfloat16().float()      # (out, G, 1), rounded as stored
         z = ((high + low - (high - low) * span) / 2 + 8 * s).bfloat16().float()
         c = ((w - z) / s).round_().add_(8).clamp_(0, 15)
-        new = (s * (c - 8) + z - w).square_().sum(-1, keepdim=True), c, s, z    # the first is the error
+        new = (s * (c - 8) + z - w).square_().sum(-1, keepdim=True), c, s, z    # error first
         best = new if best is None else [torch.where(new[0] < best[0], a, b) for a, b in zip(new, best)]
     _, c, s, z = best
     c = c.to(torch.uint8).flatten(-2)
@@ -59,7 +59,7 @@ def quantize(W, bits, spans=SPANS):
 
 
 def dequantize(codes, scale, offset=None):
-    """-> W (..., in) float32: what codes mean, by definition. ...: (out), or the dims of tokens."""
+    """Return W (..., in) float32, by definition. ...: (out), or the dims of the tokens whose embeddings are read."""
     if offset is None:
         return codes * scale
     c = unpack(codes).unflatten(-1, (-1, GROUP)).float() - 8                    # (..., G, 32)
@@ -67,7 +67,7 @@ def dequantize(codes, scale, offset=None):
 
 
 def unpack(codes):
-    """(..., in / 2) bytes -> (..., in) uint8."""
+    """Return int4 codes as (..., in) uint8, from (..., in / 2) bytes."""
     return torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
 
 
@@ -87,7 +87,7 @@ class Matrix(nn.Module):
 
     @property
     def weight(self):
-        """(out, in), dequantized at every call: for many rows."""
+        """Return W (out, in), dequantized at every call: for many tokens."""
         return dequantize(self.codes, self.scale, self.offset).to(self.dtype)
 
     def forward(self, x):
@@ -96,19 +96,19 @@ class Matrix(nn.Module):
     def product(self, x):
         if self.packed is None:
             return F.linear(x, self.weight.to(x.dtype))
-        if x.dtype != self.dtype:                               # the head's float32 rows: in bf16, high and low bits
+        if x.dtype != self.dtype:                               # the head's float32 input: as a sum of two in bf16
             high = x.to(self.dtype)
             return self.product(high).to(x.dtype) + self.product((x - high).to(self.dtype))
-        rows = x.flatten(0, -2)
+        x_flat = x.flatten(0, -2)                               # (T, in)
         if self.bits == 8:
-            y = torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scale[:, 0].to(x.dtype))
+            y = torch.ops.aten._weight_int8pack_mm(x_flat, self.packed, self.scale[:, 0].to(x.dtype))
         else:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales.to(x.dtype))
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_flat, self.packed, GROUP, self.scales.to(x.dtype))
         return y.view(*x.shape[:-1], -1)
 
     def pack(self, dtype, keep):
-        """On a CPU, lay the codes out as torch's operators read them. dtype: of the model. keep: the codes as well, for
-        `weight`."""
+        """On a CPU, convert the codes to the layout of torch's kernels. dtype: of the model. keep: keep the codes too,
+        which `weight` needs."""
         self.dtype = dtype
         if self.codes.device.type == 'cpu' and (self.bits == 8 or len(self.codes) % 32 == 0):
             self.packed = self.codes
@@ -119,32 +119,32 @@ class Matrix(nn.Module):
                     self.codes = self.scale = self.offset = None
 
     @staticmethod
-    def lay_together(matrices):
-        """Put what they have packed into two tensors, of which each has its part."""
+    def share_storage(matrices):
+        """Stack the packed tensors of equal matrices, and make each matrix's tensors views of the stacks."""
         for name in 'packed', 'scales':
             for matrix, part in zip(matrices, torch.stack([getattr(matrix, name) for matrix in matrices])):
                 setattr(matrix, name, part)
 
     @staticmethod
     def joined(matrices):
-        """One Matrix of several with the same input, one under the other."""
+        """Return one Matrix whose output concatenates those of matrices with the same input."""
         parts = [[getattr(m, name) for m in matrices] for name in ('codes', 'scale', 'offset')]
         bits, width = matrices[0].bits, matrices[0].codes.shape[1] * 8 // matrices[0].bits
         joined = Matrix(bits, sum(len(m.codes) for m in matrices), width)
         joined.codes, joined.scale, joined.offset = (None if part[0] is None else torch.cat(part) for part in parts)
-        joined.pack(matrices[0].dtype, keep=False)              # for few rows only
+        joined.pack(matrices[0].dtype, keep=False)              # only used for few tokens
         return joined
 
 
 class Embedding(Matrix):
-    """forward: tokens (...) int64 -> rows (..., E) float32. product: as the output head."""
+    """forward: tokens (...) int64 -> embeddings (..., E) float32. product: the output head."""
 
     def forward(self, tokens):
         return dequantize(*(None if t is None else t[tokens] for t in (self.codes, self.scale, self.offset)))
 
 
 class Experts(nn.Module):
-    """model.Experts, each matrix quantized."""
+    """model.Experts with quantized matrices."""
 
     def __init__(self, bits, config):
         super().__init__()
@@ -156,14 +156,14 @@ class Experts(nn.Module):
         """x (T, E), expert (T) int64, weight (T) float32 -> (T, E)."""
         y = torch.zeros_like(x)
         for e in expert.unique().tolist():
-            if e < len(self.down):                              # the rest is 'skip'
-                rows = (expert == e).nonzero()[:, 0]
-                y[rows] = self.down[e](swiglu(self.gate_up[e](x[rows])))
+            if e < len(self.down):                              # expert N is 'skip': zero
+                chosen = (expert == e).nonzero()[:, 0]          # its tokens
+                y[chosen] = self.down[e](swiglu(self.gate_up[e](x[chosen])))
         return y * weight[:, None].to(x.dtype)
 
 
 def replace(model, bits):
-    """Put quantized matrices, still empty, in the place of a Zaya's own."""
+    """Replace a Zaya's large matrices by quantized ones, uninitialized."""
     config = model.config
     for layer in model.layers:
         for name in 'q_proj', 'k_proj', 'v_proj', 'v_proj_delayed', 'o_proj':
@@ -175,17 +175,17 @@ def replace(model, bits):
 
 
 def pack(model):
-    """Make a model ready whose quantized matrices have been filled."""
+    """Pack the quantized matrices of a model after their codes have been loaded."""
     for module in model.modules():
         if isinstance(module, Experts):
             for matrices in module.gate_up, module.down:
                 for matrix in matrices:
                     matrix.pack(model.dtype, keep=False)
-                if matrices[0].codes is None:                   # small tensors would leave large holes in memory
-                    Matrix.lay_together(matrices)
+                if matrices[0].codes is None:                   # freeing many small tensors fragments memory
+                    Matrix.share_storage(matrices)
         elif isinstance(module, Matrix) and module.packed is None:
             module.pack(model.dtype, keep=True)
 
 
-if __name__ == '__main__':      # the command: it imports this file, and so cannot be imported by it
+if __name__ == '__main__':      # the command's module imports this file, so this file cannot import it
     runpy.run_module('runtime.quantize_folder', run_name='__main__')

@@ -1,1 +1,1 @@
-"""What a run needs around the model: checkpoints, released folders, chat templates, devices, several processes."""
+"""What surrounds the model: checkpoints, released folders, chat templates, devices, distributed training."""

@@ -1,14 +1,14 @@
-"""A run's checkpoints: ckpt.pt, the one before it, and log.csv, so that a crash at any moment leaves a whole one.
+"""The files of a run: checkpoints, of which a crash at any moment leaves a complete one, and log.csv.
 
-A checkpoint of `train.py --shard=True` is a folder of that name, which any number of processes can read, one as well
-(runtime/distributed.py).
+ckpt.pt is the last checkpoint, ckpt_previous.pt the one before it. Both are files of torch.save, or, for `train.py
+--shard=True`, folders that any number of processes can read (runtime/distributed.py).
 
-Nothing in a file is ever executed. A file that cannot be used is a ValueError that names it.
+Reading a file never executes code. A file that cannot be used raises a ValueError that names it.
 """
 import contextlib
 import csv
 import os
-import pickle                                                   # for the name of an error only: see load_checkpoint
+import pickle                                                   # only for its exception, see load_checkpoint
 import platform
 import re
 import sys
@@ -19,33 +19,34 @@ import torch
 
 from data.tokenizer import digest, load_tokenizer
 from model import Zaya, ZayaConfig
-from runtime.distributed import (broadcast_from_rank0, checksum_of, distribute_like, file_of, gather_lists,
-                                 is_rank0, is_sharded, local_part, read_shards, remove, save_and_sync, write_shards)
+from runtime.distributed import (broadcast_from_rank0, checksum_of, distribute_like, file_of, gather_lists, is_rank0,
+                                 is_sharded, local_part, print0, read_shards, remove, save_and_sync, write_shards)
 from runtime.language import run_language
 from validate import check, read_bytes
 
-# What a checkpoint must be: at least to take its weights, and to go on from it (see validate.py).
-kinds = {field.name: field.type for field in fields(ZayaConfig)}
-WEIGHTS = {'model': {str: torch.Tensor}, 'step': range(2 ** 63), 'tokenizer?': str,
-           'model_config': {'vocab_size': int} | {f'{key}?': kind for key, kind in kinds.items()}}
-ADAMW = {'step': torch.Tensor, 'exp_avg': torch.Tensor, 'exp_avg_sq': torch.Tensor}
-RESUMABLE = WEIGHTS | {'config': {str: (bool, int, float, str)}, 'balancer': {'state': {int: ADAMW}},
-                       'optimizers': [{'state': {int: {'momentum': torch.Tensor}}}, {'state': {int: ADAMW}}]}
+# Schemas (see validate.py) of a checkpoint: what loading its weights needs, and what resuming needs in addition.
+SIZES = {field.name: field.type for field in fields(ZayaConfig)}
+WEIGHTS = {'step': range(2 ** 63), 'model': {str: torch.Tensor}, 'model_config': SIZES, 'tokenizer?': str}
+MUON = {'state': {int: {'momentum': torch.Tensor}}}
+ADAMW = {'state': {int: {'step': torch.Tensor, 'exp_avg': torch.Tensor, 'exp_avg_sq': torch.Tensor}}}
+RESUMABLE = WEIGHTS | {'config': {str: (bool, int, float, str)}, 'optimizers': [MUON, ADAMW], 'balancer': ADAMW}
 
+
+# ---- writing ----
 
 @contextlib.contextmanager
 def exclusive_lock(path):
-    """Hold a file for this process alone, and write into it who that is. The operating system lets go of it when the
-    process ends, however it ends. Raise ValueError if another process holds it."""
+    """Lock a file for this process, and write into it which process that is. The operating system releases the lock
+    when the process ends. Raise ValueError if another process holds it."""
     with open(path, 'a+', encoding='utf-8') as file:
         try:
-            import fcntl                                        # Windows has none, and does without
+            import fcntl                                        # not on Windows, which gets no lock
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(f'{path}: {file.read(99).strip() or "another process"} is at work here: wait for it, stop '
-                             'it, or use another folder') from None
-        except (ImportError, OSError):                          # a disk without locks
+            raise ValueError(f'{path}: in use by {file.read(99).strip() or "another process"}: wait for it, stop it, '
+                             'or use another folder') from None
+        except (ImportError, OSError):                          # a file system without locks
             pass
         file.truncate(0)
         file.write(f'process {os.getpid()} on {platform.node()}\n')
@@ -54,10 +55,9 @@ def exclusive_lock(path):
 
 
 def save_checkpoint(folder, state):
-    """Write `state` (tensors, numbers, strings, lists and dicts of them) so that a crash at any moment leaves a whole
-    checkpoint behind: under a temporary name, onto the disk (fsync), and only then under its own. All processes call
-    this where tensors are sharded. Raises OSError if the disk is full, say, ValueError if a weight is not finite; the
-    checkpoints already there are then untouched."""
+    """Write the nested `state` as ckpt.pt, so that a crash at any moment leaves a complete checkpoint: under a
+    temporary name, with fsync, then rename. All ranks call this if tensors are sharded. Raise OSError if a write fails,
+    as on a full disk, and ValueError if a weight is not finite; existing checkpoints are then unchanged."""
     weights = state.get('model', {})
     sharded = any(map(is_sharded, weights.values()))
     bad = [name for name, tensor in weights.items() if not local_part(tensor).isfinite().all()]
@@ -68,42 +68,74 @@ def save_checkpoint(folder, state):
         if is_rank0():
             remove(new)
         (write_shards if sharded else save_and_sync)(new, state)
-    except BaseException as error:                              # a full disk, Ctrl-C: leave no half file behind
+    except BaseException as error:                              # also Ctrl-C: remove the incomplete file
         if is_rank0():
             remove(new)
-        if isinstance(error, (OSError, RuntimeError)):          # torch reports a failed write as either of them
+        if isinstance(error, (OSError, RuntimeError)):          # torch reports a failed write as either
             cause = error if isinstance(error, OSError) else error.__context__
             raise OSError(f'{new}: cannot be written ({getattr(cause, "strerror", None) or error})') from None
         raise
     if not sharded or is_rank0():
-        # A damaged one must not push out a good one; a folder is not read again for that, it would take minutes.
+        # A damaged file must not replace a good previous one. Folders are not checked: that would take minutes.
         if os.path.isdir(current) or os.path.exists(current) and damage(current) is None:
             remove(previous)
             os.replace(current, previous)
-        if sharded:                                             # a folder cannot take the place of a file
+        if sharded:                                             # os.replace cannot replace a file by a folder
             remove(current)
-        os.replace(new, current)                                # killed before this line: ckpt_previous.pt is whole
+        os.replace(new, current)                                # before this line, ckpt_previous.pt is complete
 
+
+def log_columns(config):
+    """Return the columns of train.py's log.csv. config: ZayaConfig. load_l_e is the load fraction of expert e of layer
+    l in this step, bias_l_e its balancing bias after the step."""
+    layers, experts = range(config.n_layer), range(config.n_expert)
+    return ['step', 'tokens', 'loss', 'val_loss', 'grad_norm', 'lr', 'tokens_per_s', 'mfu', 'entropy',
+            *(f'{kind}_{layer}' for kind in ('entropy', 'residual') for layer in layers),
+            *(f'{kind}_{layer}_{e}' for kind in ('load', 'bias') for layer in layers for e in experts)]
+
+
+def write_log(folder, row, columns, keep_until=None):
+    """Append a row (a dict, or None) to log.csv. keep_until: first drop the rows of later steps, which a resumed run
+    takes again. Raise ValueError if the existing log.csv is of another program."""
+    path = os.path.join(folder, 'log.csv')
+    if keep_until is not None:
+        head, *lines = read_bytes(path).decode('ascii', 'replace').split('\n') if os.path.exists(path) else ['']
+        head, rows = head.strip().split(','), [line.strip().split(',') for line in lines]
+        if head[0] not in ('', 'step'):
+            raise ValueError(f'{path} was not written by train.py: move it, or name another out_dir')
+        kept = [dict(zip(head, values)) for values in rows      # the last line may be incomplete
+                if len(values) == len(head) and re.fullmatch(r'\d{1,18}', values[0]) and int(values[0]) <= keep_until]
+        with open(path + '.tmp', 'w', newline='') as file:
+            writer = csv.DictWriter(file, columns, extrasaction='ignore')
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(path + '.tmp', path)                         # before this line, the old log is complete
+    if row:
+        with open(path, 'a', newline='') as file:
+            csv.DictWriter(file, columns).writerow(row)
+
+
+# ---- reading ----
 
 def damage(path):
-    """What is wrong with a file or folder that save_checkpoint wrote, or None. torch.save writes a zip archive with a
-    checksum for each part; torch.load ignores them."""
+    """Return what is wrong with a checkpoint file or folder, or None. A file of torch.save is a zip archive with a
+    checksum per member, which torch.load does not verify."""
     try:
         with zipfile.ZipFile(file_of(path)) as archive:
-            if part := archive.testzip():
-                return f'its part {part} is corrupt'
+            if member := archive.testzip():
+                return f'its part {member} is corrupt'
         if os.path.isdir(path):
             for name, checksum in torch.load(file_of(path), weights_only=True)['checksums'].items():
                 if os.path.basename(name) != name or checksum_of(os.path.join(path, name)) != checksum:
                     return f'its {name} is corrupt'
-    except Exception as error:                                  # whatever a damaged file makes zipfile say
+    except Exception as error:                                  # a damaged file can raise anything
         return str(error)
 
 
-def load_checkpoint(folder, kind=WEIGHTS, like=None):
-    """The newest undamaged checkpoint of a run, on the CPU, or None if it has none at all. A damaged one, or one that
-    is not of that kind, is reported and its predecessor used. like: see read_shards; all processes call this then, and
-    the first looks for damage. Raises ValueError if every one there is damaged."""
+def load_checkpoint(folder, schema=WEIGHTS, like=None):
+    """Return the newest checkpoint of a run that is undamaged and fits the schema, on the CPU, or None if there is
+    none at all. Report a damaged one and try the one before it. like: see read_shards; all ranks call this then, and
+    rank 0 looks for damage. Raise ValueError if all are damaged."""
     paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt_previous.pt')]
     paths = [path for path in paths if os.path.exists(path)]
     for path in paths:
@@ -111,41 +143,41 @@ def load_checkpoint(folder, kind=WEIGHTS, like=None):
         try:
             if what is None:
                 state = torch.load(file_of(path), map_location='cpu', weights_only=True, mmap=like is not None)
-                check(state, kind, 'it is no checkpoint of train.py')
-                return read_shards(path, state, kind, like) if os.path.isdir(path) else state
+                check(state, schema, 'it is no checkpoint of train.py')
+                return read_shards(path, state, schema, like) if os.path.isdir(path) else state
         except MemoryError:
             raise
-        except pickle.UnpicklingError:                          # weights_only: nothing in the file is ever executed
+        except pickle.UnpicklingError:                          # from weights_only
             what = 'it holds more than tensors and plain values'
-        except Exception as error:                              # whatever else a damaged file makes torch say
+        except Exception as error:                              # a damaged file can raise anything
             what = (str(error).splitlines() or [type(error).__name__])[0]
         if like is None or is_rank0():
             print(f'{path} is damaged ({what}): not used', file=sys.stderr)
     if paths:
-        raise ValueError(f'{folder}: every checkpoint is damaged ({", ".join(paths)}); remove them to start anew')
+        raise ValueError(f'{folder}: every checkpoint is damaged ({", ".join(paths)}); remove them to start again')
 
 
-def compare(model, tensors, folder):
-    """Raise ValueError if a checkpoint's weights are not exactly those of this model, which may be on 'meta'."""
+def compare(model, weights, folder):
+    """Raise ValueError unless a checkpoint's weights have the names, shapes and dtypes of this model's, which may be on
+    'meta'."""
     own = model.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        a, b = own.get(name), tensors.get(name)
+    for name in sorted(own.keys() | weights.keys()):
+        a, b = own.get(name), weights.get(name)
         if a is None or b is None or (a.shape, a.dtype, a.layout) != (b.shape, b.dtype, b.layout):
-            say = lambda t: 'nothing' if t is None else f'{list(t.shape)} {str(t.dtype)[6:]}'
-            raise ValueError(f'{folder}: the checkpoint has {say(b)} as {name}, its model {say(a)}')
+            words = lambda t: 'nothing' if t is None else f'{list(t.shape)} {str(t.dtype)[6:]}'
+            raise ValueError(f'{folder}: the checkpoint has {words(b)} as {name}, its model {words(a)}')
 
 
-def fill(model, tensors, folder):
-    """Copy a checkpoint's weights into the model. Raises ValueError as compare does."""
-    compare(model, tensors, folder)
-    model.load_state_dict({name: distribute_like(tensors[name], own) for name, own in model.state_dict().items()})
+def parameters_of(optimizer):
+    """Return the parameters in the order in which the optimizer's state_dict numbers them."""
+    return [p for group in optimizer.param_groups for p in group['params']]
 
 
 def restore(optimizers, states, folder):
-    """Take up what optimizers had learned (momenta), not their old settings: those may have been changed. Raises
-    ValueError if it was of other parameters."""
+    """Load the optimizers' state (momenta) but not their settings, which may have changed. Raise ValueError if it is
+    that of other parameters."""
     for optimizer, state in zip(optimizers, (state['state'] for state in states)):
-        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        parameters = parameters_of(optimizer)
         for i, momenta in state.items():
             if len(state) != len(parameters) or i not in range(len(parameters)) or any(
                     t.shape != (() if name == 'step' else parameters[i].shape) for name, t in momenta.items()):
@@ -155,89 +187,67 @@ def restore(optimizers, states, folder):
         optimizer.load_state_dict(optimizer.state_dict() | {'state': state})
 
 
-def resume(config, model, optimizers, balancer, tokenizer, say):
-    """Continue the run in config.out_dir; or begin with the weights of config.init_from; or begin anew. Return the step
-    to go on from. Raises ValueError if the model or the tokenizer of that run is another."""
+def resume(config, model, optimizers, balancer, tokenizer):
+    """Resume the run in config.out_dir, or start from the weights of config.init_from, or from scratch. Return
+    the number of steps already taken. Raise ValueError if that run has another model or tokenizer."""
     like = None
-    if config.shard:                                            # each process reads its part only
-        like = {f'model/{name}': tensor for name, tensor in model.state_dict().items()}
-        for o, optimizer in enumerate(optimizers):
-            parameters = [p for group in optimizer.param_groups for p in group['params']]
-            like |= {f'optimizers/{o}/state/{i}': p for i, p in enumerate(parameters)}
-    checkpoint = load_checkpoint(config.out_dir, RESUMABLE, like)
-    folder = config.out_dir if checkpoint else config.init_from
+    if config.shard:                                            # each rank reads its shards only
+        like = {f'model/{name}': tensor for name, tensor in model.state_dict().items()} | {
+            f'optimizers/{o}/state/{i}': p for o, optimizer in enumerate(optimizers)
+            for i, p in enumerate(parameters_of(optimizer))}
+    own = load_checkpoint(config.out_dir, RESUMABLE, like)
+    folder = config.out_dir if own else config.init_from
     if not folder:
         return 0
-    saved = checkpoint or load_checkpoint(folder, like=like)
+    saved = own or load_checkpoint(folder, like=like)
     if saved is None:
         raise ValueError(f'init_from: {folder} holds no checkpoint of train.py')
-    free = () if checkpoint else ('context', 'rope_base', 'init_std')           # what weights do not depend on
+    free = () if own else ('context', 'rope_base', 'init_std')                  # settings that no weight depends on
     for key, value in asdict(model.config).items():
-        if key not in free and saved['model_config'].get(key) != value:
-            raise ValueError(f"{key} is {value}, but {folder} was trained with {saved['model_config'].get(key)}: "
+        if key not in free and saved['model_config'][key] != value:
+            raise ValueError(f"{key} is {value}, but {folder} was trained with {saved['model_config'][key]}: "
                              'use it, or another folder')
     used = digest(load_tokenizer(os.path.join(folder, 'bpe.json')))
     if {used, saved.get('tokenizer', used)} != {digest(tokenizer)}:
         raise ValueError(f'{folder} was trained with another tokenizer than that of {config.dataset}: '
                          'use the dataset it was trained on, or another out_dir')
-    fill(model, saved['model'], folder)
-    if not checkpoint:
-        say(f"starting from the weights of {folder} after {saved['step']} steps")
+    compare(model, saved['model'], folder)
+    model.load_state_dict({name: distribute_like(saved['model'][name], t) for name, t in model.state_dict().items()})
+    if not own:
+        print0(f"starting from the weights of {folder} after {saved['step']} steps")
         return 0
     restore([*optimizers, balancer.adamw], [*saved['optimizers'], saved['balancer']], folder)
-    if config.dtype == 'auto' and not config.shard:             # measured once, for all of the run
+    if config.dtype == 'auto' and not config.shard:             # measured once per run
         config.dtype = saved['config'].get('dtype', 'auto')
     changed = [f'{key} {saved["config"].get(key)} -> {value}' for key, value in asdict(config).items()
                if saved['config'].get(key) != value]
-    say(f'continuing {folder} at step {saved["step"]} of {config.max_steps}'
-        + (f'; changed: {", ".join(changed)}' if changed else ''))
+    print0(f'continuing {folder} at step {saved["step"]} of {config.max_steps}'
+           + (f'; changed: {", ".join(changed)}' if changed else ''))
     return saved['step']
 
 
-def write_log(folder, row, columns, keep_until=None):
-    """Append a row (a dict, or None) to a run's log.csv. keep_until: first drop what is there of later steps. They were
-    taken after the last checkpoint of a run that was then stopped, and will be taken again. Raises ValueError for a
-    log.csv of something else."""
-    path = os.path.join(folder, 'log.csv')
-    if keep_until is not None:
-        head, *lines = read_bytes(path).decode('ascii', 'replace').split('\n') if os.path.exists(path) else ['']
-        head, rows = head.strip().split(','), [line.strip().split(',') for line in lines]
-        if head[0] not in ('', 'step'):
-            raise ValueError(f'{path} was not written by train.py: move it, or name another out_dir')
-        kept = [dict(zip(head, fields)) for fields in rows      # a kill or a full disk may have cut the last line short
-                if len(fields) == len(head) and re.fullmatch(r'\d{1,18}', fields[0]) and int(fields[0]) <= keep_until]
-        with open(path + '.tmp', 'w', newline='') as file:
-            writer = csv.DictWriter(file, columns, extrasaction='ignore')
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(path + '.tmp', path)                         # a kill before this line leaves the old log whole
-    if row:
-        with open(path, 'a', newline='') as file:
-            csv.DictWriter(file, columns).writerow(row)
-
-
-def config_of(sizes, where):
-    try:
-        return ZayaConfig(**sizes)
-    except ValueError as error:
-        raise ValueError(f'{where}: {error}') from None
-
-
 def load_run(folder, device='cpu'):
-    """Read a run -> the model, in eval mode, and its Language. Raises ValueError if the folder holds none."""
+    """Return the model of a run, in eval mode, and its Language. Raise ValueError if the folder holds no run."""
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f'{folder}: holds neither a checkpoint of train.py (ckpt.pt) nor a released model '
                          '(config.json)')
     language, config = run_language(folder), checkpoint['model_config']
-    config.pop('kernel', None)                                  # runs of earlier versions have it
     if language.vocab_size != config['vocab_size'] or checkpoint.get('tokenizer', language.digest) != language.digest:
         raise ValueError(f'{folder}: bpe.json is not the tokenizer that this run was trained with')
-    if unknown := config.keys() - kinds.keys():
+    if unknown := config.keys() - SIZES.keys():
         raise ValueError(f'{folder}: the checkpoint has a setting {min(unknown)!r}, which this version does not know')
     config = config_of(config, folder)
-    with torch.device('meta'):                                  # a damaged size must not take memory
+    with torch.device('meta'):                                  # no memory for the wrong sizes of a damaged file
         compare(Zaya(config), checkpoint['model'], folder)
     model = Zaya(config).to(device).eval()
     model.load_state_dict(checkpoint['model'])
     return model, language
+
+
+def config_of(sizes, where):
+    """Return ZayaConfig(**sizes); its ValueError names the file or folder `where`."""
+    try:
+        return ZayaConfig(**sizes)
+    except ValueError as error:
+        raise ValueError(f'{where}: {error}') from None

@@ -1,7 +1,7 @@
-"""Released folders: config.json, *.safetensors, tokenizer.json, the layout of ZAYA1-8B, which `transformers` reads.
+"""Released folders: config.json, *.safetensors and tokenizer.json in the layout of ZAYA1-8B.
 
-`load(folder)` reads such a folder, or a run of train.py. Nothing in a file is ever executed. A file that cannot be used
-is a ValueError that names it.
+`load(folder)` reads such a folder or a run of train.py. Reading a file never executes code. A file that cannot be used
+raises a ValueError that names it.
 """
 import contextlib
 import functools
@@ -16,14 +16,14 @@ from tqdm import tqdm
 import quantize
 from configurator import package
 from model import Zaya, ZayaConfig
-from runtime.checkpoint import config_of, kinds, load_run
+from runtime.checkpoint import SIZES, config_of, load_run
 from runtime.distributed import gather_full, is_rank0
 from runtime.language import released_language
 from validate import read_json, reading
 
 HEAD, EMBEDDING = 'lm_head.weight', 'model.embed_tokens.weight'
 
-# This project's names -> the released names: each rule in turn replaces what it finds in a name.
+# (pattern, replacement), applied in this order: from this project's parameter names to the released names.
 RENAMING = [
     (r'^(norm|layers)\.', r'model.\1.'), (r'^embedding\.', 'model.embed_tokens.'),
     (r'^embedding_', 'model.input_hidden_states_'), (r'\.attn_norm\.', '.input_layernorm.'),
@@ -36,7 +36,7 @@ RENAMING = [
     (r'\.moe_residual\.', '.post_mlp_residual_scale.'), (r'\.branch_', '.hidden_states_'),
 ]
 
-# Config fields -> keys of config.json, those inside its rope_parameters, and keys that have one possible value here.
+# ZayaConfig fields -> keys of config.json, and of its rope_parameters.
 CONFIG_NAMES = {
     'vocab_size': 'vocab_size', 'context': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
     'n_embd': 'hidden_size', 'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads',
@@ -44,31 +44,34 @@ CONFIG_NAMES = {
     'router_dim': 'router_hidden_size', 'norm_eps': 'rms_norm_eps', 'init_std': 'initializer_range',
 }
 ROPE_NAMES = {'rope_base': 'rope_theta', 'rope_fraction': 'partial_rotary_factor'}
-CONFIG_FIXED = {
+CONFIG_FIXED = {                 # keys whose other values are variants that are not implemented here
     'model_type': 'zaya', 'hidden_act': 'silu', 'num_experts_per_tok': 1, 'tie_word_embeddings': True,
     'attention_bias': False, 'lm_head_bias': False, 'cca_time0': 2, 'cca_time1': 2, 'sliding_window': None,
 }
-CONFIG = {f'{key}?': value for key, value in CONFIG_FIXED.items()} | {
-    f'{theirs}?': kinds[ours] for ours, theirs in CONFIG_NAMES.items()} | {
-    'layer_types?': (None, ['hybrid']), 'rope_parameters?': (None, {'hybrid': {'rope_type?': 'default'} | {
-        f'{theirs}?': kinds[ours] for ours, theirs in ROPE_NAMES.items()}}),
-    'nanozaya_quantization?': {'bits': (4, 8)}, 'dtype?': (None, str)}
-FILE_BYTES = 5 * 2 ** 30         # of weights in one file of a released folder
+
+# The schema of config.json (see validate.py): every key may be missing.
+optional = lambda schema: {f'{key}?': kind for key, kind in schema.items()}
+types = lambda names: {theirs: SIZES[ours] for ours, theirs in names.items()}
+CONFIG = optional(CONFIG_FIXED | types(CONFIG_NAMES) | {
+    'rope_parameters': (None, {'hybrid': optional({'rope_type': 'default'} | types(ROPE_NAMES))}),
+    'layer_types': (None, ['hybrid']), 'dtype': (None, str), 'nanozaya_quantization': {'bits': (4, 8)}})
+
+FILE_BYTES = 5 * 2 ** 30         # maximum size of one weights file that save_pretrained writes
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 def released_name(name):
-    """'layers.3.attn.q_proj.weight' -> 'model.layers.3.self_attn.qkv_proj.q_proj.weight'."""
-    for found, replacement in RENAMING:
-        name = re.sub(found, replacement, name)
+    """Return the released name: layers.3.attn.q_proj.weight -> model.layers.3.self_attn.qkv_proj.q_proj.weight."""
+    for pattern, replacement in RENAMING:
+        name = re.sub(pattern, replacement, name)
     return name
 
 
 def from_pretrained(folder, device='cpu', dtype=None):
-    """Read a released folder -> Zaya, in eval mode. dtype: of the weights, default as stored.
+    """Return the Zaya of a released folder, in eval mode. dtype: of the weights, by default as stored.
 
-    The model is built without memory (on 'meta') and filled tensor by tensor, so the peak is the model itself plus one
-    tensor. Raises ValueError, naming the culprit, if the folder does not hold exactly this model.
+    The model is built on 'meta' and filled tensor by tensor: peak memory is the model plus one tensor. Raise
+    ValueError, naming the tensor or file, if the folder does not hold exactly this model.
     """
     safetensors, config_path = package('safetensors'), os.path.join(folder, 'config.json')
     released_config = read_json(config_path, CONFIG)
@@ -77,44 +80,44 @@ def from_pretrained(folder, device='cpu', dtype=None):
         if quantized := released_config.get('nanozaya_quantization'):           # by quantize.py
             with reading(config_path):
                 quantize.replace(model, quantized['bits'])
-    repacked = bool(quantized) and quantized['bits'] == 4       # so that no file need stay in memory
     own, state = {released_name(name): (name, tensor) for name, tensor in model.state_dict().items()}, {}
     for path in weight_files(folder):
         with reading(path), safetensors.safe_open(path, 'pt') as file:
             for name in file.keys():
-                if name == 'lm_head.weight':                    # tied: the embedding once more
+                if name == HEAD:                                # tied: the embedding again
                     continue
                 if name not in own:
                     raise ValueError(f'unknown tensor {name}')
                 (our_name, like), tensor = own.pop(name), file.get_tensor(name)
                 if tensor.shape != like.shape:
                     raise ValueError(f'{name} has shape {list(tensor.shape)}, config.json asks for {list(like.shape)}')
-                fixed = name.endswith(('.codes', '.scale', '.offset'))          # whatever dtype is
-                if tensor.dtype not in ([like.dtype] if fixed else FLOATS):
+                codes = name.endswith(('.codes', '.scale', '.offset'))          # of a quantized matrix
+                if tensor.dtype not in ([like.dtype] if codes else FLOATS):
                     raise ValueError(f'{name} is {tensor.dtype}, which is none of nanoZAYA\'s')
-                fixed = fixed or name.endswith('balancing_biases')
-                copy = repacked and '.experts.' not in our_name                 # those are laid out anew below
-                state[our_name] = tensor.to(device, like.dtype if fixed else dtype or tensor.dtype, copy=copy)
+                keeps_dtype = codes or name.endswith('balancing_biases')
+                # Without a copy, the memory-mapped file stays open. quantize.pack copies the int4 experts below.
+                copy = bool(quantized) and quantized['bits'] == 4 and '.experts.' not in our_name
+                state[our_name] = tensor.to(device, like.dtype if keeps_dtype else dtype or tensor.dtype, copy=copy)
     if own:
         raise ValueError(f'{folder}: {len(own)} tensors are missing, the first is {min(own)}')
     weights = [name for name, _ in model.named_parameters()]
-    stored = {state[name].dtype for name in weights}
-    for name in weights if len(stored) > 1 else ():             # mixed: the widest holds all exactly
-        state[name] = state[name].to(functools.reduce(torch.promote_types, stored))
-    model.load_state_dict(state, assign=True)                   # these tensors, not copies of them
+    widest = functools.reduce(torch.promote_types, {state[name].dtype for name in weights})
+    for name in weights:                                        # of mixed dtypes, the widest holds all values exactly
+        state[name] = state[name].to(widest)
+    model.load_state_dict(state, assign=True)                   # no copies
     del state, tensor
-    for router in model.routers:                                # not stored: the load counters
+    for router in model.routers:                                # load counters are not stored
         router.load = torch.zeros_like(router.load, device=device)
-    model.released_config = released_config                     # end-of-text token and the like
+    model.released_config = released_config                     # with the end-of-text token and other keys
     if quantized:
         quantize.pack(model)
     return model.eval()
 
 
 def save_pretrained(model, folder):
-    """Write a Zaya as config.json and model.safetensors in the released layout, tensors bit for bit, a large one in
-    several files with an index. Of a sharded model all processes call this, and the first writes. Other keys of the
-    config.json that it came from are kept. Raises ValueError for a model without the skip class."""
+    """Write a Zaya as config.json and model.safetensors in the released layout, a large model as several files with an
+    index. Other keys of the config.json it was read from are kept. All ranks call this for a sharded model, and rank 0
+    writes. Raise ValueError for a model without the skip class."""
     config, safetensors = config_to_json(model.config), package('safetensors.torch')
     files, size, weight_map, tensors = [[]], 0, {}, model.state_dict()          # files: the names in each
     for name, tensor in tensors.items():
@@ -127,25 +130,31 @@ def save_pretrained(model, folder):
         os.makedirs(folder, exist_ok=True)
     for i, names in enumerate(files):
         file = 'model.safetensors' if len(files) == 1 else f'model-{i + 1:05}-of-{len(files):05}.safetensors'
-        whole = {released_name(name): gather_full(tensors[name], writes) for name in names}
-        weight_map |= dict.fromkeys(whole, file)
+        full = {released_name(name): gather_full(tensors[name], writes) for name in names}
+        weight_map |= dict.fromkeys(full, file)
         if writes:
-            safetensors.save_file(whole, os.path.join(folder, file), metadata={'format': 'pt'})
+            safetensors.save_file(full, os.path.join(folder, file), metadata={'format': 'pt'})
     dtype = {'dtype': str(model.dtype).removeprefix('torch.')}
-    contents = {'config.json': getattr(model, 'released_config', {}) | config | dtype}
-    if len(files) > 1:
+    if writes:
+        write_json(folder, getattr(model, 'released_config', {}) | config | dtype, weight_map if files[1:] else None)
+
+
+def write_json(folder, config, weight_map=None):
+    """Write config.json and, for several weights files, their index. weight_map: {tensor name: file name}."""
+    contents = {'config.json': config}
+    if weight_map:
         contents['model.safetensors.index.json'] = {'metadata': {}, 'weight_map': weight_map}
-    for name, content in contents.items() if writes else ():
+    for name, content in contents.items():
         with open(os.path.join(folder, name), 'w') as file:
             json.dump(content, file, indent=2, sort_keys=True)
 
 
 def config_from_json(folder):
-    """config.json of a released folder -> ZayaConfig. Raises ValueError for a variant that is not implemented here."""
+    """Return the ZayaConfig of a released folder. Raise ValueError for a variant that is not implemented here."""
     path = os.path.join(folder, 'config.json')
     given = read_json(path, CONFIG)
     rope = (given.get('rope_parameters') or {'hybrid': {}})['hybrid']
-    sizes, released = {}, ZayaConfig.zaya1_8b()                 # a key that is left out has the released model's value
+    sizes, released = {}, ZayaConfig.zaya1_8b()                 # the values of missing keys
     for names, values in (CONFIG_NAMES, given), (ROPE_NAMES, rope):
         for ours, theirs in names.items():
             sizes[ours] = values.get(theirs, getattr(released, ours))
@@ -153,7 +162,7 @@ def config_from_json(folder):
 
 
 def config_to_json(config):
-    """ZayaConfig -> the contents of config.json. Raises ValueError without the skip class, which the layout demands."""
+    """Return the content of config.json. Raise ValueError without the skip class, which the layout requires."""
     if not config.skip_expert:
         raise ValueError('the released layout always has the skip class, this model has none: '
                          'train with skip_expert=True to export it')
@@ -164,12 +173,12 @@ def config_to_json(config):
 
 
 def weight_files(folder):
-    """The safetensors files of a folder: model.safetensors, or the shards that its index names. Raise ValueError if one
-    cannot be read, a tensor is in two of them, or the head, which is tied, is not the embedding."""
+    """Return the paths of a folder's weights: model.safetensors, or the files its index names. Raise ValueError if one
+    cannot be read, two files hold the same tensor, or the output head, which is tied, differs from the embedding."""
     index, names = os.path.join(folder, 'model.safetensors.index.json'), ['model.safetensors']
     if os.path.exists(index) and not os.path.exists(os.path.join(folder, names[0])):
         names = sorted(set(read_json(index, {'weight_map': {str: str}})['weight_map'].values()))
-    safetensors, place = package('safetensors'), {}             # place: tensor -> the open file it is in
+    safetensors, place = package('safetensors'), {}             # place: {tensor name: open file}
     with contextlib.ExitStack() as stack:
         for name in names:
             path = os.path.join(folder, name)
@@ -195,11 +204,11 @@ def bytes_of(tensor):
 
 
 def copy_folder(folder, out, change, settings, share):
-    """Copy a released folder, whole or not at all; at most half a GiB of it is in memory.
+    """Copy a released folder, completely or not at all, with at most half a GiB of tensors in memory.
 
-    change(name, tensor) -> [(name, tensor), ...] that stand in its place. settings: added to config.json. share: of the
-    weights' bytes, which the disk must have room for. Raise ValueError if the folder is incomplete, `out` is there, or
-    the disk too small.
+    change(name, tensor) returns [(name, tensor), ...], which replace the tensor. settings are added to config.json.
+    share: the size of the new weights divided by that of the old. Raise ValueError if the folder is incomplete, `out`
+    exists, or the disk is too small.
     """
     safetensors, save_file = package('safetensors'), package('safetensors.torch').save_file
     config, paths = read_json(os.path.join(folder, 'config.json')), weight_files(folder)
@@ -215,20 +224,17 @@ def copy_folder(folder, out, change, settings, share):
     try:
         for path in paths:
             with safetensors.safe_open(path, 'pt') as file:
-                names = [name for name in file.keys() if name != HEAD]                     # tied: the embedding again
+                names = [name for name in file.keys() if name != HEAD]
                 for name in tqdm(names, desc=os.path.basename(path), unit='tensor', dynamic_ncols=True):
-                    with reading(path):                         # a tensor of another shape, say
+                    with reading(path):                         # change may raise, as for an odd shape
                         batch |= {key: value.contiguous() for key, value in change(name, file.get_tensor(name))}
                     full = sum(value.nbytes for value in batch.values()) > 2 ** 29
                     if full or (path, name) == (paths[-1], names[-1]):
                         shard = f'model-{len(set(weight_map.values())):05}.safetensors'
                         save_file(batch, os.path.join(unfinished, shard), metadata={'format': 'pt'})
                         weight_map, batch = weight_map | dict.fromkeys(batch, shard), {}
-        for name, content in (('model.safetensors.index.json', {'metadata': {}, 'weight_map': weight_map}),
-                              ('config.json', config | settings)):
-            with open(os.path.join(unfinished, name), 'w') as file:
-                json.dump(content, file, indent=2, sort_keys=True)
-        for name in os.listdir(folder):                         # tokenizer, chat template and the like
+        write_json(unfinished, config | settings, weight_map)
+        for name in os.listdir(folder):                         # tokenizer, chat template, ...
             if name.endswith(('.json', '.jinja', '.model', '.txt')) and name not in os.listdir(unfinished):
                 shutil.copy(os.path.join(folder, name), unfinished)
         os.rename(unfinished, out)
@@ -239,12 +245,12 @@ def copy_folder(folder, out, change, settings, share):
 
 
 def load(folder, device='cpu'):
-    """Read a run or a released folder -> the model, in eval mode, and its Language. Raises ValueError if the folder is
+    """Return the model of a run or a released folder, in eval mode, and its Language. Raise ValueError if the folder is
     neither."""
     if not os.path.isdir(folder):
         raise ValueError(f'{folder}: no such folder; train a model first (make demo), or name another with --ckpt')
     if os.path.exists(os.path.join(folder, 'config.json')):
-        language = released_language(folder)                    # before the weights, which take long
+        language = released_language(folder)                    # first: the weights take long to read
         model = from_pretrained(folder, device)
         if language.vocab_size > model.config.vocab_size:
             raise ValueError(f'{folder}: tokenizer.json has {language.vocab_size:,} tokens, the model knows '

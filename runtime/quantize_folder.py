@@ -9,24 +9,6 @@ from quantize import QUANTIZED, quantize
 from runtime.pretrained import copy_folder
 
 
-def quantized_tensors(name, tensor, bits):
-    """Yield (name, tensor) of what stands in OUT for a tensor of FOLDER, names as released."""
-    if not QUANTIZED.fullmatch(name):
-        yield name, tensor
-        return
-    matrices = [('', tensor)] if tensor.ndim == 2 else [(f'.{e}', expert) for e, expert in enumerate(tensor)]
-    for number, W in matrices:
-        pieces = [quantize(rows, bits) for rows in W.split(256)]               # small enough for a processor's cache
-        for part in pieces[0]:
-            yield f'{name.removesuffix(".weight")}{number}.{part}', torch.cat([piece[part] for piece in pieces])
-
-
-def quantize_folder(folder, out, bits):
-    """Write OUT, whole or not at all. Raise ValueError if FOLDER is incomplete, OUT is there, or the disk too small."""
-    copy_folder(folder, out, lambda name, tensor: quantized_tensors(name, tensor, bits),
-                {'nanozaya_quantization': {'bits': bits}}, share={8: 0.51, 4: 0.33}[bits])
-
-
 @dataclass
 class QuantizeConfig:
     bits: int = 4                   # 4 or 8
@@ -36,9 +18,30 @@ class QuantizeConfig:
             raise ValueError(f'bits is {self.bits}, it must be 4 or 8')
 
 
+def quantized_tensors(name, tensor, bits):
+    """Yield the (name, tensor) pairs that replace a tensor of FOLDER in OUT, under their released names."""
+    if not QUANTIZED.fullmatch(name):
+        yield name, tensor
+        return
+    matrices = [('', tensor)] if tensor.ndim == 2 else [(f'.{e}', expert) for e, expert in enumerate(tensor)]
+    for expert, W in matrices:
+        pieces = [quantize(piece, bits) for piece in W.split(256)]              # each fits into a CPU's cache
+        for part in pieces[0]:
+            yield f'{name.removesuffix(".weight")}{expert}.{part}', torch.cat([piece[part] for piece in pieces])
+
+
+def quantize_folder(folder, out, bits):
+    """Write OUT, completely or not at all. Raise ValueError as copy_folder does, and for a matrix that cannot be
+    quantized."""
+    copy_folder(folder, out, lambda name, tensor: quantized_tensors(name, tensor, bits),
+                {'nanozaya_quantization': {'bits': bits}}, share={8: 0.51, 4: 0.33}[bits])
+
+
 if __name__ == '__main__':
     with configurator.one_line_errors('quantize.py'):
-        folders, config = configurator.read_with_files(sys.argv[1:], QuantizeConfig)
+        flags = [argument for argument in sys.argv[1:] if argument.startswith('--')]
+        folders = [argument for argument in sys.argv[1:] if argument not in flags]
+        config, = configurator.read(flags, QuantizeConfig)
         if len(folders) != 2:
             raise ValueError('name a released folder and the folder to write: python quantize.py FOLDER OUT --bits=4')
         quantize_folder(*folders, config.bits)

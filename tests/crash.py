@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import asdict
 
 import torch
 import torch._dynamo      # the optimizers need it; here, so that not every child must import it
@@ -62,7 +63,8 @@ def killed(line, functions, work):
 def kill_training(seed, *arguments):
     rng = random.Random(int(seed))
     configs = configurator.read(arguments, train.TrainConfig, ZayaConfig)
-    functions = train.train, train.resume, train.train_step, write_log, save_checkpoint, load_checkpoint
+    functions = (train.train, train.set_up, train.resume, train.take_steps, train.train_step, write_log,
+                 save_checkpoint, load_checkpoint)
     kills = 0
     while killed(rng.randrange(1, 500), functions, lambda: train.train(*configs)):
         kills += 1
@@ -71,7 +73,7 @@ def kill_training(seed, *arguments):
 
 def kill_saving(folder):
     def state(version):
-        return {'model_config': {'vocab_size': 9}, 'step': version,
+        return {'model_config': asdict(ZayaConfig(vocab_size=9)), 'step': version,
                 'model': {str(i): torch.full((5000,), version) for i in range(3)}}
 
     kills = 0

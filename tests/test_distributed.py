@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ def test_weights_of_a_whole_run_begin_a_sharded_one(dataset, tmp_path, alone):
 def state(step):
     mesh = torch.distributed.init_device_mesh('cpu', (1,))
     return {'model': {'w': distribute_tensor(torch.full((5, 3), float(step)), mesh, [Shard(0)]), 'b': torch.ones(2)},
-            'step': step, 'model_config': {'vocab_size': 5}}
+            'step': step, 'model_config': asdict(ZayaConfig(vocab_size=5))}
 
 
 @pytest.fixture

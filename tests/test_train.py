@@ -28,6 +28,7 @@ from data.loader import TokenLoader
 from data.prepare import prepare
 from model import Zaya, ZayaConfig
 from router import load_entropy
+from runtime.device import pick_dtype
 from train import TrainConfig, lr_at
 
 
@@ -122,6 +123,13 @@ def test_a_run_keeps_the_type_it_began_with(dataset, tmp_path):
     assert load_checkpoint(tmp_path)['config']['dtype'] == 'bfloat16'
 
 
+@pytest.mark.parametrize('precision', ['highest', 'high', 'medium'])
+def test_pick_dtype_restores_the_matmul_precision(precision):
+    torch.set_float32_matmul_precision(precision)
+    pick_dtype('auto', torch.device('cpu'))
+    assert torch.get_float32_matmul_precision() == precision
+
+
 def test_same_seed_gives_the_same_run_and_another_seed_another(dataset, tmp_path):
     for name, seed in ('a', 1), ('b', 1), ('c', 2):
         run(dataset, tmp_path / name, seed=seed)
@@ -154,21 +162,21 @@ def test_the_loss_is_the_mean_over_scored_targets_for_any_split(scored, data):
     y[~torch.tensor(scored)] = -1
 
     def step(sizes, world):
-        """-> the loss and the gradient that train_step arrives at, with every process played in turn."""
+        """Return the loss and the gradient of train_step, run for one rank after the other."""
         config, total, loss, grads = TrainConfig(grad_accum=len(sizes), grad_clip=0), (y >= 0).sum(), 0, []
-        reduce = lambda t: t.copy_(total) if t.dtype == torch.int64 else t      # what all processes know together
+        reduce = lambda t: t.copy_(total) if t.dtype == torch.int64 else t      # the targets of all ranks
         for rank in range(world):
             model = tiny_model(seed=1, n_layer=1)
             model.no_sync = contextlib.nullcontext                              # DDP's
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train.dist, 'all_reduce', reduce)
-                mine, norm, finite, _ = train.train_step(
-                    0, config, model, [], SimpleNamespace(step=lambda update: None), Split(x, y, sizes),
-                    contextlib.nullcontext(), rank, world)
+                part, _, finite, _ = train.train_step(train.Run(
+                    config, model, model, [], SimpleNamespace(step=lambda update: None), Split(x, y, sizes),
+                    rank=rank, world=world))
             assert finite
-            loss += mine
+            loss += part
             grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        return loss, torch.stack(grads).mean(0)                                 # DDP takes the mean of the ranks
+        return loss, torch.stack(grads).mean(0)                                 # DDP averages over ranks
     loss, grad = step(sizes, world)
     whole, whole_grad = step([8], 1)
     assert loss == pytest.approx(whole, abs=1e-5) and (whole > 0) == bool((y >= 0).any())
@@ -481,7 +489,7 @@ def test_a_flipped_bit_is_noticed_or_harmless(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / 'flipped'
     folder.mkdir(exist_ok=True)
     state = {'step': 3, 'model': {'a': torch.arange(50.), 'b': torch.arange(7)},
-             'model_config': {'vocab_size': 9, 'init_std': 0.1}}
+             'model_config': dataclasses.asdict(ZayaConfig(vocab_size=9, init_std=0.1))}
     (folder / 'ckpt.pt').unlink(missing_ok=True)
     save_checkpoint(folder, state)
     content = bytearray((folder / 'ckpt.pt').read_bytes())
