@@ -62,6 +62,17 @@ def assignments(path):
     return found
 
 
+def parse_flag(flag, types):
+    """Return (key, value, flag) of --key=value. The value stays text if the key has type str or it is not a literal."""
+    key, equals, value = flag[2:].partition('=')                # at the first '=': the value may contain others
+    if not equals:
+        raise ValueError(f'{flag}: write --key=value')
+    if types.get(key) is not str:
+        with contextlib.suppress(*NOT_A_VALUE):
+            value = evaluate_literal(ast.parse(value.strip(), mode='eval').body)
+    return key, value, flag
+
+
 def read(arguments, *classes, **defaults):
     """Return one instance per dataclass in `classes` for the command line [config/NAME.py] [--key=value ...].
 
@@ -69,27 +80,19 @@ def read(arguments, *classes, **defaults):
     field. The types int, float, str and bool are checked; an int is accepted for a float.
     Raise ValueError, one line that names the key and where it was set, also for what the classes' own checks refuse.
     """
-    kinds = {field.name: type(field.default) for cls in classes for field in dataclasses.fields(cls)}
+    types = {field.name: type(field.default) for cls in classes for field in dataclasses.fields(cls)}
     found, values, made = [], defaults, []
-    for argument in sorted(arguments, key=lambda argument: argument.startswith('--')):         # a stable sort
-        if re.search('[\ud800-\udfff]', argument):  # how Python represents invalid bytes
+    for argument in sorted(arguments, key=lambda argument: argument.startswith('--')):          # a stable sort
+        if re.search('[\ud800-\udfff]', argument):             # how Python represents invalid bytes
             raise ValueError(f'{argument!r}: is not valid UTF-8')
-        key, equals, value = argument[2:].partition('=')        # at the first '=': the value may contain others
-        if not argument.startswith('--'):
-            found += assignments(argument)
-        elif not equals:
-            raise ValueError(f'{argument}: write --key=value')
-        else:
-            with contextlib.suppress(*NOT_A_VALUE):                # text that is not a literal stays text
-                value = value if kinds.get(key) is str else evaluate_literal(ast.parse(value.strip(), mode='eval').body)
-            found.append((key, value, argument))
+        found += [parse_flag(argument, types)] if argument.startswith('--') else assignments(argument)
     for key, value, where in found:
-        if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1, cutoff=0)
             raise ValueError(f'{where}: unknown key {key!r}; did you mean {near[0]!r}?')
-        values[key] = float(value) if kinds[key] is float and type(value) is int else value
-        if type(values[key]) is not kinds[key]:
-            raise ValueError(f'{where}: {key} must be {kinds[key].__name__}, got {value!r}')
+        values[key] = float(value) if types[key] is float and type(value) is int else value
+        if type(values[key]) is not types[key]:
+            raise ValueError(f'{where}: {key} must be {types[key].__name__}, got {value!r}')
     for cls in classes:
         names = values.keys() & {field.name for field in dataclasses.fields(cls)}
         try:

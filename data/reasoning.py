@@ -60,42 +60,35 @@ def read_conversations(path):
     with open(path, 'rb') as file:                 # bytes: in JSONL only \n ends a line
         for number, line in enumerate(file, 1):
             if line.strip():
-                conversations.append(parse_conversation(line, f'{path}, line {number}'))
+                where = f'{path}, line {number}'
+                messages = parse_json(line, where, {'messages': [{'role': str, 'content': str}]})['messages']
+                if problem := problem_of(messages):
+                    raise ValueError(f'{where}: {problem}')
+                conversations.append(messages)
     if not conversations:
         raise ValueError(f'{path} holds no conversation')
     return conversations
 
 
-def parse_conversation(line, where='conversation'):
-    """Return the messages of one line, given as bytes. Raise ValueError if it is not a conversation."""
-    messages = parse_json(line, where, {'messages': [{'role': str, 'content': str}]})['messages']
-    try:
-        check_messages(messages)
-    except ValueError as error:
-        raise ValueError(f'{where}: {error}') from None
-    return messages
-
-
-def check_messages(messages):
-    """Raise ValueError unless user and assistant alternate, user first and assistant last, and no content is empty."""
+def problem_of(messages):
+    """Return None if user and assistant alternate, from user to assistant, with nothing empty; else what is wrong."""
     if not messages:
-        raise ValueError('a conversation needs at least one message')
-    for i, message in enumerate(messages):
+        return 'a conversation needs at least one message'
+    for i, message in enumerate(messages, 1):
         role, content = message['role'], message['content']
         if role not in ('user', 'assistant'):
-            raise ValueError(f"message {i + 1} has the role {role!r:.40}, must be 'user' or 'assistant'")
-        if role != ('user', 'assistant')[i % 2]:
-            raise ValueError(f'message {i + 1} is of the {role}: user and assistant must take turns, user first')
+            return f"message {i} has the role {role!r:.40}, must be 'user' or 'assistant'"
+        if role != ('assistant', 'user')[i % 2]:
+            return f'message {i} is of the {role}: user and assistant must take turns, user first'
         if not content.strip():
-            raise ValueError(f'message {i + 1} has no content')
-        if role == 'assistant':
-            _, answer = split_think(content)
-            if answer is None:
-                raise ValueError(f'message {i + 1} opens <think> but never closes it')
-            if not answer.strip():
-                raise ValueError(f'message {i + 1} has no answer after </think>')
-    if role != 'assistant':
-        raise ValueError(f'the last message is of the {role}, must be of the assistant')
+            return f'message {i} has no content'
+        answer = split_think(content)[1] if role == 'assistant' else content
+        if answer is None:
+            return f'message {i} opens <think> but never closes it'
+        if not answer.strip():
+            return f'message {i} has no answer after </think>'
+    if role == 'user':
+        return 'the last message is of the user, must be of the assistant'
 
 
 def split_think(content):

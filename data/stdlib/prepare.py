@@ -50,11 +50,3 @@ if __name__ == '__main__':
     with configurator.one_line_errors('data.stdlib.prepare'):
         config, = configurator.read(sys.argv[1:], StdlibConfig)
         prepare(stdlib_documents(Path(sysconfig.get_path('stdlib'))), config.out, config.vocab_size)
-
-# Output (CPython 3.11.7, one busy core of a server; 11 s in total):
-#
-# train: 577 files, 9,462,637 bytes
-# val: 24 files, 348,166 bytes
-# bpe.json: 4,096 tokens, ready at 9.1 s
-# train.bin: 2,396,442 tokens of uint16, 3.95 bytes per token, ready at 10.0 s
-# val.bin: 85,216 tokens of uint16, 4.09 bytes per token, ready at 10.1 s

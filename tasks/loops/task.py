@@ -274,36 +274,21 @@ def spaced(text):
 
 
 # --- aggregation -------------------------------------------------------------------------------------------
-# Simulated candidates stand for the rollouts of a trained model, which does not exist before training. The constants
-# below are therefore estimates, for the default budget of 41 tokens, which is 8 steps per round.
+# Simulated candidates stand for the rollouts of a trained model, which does not exist before training. These values are
+# therefore estimates, for the default budget of 41 tokens, which is 8 steps per round.
 
-# Probability that the candidates of a sample stop at the end of a round, as rollouts of one budget do. Otherwise they
-# stop anywhere, so that the model can also read tails of other budgets.
-END_OF_ROUND = 0.4
-# Probability that the candidates of a sample have done all steps, so that only the answer is missing. Short problems
-# need fewer rounds than RSA runs.
-FINISHED = 0.2
-# Fraction of the finished samples whose last round had few steps left: 0 to FEW - 1.
-SHORT_LAST = 0.5
-FEW = 3
-# Fraction of the finished samples whose last round had room for the answer. A third of the programs end exactly at the
-# end of a round, which leaves no room; with a smaller budget it is more of them.
-ANSWERS = 0.8
-# Fraction of the samples that end after one step. They teach the value stated first; the steps themselves are learned
-# from whole solutions.
-SHORT = 0.7
-# Fraction of the candidates with an error, drawn once per sample, since its candidates share a problem, easy or hard.
-# With NOISE_RATE alone, 15% of the rounds of 8 steps contain an error; early in training the model makes more.
-ERRING = 0.1, 0.3, 0.5
-# Fraction of the errors that are a skipped step. The others, wrong values, are more common.
-SKIPPING = 0.25
-# Fraction of the candidates that are behind, by LAGS steps. At least one of 4 is behind in 41% of the samples, but two
-# or more in only 8%: the model must ignore them, and they rarely win the vote.
-LAGGING = 1 / 8
-# Number of steps by which a candidate is behind, each equally likely: mostly one, sometimes a whole round.
-LAGS = 1, 1, 2, 3, 8
-# Fraction of the candidates that give an answer before the last step, so that the model learns to continue regardless.
-EARLY = 1 / 30
+# Probability per sample that
+END_OF_ROUND = 0.4         # its candidates stop at the end of a round, as rollouts of one budget do; otherwise anywhere
+FINISHED = 0.2             # they have done all steps: short problems need fewer rounds than RSA runs
+SHORT_LAST, FEW = 0.5, 3   # if so, their last round had only 0 to FEW - 1 steps left
+ANSWERS = 0.8              # if so, it had room for the answer, which a third of the programs end too late for
+SHORT = 0.7                # it ends after one step: it teaches the value stated first, whole solutions teach the steps
+ERRING = 0.1, 0.3, 0.5     # a candidate has an error, one of these; NOISE_RATE alone gives 15% per round of 8 steps
+# Probability per candidate that
+SKIPPING = 0.25            # its error is a skipped step; the other errors, wrong values, are more common
+LAGGING = 1 / 8            # it is behind: at least one of 4 in 41% of the samples, two or more in only 8%
+LAGS = 1, 1, 2, 3, 8       # ... by one of these numbers of steps
+EARLY = 1 / 30             # it gives an answer before the last step, so that the model learns to continue regardless
 
 
 def simulate_candidate(rng, problem, end, error_rate):
