@@ -1,21 +1,22 @@
-"""Decoding, the fast way: one new token a row through all layers. An appendix to model.py and cache.py.
+"""Fast decode steps: one new token per sequence through all layers. An appendix to model.py and cache.py.
 
-Why. For a single token the arithmetic is nothing and each of PyTorch's calls takes microseconds, so that the forward
-pass of model.py, made for thousands of tokens at once, spends its time in calls. Two ways around that. Each is a
-function step(cache, tokens), and equals model(tokens[:, None], cache=cache) up to rounding:
+For a single token the arithmetic is negligible and each PyTorch call costs microseconds, so the forward pass of
+model.py, written for thousands of tokens, is bound by call overhead. There are two faster forms. Each is a function
+step(cache, tokens) that equals model(tokens[:, None], cache=cache) up to rounding; step.static_shapes says whether the
+batch size and the cache capacity must stay the same from step to step.
 
-`folded(model)`, ready at once: the same function written for S = 1, in a third of the calls.
-  - What belongs together is put together beforehand: W_Q, W_K and both W_V are one matrix, which quantize.py may have
-    made; the weight of the router's norm is in the matrix after it; the convolutions are one of kernel 3.
-  - QK-mean needs no halves. Only the directions of q and k count, since both are normed next, so they may be twice as
-    long: (2 q + q~) + k~, and (2 k + k~) + the mean of q~. What is in brackets is a convolution, like q itself.
-  - RoPE turns all heads of a token by the same angles: one matrix for all layers. It keeps lengths, so that the norm
-    can come after it.
+`folded(model)`, ready at once: the same computation written for S = 1, with a third of the calls.
+  - Adjacent linear maps are merged in advance: W_Q, W_K and both W_V are one matrix (quantize.py may have made it); the
+    weight of the router's norm is folded into the next matrix; the two convolutions are one of kernel 3.
+  - QK-mean needs no factor 1/2: q and k are normalized next, so only their directions matter and both may be twice as
+    long: (2 q + q~) + k~, and (2 k + k~) + the mean of q~. The term in parentheses is a convolution, like q itself.
+  - RoPE rotates all heads of a token by the same angles: one matrix for all layers. It preserves norms, so the
+    normalization can follow it.
 
-`compiled(model)`, after half a minute: the plain forward pass itself, which torch.compile writes as one program. No
-tensor may change its shape from step to step, so attention looks at the cache's whole capacity through a mask.
+`compiled(model)`, after half a minute: the plain forward pass, compiled by torch.compile. Shapes are static, so
+attention covers the cache's whole capacity, with a mask.
 
-Legend:  B rows, one new token each   P cached positions   E residual width   Hq, Hk query / KV heads   H = Hq + Hk
+Legend:  B sequences, one new token each   P cached positions   E residual width   Hq, Hk query / KV heads   H = Hq + Hk
          d head dim   C = H d   R router width   M router classes
 """
 import contextlib
@@ -33,10 +34,10 @@ from model import Experts, swiglu
 
 
 def fold(layer):
-    """Multiply out the weights of a Block. Those marked * are float32, the others in the model's dtype."""
+    """Return the folded weights of a Block. Those marked * are float32, the others in the model's dtype."""
     attn, router, a, m = layer.attn, layer.moe.router, layer.attn_residual, layer.moe_residual
     d, T = attn.head_dim, upcast(attn.temperature)
-    # RMSNorm divides by |x| / sqrt(E). `step` divides by |x|, and the sqrt(E) is here, beside the norm's weight.
+    # RMSNorm divides by |x| / sqrt(E). `step` divides by |x|; the factor sqrt(E) is folded into the norm's weight.
     norm_weight = lambda norm: upcast(norm.weight) * len(norm.weight) ** 0.5
     constant = lambda s: upcast(s.residual_bias * s.residual_scale + s.branch_bias * s.branch_scale)
     taps, bias = merge_convolutions(attn.conv_depthwise_weight, attn.conv_depthwise_bias,
@@ -47,7 +48,7 @@ def fold(layer):
         down=product(attn.q_proj, attn.k_proj, attn.v_proj, attn.v_proj_delayed),           # (B, E) -> (B, C + Hk d)
         attn_norm=norm_weight(layer.attn_norm),                                             # (E) *
         taps=taps.mT.contiguous(), taps_bias=2 * bias[:, None],                             # (H, 3 d, d), (H, 1, d) *
-        size=torch.cat([T.new_ones(attn.Hq), T * d ** 0.5])[:, None],                       # (H, 1) *: of each head
+        size=torch.cat([T.new_ones(attn.Hq), T * d ** 0.5])[:, None],                       # (H, 1) *: norm per head
         o=product(attn.o_proj),                                                             # (B, Hq d) -> (B, E)
         attn_scale=upcast(a.residual_scale), attn_constant=constant(a), attn_branch=upcast(a.branch_scale), # (E) * each
         moe_norm=norm_weight(layer.moe_norm),                                               # (E) *
@@ -60,7 +61,7 @@ def fold(layer):
 
 
 def product(*linears):
-    """Return x -> [W_1; W_2; ...] x as one product."""
+    """Return the function x -> [W_1; W_2; ...] x, one matrix product."""
     if hasattr(linears[0], 'codes'):                            # quantize.Matrix
         return linears[0].joined(linears)
     W = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
@@ -68,17 +69,25 @@ def product(*linears):
 
 
 def rotation(cos, sin, d):
-    """The matrix of RoPE, (B, d, d): x @ rotation turns x (., d). cos, sin (B, n); dims past 2n stay as they are."""
+    """Return the rotation matrices of RoPE (B, d, d): x @ rotation rotates x (., d). cos, sin (B, n). Dimensions after
+    2n are unchanged."""
     B, n = cos.shape
     c = torch.cat([cos, cos, cos.new_ones(B, d - 2 * n)], -1)
-    s = torch.cat([sin, sin.new_zeros(B, d - 2 * n)], -1)                       # (B, d - n), n beside the diagonal
+    s = torch.cat([sin, sin.new_zeros(B, d - 2 * n)], -1)                       # (B, d - n), n off the diagonal
     return torch.diag_embed(c) + torch.diag_embed(s, n) - torch.diag_embed(s, -n)
+
+
+def qk_mean(Hq, Hk):
+    """Return the sums of QK-mean as a matrix (H, H): k~ is added to the queries of its group, the mean of their q~ to
+    k."""
+    group = torch.eye(Hk).repeat_interleave(Hq // Hk, 0)                        # (Hq, Hk): 1 if in the group
+    return F.pad(group, (Hq, 0, 0, Hk)) + F.pad(group.T * Hk / Hq, (0, Hk, Hq, 0))
 
 
 @contextlib.contextmanager
 def without_onednn(wanted):
-    """Do without oneDNN's GELU, if wanted: for so few numbers it takes four times as long as torch's, a sixth of a step
-    at B = 1. Not wanted in bf16, where oneDNN makes the matrix products, too, and makes them well."""
+    """Disable oneDNN, if wanted. For so few elements its GELU takes four times as long as PyTorch's, a sixth of a step
+    at B = 1. In bf16 it stays enabled, since its matrix products are faster."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and not wanted
     try:
@@ -87,8 +96,20 @@ def without_onednn(wanted):
         torch.backends.mkldnn.enabled = before
 
 
+def route(router, w, h, r, length):
+    """Router.forward with folded weights. h (B, E); r (B, R) of the layer below, or None."""
+    bias = w.router_bias if r is None else torch.addcmul(w.router_bias, w.eda_scale, r)
+    r = F.linear(h, w.router_down) + bias                                       # (B, R)
+    z = (r / length(r.float())).to(h.dtype)
+    z = F.gelu(F.linear(z, w.fc1, w.fc1_bias))
+    z = F.gelu(F.linear(z, w.fc2, w.fc2_bias))
+    probs = F.linear(z, w.out).softmax(-1, torch.float32)                       # (B, M)
+    expert, weight = router.choose(probs, router.balancing_bias)                # (B) each
+    return expert, weight, r
+
+
 def one_expert(experts, x, expert, weight):
-    """Experts.forward for a single token. Nothing to sort; and to look at a number costs nothing on a CPU."""
+    """Experts.forward for a single token on a CPU: no sort, and reading the expert's index needs no synchronization."""
     if not isinstance(experts, Experts):                        # quantize.Experts
         return experts(x, expert, weight)
     e = int(expert)
@@ -99,15 +120,13 @@ def one_expert(experts, x, expert, weight):
 
 @torch.no_grad()
 def folded(model):
-    """Fold a Zaya. Return step(cache, tokens): tokens (B) int64 -> logits (B, V) float32; ValueError if the cache is
-    full. To be made again when the weights have changed."""
+    """Return step(cache, tokens): tokens (B) int64 -> logits (B, V) float32; it raises ValueError if the cache is full.
+    The folded weights are copies: fold again after a weight update."""
     config, layers = model.config, [fold(layer) for layer in model.layers]
     Hq, Hk, d, dtype = config.n_head, config.n_kv_head, config.head_dim, model.dtype
     H, half = Hq + Hk, Hk * d // 2
-    # QK-mean's sums as a matrix (H, H): each k~ to its queries, the mean of their q~ to k.
-    group = torch.eye(Hk).repeat_interleave(Hq // Hk, 0)                        # (Hq, Hk): 1 where a query head belongs
-    mean = (F.pad(group, (Hq, 0, 0, Hk)) + F.pad(group.T * Hk / Hq, (0, Hk, Hq, 0))).to(model.device)
-    # sqrt(|x|^2 + E eps), which is sqrt(E) times RMSNorm's denominator. hypot(a, b) = sqrt(a^2 + b^2)
+    mean = qk_mean(Hq, Hk).to(model.device)
+    # sqrt(|x|^2 + E eps) is sqrt(E) times RMSNorm's denominator. hypot(a, b) = sqrt(a^2 + b^2)
     eps = {n: torch.tensor((n * config.norm_eps) ** 0.5, device=model.device)
            for n in (config.n_embd, config.router_dim)}
     length = lambda x: torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), eps[x.shape[-1]])    # (B, 1)
@@ -117,8 +136,8 @@ def folded(model):
     def step(cache, tokens):
         B = len(tokens)
         experts = one_expert if B == 1 and tokens.device.type == 'cpu' else nn.Module.__call__
-        # The same for all layers: positions, mask, rotation.
-        positions, mask = cache.reserve(1)                                        # (B, 1), (B, 1, 1, P)
+        # Positions, mask and rotation, which all layers share.
+        positions, mask = cache.reserve(1)                                      # (B, 1), (B, 1, 1, P)
         mask = torch.where(mask, 0.0, -torch.inf).to(dtype)                     # (B, 1, 1, P)
         rotate = rotation(*rope_table(positions[:, 0], config.rope_dim, config.rope_base), d)          # (B, d, d)
         x, r = upcast((model.embedding(tokens) + model.embedding_bias) * model.embedding_scale), None    # (B, E)
@@ -128,37 +147,32 @@ def folded(model):
             qk, v, v_delayed = w.down(h).split([H * d, half, half], -1)
             qk = qk.float().view(B, 1, H * d)                                   # [q~; k~]
             v = torch.cat([v, cache.v_last[i][:, 0].to(dtype)], -1).view(B, Hk, 1, d)
-            columns = torch.cat([cache.qk[i], qk], 1)                           # (B, 3, C): the past two and this one
+            columns = torch.cat([cache.qk[i], qk], 1)                           # (B, 3, C): the last three tokens
             taps = columns.view(B, 3, H, d).permute(2, 0, 1, 3).reshape(H, B, 3 * d)
             y = torch.baddbmm(w.taps_bias, taps, w.taps).transpose(0, 1)        # (B, H, d)
             y = torch.bmm(torch.baddbmm(y, mean.expand(B, H, H), qk.view(B, H, d)), rotate)
             y = y * (w.size / torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(1e-7))
             q, k = y.to(dtype).split([Hq, Hk], 1)                               # (B, Hq or Hk, d)
             k, v = cache.update(i, columns, v_delayed[:, None], k[:, :, None], v)        # (B, Hk, P, d)
-            # The queries of a KV head lie side by side as if they were tokens: after 8K, 8 times as fast in bf16.
+            # The query heads of a KV head are laid out like tokens: 8 times as fast in bf16 after 8K tokens.
             q = q.view(B, Hk, Hq // Hk, d)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).view(B, Hq * d)
             x = torch.addcmul(torch.addcmul(w.attn_constant, x, w.attn_scale), w.o(y), w.attn_branch)  # (B, E)
             # Router.
             h = (x / length(x) * w.moe_norm).to(dtype)                          # (B, E)
-            bias = w.router_bias if r is None else torch.addcmul(w.router_bias, w.eda_scale, r)
-            r = F.linear(h, w.router_down) + bias                               # (B, R)
-            z = (r / length(r.float())).to(dtype)
-            z = F.gelu(F.linear(z, w.fc1, w.fc1_bias))
-            z = F.gelu(F.linear(z, w.fc2, w.fc2_bias))
-            probs = F.linear(z, w.out).softmax(-1, torch.float32)               # (B, M)
-            expert, weight = layer.moe.router.choose(probs, layer.moe.router.balancing_bias)           # (B) each
+            expert, weight, r = route(layer.moe.router, w, h, r, length)        # (B), (B), (B, R)
             # Experts.
             y = experts(layer.moe.experts, h, expert, weight)
             x = torch.addcmul(torch.addcmul(w.moe_constant, x, w.moe_scale), y, w.moe_branch)
         cache.commit()
         return model.head(x)
+    step.static_shapes = False
     return step
 
 
 class GatheredExperts(nn.Module):
-    """Experts for few tokens: each is multiplied by matrices looked up for it, so that nobody need count an expert's
-    tokens. Compiled, this stores no copy of the matrices, but reads them once for every token."""
+    """Experts for few tokens: gather each token's expert matrices, so that tokens need not be counted per expert.
+    Compiled, this stores no copy of the matrices but reads them once per token."""
 
     def __init__(self, experts):
         super().__init__()
@@ -166,7 +180,7 @@ class GatheredExperts(nn.Module):
 
     def forward(self, x, expert, weight):
         N = len(self.down)
-        e = expert.clamp_max(N - 1)                                             # 'skip' takes any expert, and no weight
+        e = expert.clamp_max(N - 1)                                             # 'skip' uses any expert, with weight 0
         product = lambda W, x: (W[e] * x[:, None]).sum(-1)                      # (N, out, in), (B, in) -> (B, out)
         y = product(self.down, swiglu(product(self.gate_up, x)))                # (B, E)
         return y * torch.where(expert < N, weight, 0)[:, None].to(y.dtype)
@@ -174,9 +188,9 @@ class GatheredExperts(nn.Module):
 
 @functools.cache
 def compiled_forward(device_type):
-    """The plain forward pass for one token a row as one program, on a CPU in C++ throughout. To write it takes half a
-    minute for 6 layers, later on the same machine some seconds; anew for each B and capacity, at most a hundred."""
-    torch._dynamo.config.recompile_limit = 100                                 # instead of 8, which is to find mistakes
+    """Return the compiled forward pass for one token per sequence, on a CPU with a C++ wrapper. Compiling takes half a
+    minute for 6 layers, or seconds if cached. It is repeated for each B and capacity, at most a hundred times."""
+    torch._dynamo.config.recompile_limit = 100                                  # the default, 8, is meant to find bugs
 
     def plain(model, tokens, positions, mask, cache):
         return model.head(model.stream(tokens, positions, mask, None, cache))
@@ -185,37 +199,37 @@ def compiled_forward(device_type):
 
 
 def recorded(run):
-    """run(model, tokens, positions, mask, cache) as a CUDA graph: the GPU gets all of a step's work with one call. What
-    is recorded reads and writes fixed places of memory, so it is done anew for every cache."""
-    held = SimpleNamespace(places=[])
+    """Return run(model, tokens, positions, mask, cache) as a CUDA graph, which launches all kernels of a step with one
+    call. A graph reads and writes fixed addresses, so a new cache needs a new recording."""
+    held = SimpleNamespace(tensors=[])
 
     def replay(model, tokens, positions, mask, cache):
-        places = cache.k + cache.v + cache.qk + cache.v_last
-        if len(held.places) != len(places) or any(a is not b for a, b in zip(held.places, places)):
-            held.places, held.inputs = places, [t.clone() for t in (tokens, positions, mask)]
+        tensors = cache.k + cache.v + cache.qk + cache.v_last
+        if len(held.tensors) != len(tensors) or any(a is not b for a, b in zip(held.tensors, tensors)):
+            held.tensors, held.inputs = tensors, [t.clone() for t in (tokens, positions, mask)]
             cache.target, held.rows = held.inputs[1], cache.rows
             mark = cache.mark()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):                     # twice unrecorded: memory is set up in the first calls
+            with torch.cuda.stream(stream):                     # two warm-up calls, which allocate memory
                 run(model, *held.inputs, cache)
                 run(model, *held.inputs, cache)
             torch.cuda.current_stream().wait_stream(stream)
             held.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(held.graph):
                 held.logits = run(model, *held.inputs, cache)
-            cache.rewind(mark)                                  # what the columns before were
-        for place, t in zip(held.inputs, (tokens, positions, mask)):
-            place.copy_(t)
+            cache.rewind(mark)                                  # undo the state of the warm-up calls
+        for static, t in zip(held.inputs, (tokens, positions, mask)):
+            static.copy_(t)
         held.graph.replay()
         return held.logits.clone()
     return replay
 
 
 def compiled(model):
-    """Like `folded`. The cache must keep its B rows from step to step."""
+    """Return a step like that of `folded`, but compiled for static shapes."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    model = copy.deepcopy(model, tensors)                                       # another model around the same tensors
+    model = copy.deepcopy(model, tensors)                                       # a new model with the same tensors
     for layer in model.layers:
         layer.moe.experts = GatheredExperts(layer.moe.experts)
     run = compiled_forward(model.device.type)
@@ -223,8 +237,9 @@ def compiled(model):
 
     @torch.no_grad()
     def step(cache, tokens):
-        positions, mask = cache.reserve(1, whole=True)                            # (B, 1), (B, 1, 1, capacity)
+        positions, mask = cache.reserve(1, whole=True)                          # (B, 1), (B, 1, 1, capacity)
         logits = run(model, tokens[:, None], positions, mask, cache)
         cache.commit()
         return logits[:, 0]                                                     # (B, V)
+    step.static_shapes = True
     return step

@@ -1,198 +1,190 @@
-"""Markovian RSA: a population thinks in rounds of bounded length, and in between it outvotes the errors of its members.
+"""Markovian RSA: a population reasons in rounds of bounded length and aggregates its candidates between the rounds.
 
-An output is cut after `budget` tokens, and only its last `tail` tokens live on. In the next round each candidate reads
-the question and some of these tails, drawn uniformly without replacement, and goes on from what most of them agree on:
+An output has at most `budget` tokens, and only its last `tail` tokens are kept. In the next round each candidate reads
+the question and C of these tails, sampled uniformly without replacement, and continues from what most of them agree on:
 
-    round 0      output_i = generate(question)                                  i = 1..N
-    round 1..T   output_i = generate(question, C tails of the round before)
+    round 0      output_i = generate(question)                                      i = 1..N
+    round 1..T   output_i = generate(question, C tails of the previous round)
     always       tail_i   = last tau tokens of output_i
-    result       the N outputs of round T; its score is their mean correctness, not that of the best
+    result       the N outputs of round T; their score is their mean accuracy, not that of the best one
 
-T = 0 is parallel sampling; tau = beta, full-chain RSA; C = 1, where each goes on from its own tail, Delethink. Whatever
-beta and T are, a prompt holds the question and C tails: to think longer takes no longer context. The cost is the number
-of tokens generated in all; prompts do not count.
+T = 0 is parallel sampling. tau = beta is full-chain RSA. C = 1, where each candidate continues its own tail, is
+Delethink. A prompt holds the question and C tails, whatever beta and T are: longer reasoning needs no longer context.
+The cost is the total number of generated tokens; prompts do not count.
 
 Source: ZAYA1-8B report (arXiv 2605.05365), section VI. Delethink, Markovian thinking: Aghajohari et al., 2510.06557.
 Legend: N population   C candidates   T rounds after round 0   beta budget   tau tail
 Use: `python rsa.py --ckpt=FOLDER --question=...`; without one, a loops model gets the first held-out 'hard' problem.
 """
-import itertools
+import contextlib
 import random
 import sys
-from collections import namedtuple
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import asdict, dataclass, replace
 
-from runtime import pretrained
 import configurator
-import decode
-import sample
+from runtime.device import pick_device
+from sample import SamplingOptions
 from tasks import client, problems
 from tasks.loops import task
-from runtime.device import pick_device
-
-
-def markovian_rsa(questions, *args, **settings):
-    """Let a population think about each question, a list of tokens: all rounds of rounds_of, which has the arguments.
-    Return for each question a dict: 'rounds', those of rounds_of; 'outputs' and 'answers', those of the last round;
-    'tokens', of all rounds."""
-    histories = [[] for _ in questions]
-    for now in rounds_of(questions, *args, **settings):
-        for history, of_question in zip(histories, now):
-            history.append(of_question)
-    return [{'rounds': history, 'outputs': history[-1]['outputs'], 'answers': history[-1]['answers'],
-             'tokens': sum(now['tokens'] for now in history)} for history in histories]
-
-
-def rounds_of(questions, generate, build_prompt, *, population=16, candidates=4, rounds=2, budget, tail,
-              final_budget=None, compact='tail', answer_of=None, thought_of=list, seed=0, done=()):
-    """Think in rounds. After each, yield for each question a dict: 'sampled', N lists of C numbers, empty in round 0;
-    'prompts', N lists, None where nothing was generated; 'outputs', N lists; 'answers', N lists or None; 'tails', N
-    lists; 'tokens', how many were generated.
-
-    generate(prompts, max_new_tokens) -> the new tokens of each prompt. It is called once a round, with the prompts of
-    all questions, and must draw new random numbers at every call.
-    build_prompt(question, tails) -> a prompt. tails: [] in round 0, then C lists of tokens, of which some may be empty.
-    answer_of(output) -> the answer in it, a list of tokens, or None if none is complete. Without answer_of nobody
-    finishes. If C = 1, who has finished is not generated again; if C > 1, there are others to read, so everybody is.
-    thought_of(output) -> what of an output the tail is the end of; all of it by default.
-    final_budget: the budget of the last round, if it is another. compact='answer': who has finished passes on the last
-    tau tokens of the answer alone. seed: draws depend on it and the question, not on other questions or on `rounds`.
-    done: the rounds that are over, each as it was yielded, to go on after them. Raise ValueError for a bad setting.
-    """
-    final_budget = budget if final_budget is None else final_budget
-    configurator.check_ranges(
-        SimpleNamespace(**locals()), population=(1, None), candidates=(1, population), rounds=(0, None),
-        budget=(1, None), tail=(1, budget), final_budget=(1, None), compact=('tail', 'answer'))
-    if compact == 'answer' and answer_of is None:
-        raise ValueError("compact is 'answer', which needs answer_of to find one")
-    if not questions or not all(questions):
-        raise ValueError('questions: give at least one, and each at least one token')
-
-    everybody, before = range(population), None                 # before: the last round, a dict for each question
-    rngs = [random.Random(f'{seed} {list(question)}') for question in questions]
-    for t in range(rounds + 1):
-        drawn = [[[] if t == 0 else [i] if candidates == 1 else rng.sample(everybody, candidates) for i in everybody]
-                 for rng in rngs]                               # what each reads
-        if t < len(done):
-            before = done[t]
-            continue
-        now = [{'sampled': draws, 'prompts': [                    # None: who reads nobody else, and has finished
-            None if len(draw) == 1 and before[q]['answers'][draw[0]] is not None else
-            build_prompt(question, [before[q]['tails'][j] for j in draw]) for draw in draws]}
-            for q, (question, draws) in enumerate(zip(questions, drawn))]
-        limit = final_budget if t == rounds else budget
-        batch = [prompt for of_question in now for prompt in of_question['prompts'] if prompt is not None]
-        new = [*generate(batch, limit)] if batch else []        # what each says, for all questions together
-        assert len(new) == len(batch), f'generate gave {len(new)} outputs for {len(batch)} prompts'
-        assert all(len(output) <= limit for output in new), f'generate gave an output of more than {limit} tokens'
-        for q, of_question in enumerate(now):                   # what each passes on
-            of_question |= {'outputs': [], 'answers': [], 'tails': [], 'tokens': 0}
-            for i, prompt in enumerate(of_question['prompts']):
-                if prompt is None:                              # as it was, and counted then
-                    output, answer, end = (before[q][key][i] for key in ('outputs', 'answers', 'tails'))
-                else:
-                    output = new.pop(0)
-                    answer = answer_of(output) if answer_of else None
-                    end = (answer if compact == 'answer' and answer else thought_of(output))[-tail:]
-                    of_question['tokens'] += len(output)
-                for key, value in ('outputs', output), ('answers', answer), ('tails', end):
-                    of_question[key].append(value)
-        before = now
-        yield now
-
-
-# A model that speaks. step: of decode.py; stop: tokens that end an output; encode(question); the rest as in rounds_of.
-Policy = namedtuple('Policy', 'model step decode stop encode build_prompt answer_of thought_of')
-
-
-def load_policy(folder, device, words=None, compact='tail'):
-    """Read a Policy: of a model trained on the loops task, in that task's own tokens, else in words, by its chat
-    template. words, compact: see problems.message. Raise ValueError if the folder holds no model."""
-    model, language = pretrained.load(folder, device)
-    common = model, decode.folded(model), language.decode, language.stop, language.encode
-    if language.digest == task.DIGEST:
-        return Policy(*common, task.build_prompt, task.answer_of, list)
-    prompt = lambda question, tails: language.prompt(
-        [{'role': 'user', 'content': problems.message(question, tails, words, compact)}])
-    return Policy(*common, prompt, language.answer, language.thought)
-
-
-def sampler(policy, config, stream=None, first=0):
-    """Return a `generate` for rounds_of: sample.generate, with another seed at every call."""
-    seeds = itertools.count(config.seed * 1_000_003 + first)
-    return lambda prompts, max_new_tokens: sample.generate(
-        policy.model, prompts, max_new_tokens, config.temperature, 0, config.top_p, config.min_p, policy.stop,
-        next(seeds), stream, step=policy.step)
+from tasks.policy import load_policy
 
 
 @dataclass
-class RSAConfig:
-    ckpt: str = ''                  # a run folder of train.py, or a released folder; '': runs/loops
-    server: str = ''                # the URL of an OpenAI API (tasks/client.py); ckpt is for the tokenizer then
-    model: str = ''                 # on that server; '': the only one it has
-    parallel: int = 16              # requests to it at once
-    question: str = '-'             # '-': the first held-out 'hard' problem, for a model trained on the loops task
-    show: bool = False              # print what every candidate says, round by round
-    problems: str = ''              # a file of problems (tasks/problems.py), in place of a question
-    out: str = ''                   # what becomes of them, and of a run that was killed; '': FILE.rsa.jsonl
-    dry_run: bool = False           # only say what these problems will take
-    aggregation_prompt: str = ''    # a file of other words for it, with {problem} and {candidates} in them
+class RSASettings:
     population: int = 16            # N
     candidates: int = 4             # C
-    rounds: int = -1                # T; -1: as many as the loops problem needs; 2 for other models
-    budget: int = 0                 # beta; 0: 41 for loops, a value and 8 steps; 16K for other models
-    tail: int = 0                   # tau; 0: 10 for loops, the last 2 steps; 4K for other models
-    final_budget: int = 0           # of the last round; 0: the budget; 40K for other models whose budget is not given
-    compact: str = 'tail'           # 'answer': who has finished passes on the answer alone
-    temperature: float = 1.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    device: str = 'auto'
+    rounds: int = -1                # T; -1: 2, or as many as a loops problem needs
+    budget: int = 0                 # beta; 0: 16K, or 41 for loops (a value and 8 steps)
+    tail: int = 0                   # tau; 0: 4K, or 10 for loops (the last 2 steps)
+    final_budget: int = 0           # budget of round T; 0: the budget, or 40K if that is 0 too
+    compact: str = 'tail'           # 'answer': the tail of a finished candidate is cut from its answer
+    seed: int = 0                   # of the sampled candidates
 
     def __post_init__(self):
-        configurator.check_ranges(self, population=(1, None), candidates=(1, None), rounds=(-1, None), budget=(0, None),
-                                  tail=(0, None), final_budget=(0, None), compact=('tail', 'answer'),
-                                  temperature=(0, None), top_p=(0, 1), min_p=(0, 1), seed=(0, None), parallel=(1, 1024))
-        self.ckpt = self.ckpt or ('' if self.server else 'runs/loops')
+        configurator.check_ranges(
+            self, population=(1, None), candidates=(1, self.population), rounds=(-1, None), budget=(0, None),
+            tail=(0, self.budget or None), final_budget=(0, None), compact=('tail', 'answer'))
+
+    def resolved(self, rounds=2, budget=16_384, tail=4096, final_budget=40_960):
+        """Return the settings with these values, by default the report's, for those that are not given."""
+        return replace(self, rounds=rounds if self.rounds < 0 else self.rounds, budget=self.budget or budget,
+                       tail=self.tail or tail, final_budget=self.final_budget or self.budget or final_budget)
 
 
-def main(config):
-    words = problems.read_words(config.aggregation_prompt) if config.aggregation_prompt else None
-    listed = problems.read_problems(config.problems) if config.problems else None
-    path = listed and (config.out or config.problems.removesuffix('.jsonl') + '.rsa.jsonl')
-    policy = client.load_policy(config, words, path) if config.server else load_policy(
-        config.ckpt, pick_device(config.device), words, config.compact)
-    draw = client.sampler if config.server else sampler
-    question, extras, loops = config.question, (), policy.build_prompt is task.build_prompt
-    budget, tail, rounds, last = 16_384, 4096, 2, config.budget or 40_960       # the report's
-    if loops and not listed:
+@dataclass
+class Candidate:
+    sampled: list                   # indices of the candidates of the previous round whose tails its prompt holds
+    prompt: list                    # None: it had finished before, and was not generated again
+    output: list = None
+    answer: list = None             # None: the output holds no complete answer
+    tail: list = None
+
+
+@dataclass
+class Round:
+    candidates: list                # N Candidates
+    tokens: int = 0                 # generated in this round
+
+
+def markovian_rsa(*args, **options):
+    """Run all rounds of rounds_of, which has the same arguments. Return a list of T + 1 Rounds per question."""
+    return [list(rounds) for rounds in zip(*rounds_of(*args, **options))]
+
+
+def rounds_of(questions, generate, policy, settings, done=()):
+    """Run Markovian RSA on questions, lists of tokens. After each round, yield a list of one Round per question.
+
+    generate(prompts, max_new_tokens) -> the new tokens of each prompt. It is called once per round, with the prompts of
+    all questions, and must use new random numbers in every call.
+    policy.build_prompt(question, tails) -> a prompt. tails: [] in round 0, then C lists of tokens, some may be empty.
+    policy.answer_of(output) -> the answer in it, a list of tokens, or None. A candidate with an answer has finished: if
+    C = 1 it is not generated again; if C > 1 it is, since its next prompt holds other tails.
+    policy.thought_of(output) -> the part of an output that tails are cut from.
+    done: the first rounds, if they are known; only the rounds after them are run.
+    Which candidates are sampled depends on the seed and the question, not on other questions or on T.
+    """
+    settings = settings.resolved()
+    if not questions or not all(questions):
+        raise ValueError('questions: give at least one, and each at least one token')
+    rngs = [random.Random(f'{settings.seed} {list(question)}') for question in questions]
+    previous = [Round([]) for _ in questions]
+    for t in range(settings.rounds + 1):
+        sampled = [sample_candidates(rng, t, settings) for rng in rngs]         # also if the round is done
+        if t < len(done):
+            previous = done[t]
+            continue
+        current = [Round([new_candidate(question, before.candidates, reads, policy) for reads in of_question])
+                   for question, before, of_question in zip(questions, previous, sampled)]
+        batch = [c for now in current for c in now.candidates if c.prompt is not None]
+        limit = settings.budget if t < settings.rounds else settings.final_budget
+        outputs = list(generate([c.prompt for c in batch], limit)) if batch else []
+        assert len(outputs) == len(batch), f'generate gave {len(outputs)} outputs for {len(batch)} prompts'
+        assert all(len(output) <= limit for output in outputs), f'generate gave an output of more than {limit} tokens'
+        for c, output in zip(batch, outputs):
+            c.output, c.answer = output, policy.answer_of(output)
+            source = c.answer if settings.compact == 'answer' and c.answer else policy.thought_of(output)
+            c.tail = source[-settings.tail:]
+        for now in current:
+            now.tokens = sum(len(c.output) for c in now.candidates if c.prompt is not None)
+        yield current
+        previous = current
+
+
+def sample_candidates(rng, t, settings):
+    """Return, for each of N prompts of round t, the indices of the candidates that it reads."""
+    population = range(settings.population)
+    if t == 0 or settings.candidates == 1:
+        return [[i][:t] for i in population]
+    return [rng.sample(population, settings.candidates) for _ in population]
+
+
+def new_candidate(question, previous, sampled, policy):
+    """Return a Candidate without output, or one that had finished as it was. previous: candidates, [] in round 0."""
+    if len(sampled) == 1 and previous[sampled[0]].answer is not None:
+        return replace(previous[sampled[0]], sampled=sampled, prompt=None)
+    return Candidate(sampled, policy.build_prompt(question, [previous[j].tail for j in sampled]))
+
+
+@dataclass
+class RSAConfig:                    # more flags: RSASettings, SamplingOptions, client.ServerConfig, problems.FileConfig
+    ckpt: str = ''                  # a run folder of train.py, or a released folder; '': runs/loops
+    question: str = '-'             # '-': the first held-out 'hard' problem, for a model trained on the loops task
+    show: bool = False              # print the outputs of every round
+    device: str = 'auto'
+
+
+def answer_question(policy, config, settings, options):
+    """Run RSA on one question, and print the answers."""
+    question, extras = config.question, ()
+    if policy.build_prompt is task.build_prompt:
         question = question if question != '-' else task.test_problems('hard', 1)[0].question
-        steps = task.parse(question).steps
-        budget, tail, rounds, extras = 41, 10, task.rounds_needed(steps, config.budget or 41), (task.judge, task.spaced)
-        last = config.budget or budget
+        steps, extras = task.parse(question).steps, (task.judge, task.spaced)
         print(f'{question}   {steps} steps, the answer is {task.solve(question)}')
-    elif loops or question == '-' and not listed:
-        raise ValueError(f'{config.server or config.ckpt} ' + (
-            'was trained on the loops task: evaluate has its problems' if loops else
-            'needs a --question or a file of --problems'))
-    settings = dict(population=config.population, candidates=config.candidates, budget=config.budget or budget,
-                    rounds=rounds if config.rounds < 0 else config.rounds, tail=config.tail or tail,
-                    final_budget=config.final_budget or last, compact=config.compact, seed=config.seed)
-    problems.check_room(policy, [text + problems.INSTRUCTION for text, _ in listed or ()] or [question], **settings)
-    functions = dict(answer_of=policy.answer_of, thought_of=policy.thought_of)
+        settings = settings.resolved(task.rounds_needed(steps, settings.budget or 41), 41, 10, 41)
+    elif question == '-':
+        raise ValueError('this model needs a --question or a file of --problems')
+    settings = settings.resolved()
+    problems.check_room(policy, [question], settings)
+    rounds, = markovian_rsa([policy.encode(question)], policy.sampler(options), policy, settings)
+    problems.print_result(rounds, question, policy.decode, config.show, *extras)
+
+
+def solve_file(policy, listed, path, settings, options, **header):
+    """Run RSA on problems, a list of (problem, answer), and print their scores. Each round is written to the results
+    file `path` when it ends, so that a stopped run repeats no completed round. header: what must not change then."""
+    header |= asdict(options) | asdict(settings)
+    with contextlib.closing(problems.ResultsFile(path, header, len(listed) * (settings.rounds + 1))) as results:
+        for k, (problem, answer) in enumerate(listed):
+            done = [[Round([Candidate([], None, *fields) for fields in problems.outputs_of(row)])]
+                    for row in results.rows[k]]
+            generate = policy.sampler(options, results.stream, 1000 * k + len(done))
+            question = policy.encode(problem + problems.INSTRUCTION)
+            for now, in rounds_of([question], generate, policy, settings, done):
+                results.add(k, answer, now, policy.decode)
+    print(problems.table(listed, results.rows))
+
+
+def main(config, settings, options, server, file):
+    words = problems.read_words(file.aggregation_prompt) if file.aggregation_prompt else None
+    listed = problems.read_problems(file.problems) if file.problems else []
+    if server.server:
+        policy = client.load_policy(server, config.ckpt, words, settings.compact, file.out)
+    else:
+        policy = load_policy(config.ckpt or 'runs/loops', pick_device(config.device), words, settings.compact)
     if not listed:
-        result, = markovian_rsa([policy.encode(question)], draw(policy, config), policy.build_prompt, **settings,
-                                **functions)
-        return problems.print_result(result, question, policy.decode, config.show, *extras)
-    think = lambda k, question, done, stream: rounds_of(
-        [question], draw(policy, config, stream, 1000 * k + len(done)), policy.build_prompt, done=done, **settings,
-        **functions)
-    problems.solve(listed, policy, think, path, settings, config)
+        return answer_question(policy, config, settings, options)
+    if policy.build_prompt is task.build_prompt:
+        raise ValueError('this model was trained on the loops task: use evaluate.py')
+    settings = settings.resolved()
+    problems.check_room(policy, [problem + problems.INSTRUCTION for problem, _ in listed], settings)
+    if file.dry_run:
+        return print(problems.forecast(policy, listed, settings))
+    solve_file(policy, listed, file.out, settings, options, ckpt=config.ckpt, model=server.model,
+               problems=file.problems, aggregation_prompt=file.aggregation_prompt)
 
 
 if __name__ == '__main__':
     with configurator.one_line_errors('rsa.py', 'try a smaller --population or --budget',
-                                      'the same command goes on with the problems where it was'):
-        main(*configurator.read(sys.argv[1:], RSAConfig))
+                                      'run the same command again to resume the problems'):
+        main(*configurator.read(sys.argv[1:], RSAConfig, RSASettings, SamplingOptions, client.ServerConfig,
+                                problems.FileConfig))

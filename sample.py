@@ -1,14 +1,13 @@
 """Sample from a model: `python sample.py --ckpt=RUN_OR_RELEASED_FOLDER --prompt='def '`, interactive without --prompt.
 
-Generation has two phases. Prefill: all prompts go through the model at once and fill the cache (cache.py); equal
-prompts are read once. Decode: one token a row and step, each step a forward over that token alone (decode.py), which
-the cache makes equal to a forward over everything so far. Prompts may differ in length. A row that has ended leaves the
-batch, unless the step is compiled for its size.
+Generation has two phases. Prefill: one forward pass over all prompts fills the KV cache (cache.py); equal prompts are
+computed once. Decode: each step is a forward pass over one token per sequence (decode.py), which the cache makes equal
+to a forward pass over the whole sequence. A finished sequence leaves the batch, unless the step has static shapes.
 
-A token is drawn from softmax(logits / temperature), by the inverse-CDF method: lay the probabilities end to end,
-likeliest first, and take the token that a uniform number u falls on. One number a row decides, so rows are independent.
+Tokens are sampled from softmax(logits / temperature) by the inverse-CDF method: sort the tokens by probability, and
+take the first one whose cumulative probability exceeds a uniform number u. Every sequence has its own random generator.
 
-Legend:  B rows   V vocabulary
+Legend:  B sequences   V vocabulary
 """
 import functools
 import sys
@@ -24,32 +23,41 @@ from runtime.chat import Conversation, chat_loop, complete_prompts
 from runtime.device import pick_device
 
 
-def sample_from_logits(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Draw one token a row. logits (B, V), u (B) uniform in [0, 1) -> (B) int64; -1 if the logits are not finite.
+@dataclass(frozen=True)
+class SamplingOptions:
+    temperature: float = 1.0        # below 1: more likely tokens; above 1: more random; 0: always the likeliest token
+    top_k: int = 0                  # keep only the top_k likeliest tokens; 0: all
+    top_p: float = 1.0              # keep the likeliest tokens up to this total probability
+    min_p: float = 0.0              # drop tokens below min_p times the largest probability; 1e-5 reduced gibberish in
+    seed: int = 0                   # ZAYA1's replies from 19.9 to 0.1 % (report, App. E)
 
-    Unlikely tokens can be dropped before: all but the top_k likeliest (0: keep all); those beyond a total probability
-    of top_p; those below min_p times the likeliest. temperature 0 takes the likeliest token.
-    """
+    def __post_init__(self):
+        configurator.check_ranges(self, temperature=(0, 1e9), top_k=(0, 10**9), top_p=(0, 1), min_p=(0, 1))
+
+
+def sample_from_logits(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Sample one token per sequence. logits (B, V), u (B) uniform in [0, 1) -> (B) int64; -1 if logits are not finite.
+    The options are those of SamplingOptions. The likeliest token is never dropped."""
     largest, token = logits.float().max(-1, keepdim=True)                       # (B, 1) each
-    broken = ~largest[:, 0].isfinite()                          # the largest of numbers is NaN if one of them is
+    broken = ~largest[:, 0].isfinite()                          # the maximum is NaN if any logit is
     if temperature == 0:
         return token[:, 0].masked_fill(broken, -1)
-    x = (logits.float() - largest) / max(temperature, 1e-30)    # below, differences would become 0 / 0
+    x = (logits.float() - largest) / max(temperature, 1e-30)    # a smaller temperature would give 0 / 0
     probs, token = x.softmax(-1).sort(-1, descending=True)                      # (B, V) each
-    keep = (probs.cumsum(-1) - probs < top_p) & (probs >= min_p * probs[:, :1])    # before a token lies less than top_p
+    keep = (probs.cumsum(-1) - probs < top_p) & (probs >= min_p * probs[:, :1])    # sum of likelier tokens < top_p
     if top_k:
         keep[:, top_k:] = False
-    keep[:, 0] = True                                           # the likeliest always stays
+    keep[:, 0] = True
     cdf = (probs * keep).cumsum(-1)
     chosen = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)                     # first with cdf > u
-    chosen = chosen.minimum(keep.sum(-1, keepdim=True) - 1)     # rounding must not carry u past the last kept token
+    chosen = chosen.minimum(keep.sum(-1, keepdim=True) - 1)     # rounding must not select a dropped token
     return token.gather(1, chosen)[:, 0].masked_fill(broken, -1)
 
 
 def prefill(model, prompts, capacity, cache=None):
-    """Read B prompts, lists of tokens -> a Cache of that capacity that holds them, and the logits (B, V) after each.
-    cache: one that holds what comes before the prompts."""
-    unique = prompts if cache else list(dict.fromkeys(map(tuple, prompts)))     # of equal prompts one is read
+    """Compute the prompts, B lists of tokens. Return their Cache, of the given capacity, and the logits (B, V) of each
+    prompt's last token. cache: holds the tokens before the prompts, if there are any."""
+    unique = prompts if cache else list(dict.fromkeys(map(tuple, prompts)))
     lengths = [len(prompt) for prompt in unique]
     padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in unique]
     cache = cache or model.make_cache(len(unique), 0)
@@ -63,70 +71,66 @@ def prefill(model, prompts, capacity, cache=None):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=(), seed=0,
-             stream=None, compiled=False, step=None, cache=None, watch=lambda *step: None):
+def generate(model, prompts, max_new_tokens, options=SamplingOptions(), *, stop=(), stream=lambda *_: None,
+             step=None, cache=None, watch=lambda *_: None):
     """Continue each prompt, a list of tokens of any length. Return the new tokens of each, as lists.
 
-    A row ends after max_new_tokens, or with the first token in `stop`, which is its last token then. Each row has a
-    random generator of its own, made from (seed, row number): up to rounding, its tokens do not depend on its
-    neighbours. stream(row, token), if given, is called for every new token. The options of sampling are those of
-    sample_tokens. compiled: decode.compiled makes the steps, and finished rows stay until the last one ends. step: the
-    function of decode.py that makes them, if it is at hand. cache: a Cache that holds what comes before the prompts.
-    watch(rows, logits, drawn) sees every step: which rows are in the batch, their logits (B, V), their tokens (B).
-    Raises ValueError for an empty prompt, a token outside the vocabulary, what does not fit the context, and NaN.
+    A sequence ends after max_new_tokens or with its first token in `stop`. Up to rounding, its tokens do not depend on
+    the other sequences of the batch. stream(i, token) is called with every new token of prompt i; watch(active, logits,
+    tokens) once per step with the prompt indices of the batch, their logits (B, V) and sampled tokens (B). step: the
+    decode step, by default decode.folded(model). cache: a Cache that holds the tokens before the prompts. Raises
+    ValueError for prompts that check_prompts refuses, and for logits that are not finite.
     """
     held = cache.lengths if cache else [0] * len(prompts)
     check_prompts(model.config, prompts, max_new_tokens, held)
     outputs = [[] for _ in prompts]
     if not prompts or max_new_tokens < 1:
         return outputs
-    was_training = model.training
+    step, was_training = step or decode.folded(model), model.training
+    longest = max(before + len(prompt) for before, prompt in zip(held, prompts))
+    limit, capacity = longest + max_new_tokens, longest + min(max_new_tokens, 256)
+    if step.static_shapes:                                      # powers of two, so that it compiles for few capacities
+        limit = capacity = min(model.config.context, 1 << (limit - 1).bit_length())
     model.eval()
     try:
-        # Every row draws all its random numbers now, from a generator of its own. (hash of ints is always the same.)
-        u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((seed, row))))
-                         for row in range(len(prompts))]).to(model.device)                      # (B, max_new_tokens)
-        longest = max(old + len(prompt) for old, prompt in zip(held, prompts))
-        largest = longest + max_new_tokens
-        if compiled:                                            # the next power of two: compiled once for many lengths
-            longest = largest = min(model.config.context, 1 << (largest - 1).bit_length())
-        cache, logits = prefill(model, prompts, min(largest, longest + 256), cache)             # logits (B, V)
-        step = step or (decode.compiled(model) if compiled else decode.folded(model))
-        rows = growing = list(range(len(prompts)))              # rows still in the batch; of these, where some grow
+        # Sequence i has its own generator, seeded by (options.seed, i). The hash of a tuple of integers is constant.
+        u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((options.seed, i))))
+                         for i in range(len(prompts))]).to(model.device)                        # (B, max_new_tokens)
+        cache, logits = prefill(model, prompts, capacity, cache)                                # logits (B, V)
+        active = unfinished = list(range(len(prompts)))         # prompts in the batch; batch indices that still grow
         for t in range(max_new_tokens):
-            next_tokens = sample_from_logits(logits, u[rows, t], temperature, top_k, top_p, min_p)   # (B)
-            watch(rows, logits, next_tokens)
-            drawn = next_tokens.tolist()
-            if min(drawn) < 0:
+            tokens = sample_from_logits(logits, u[active, t], options.temperature, options.top_k, options.top_p,
+                                        options.min_p)                                          # (B)
+            watch(active, logits, tokens)
+            sampled = tokens.tolist()
+            if min(sampled) < 0:
                 raise ValueError('the logits are not finite: the weights are damaged, or too large for their dtype')
-            for i in growing:
-                outputs[rows[i]].append(drawn[i])
-                if stream:
-                    stream(rows[i], drawn[i])
-            growing = [i for i in growing if drawn[i] not in stop]
-            if not growing or t == max_new_tokens - 1:
-                break
-            if len(growing) < len(rows) and not compiled:       # the ended rows leave
-                cache.keep(growing)
-                rows, next_tokens = [rows[i] for i in growing], next_tokens[growing]
-                growing = list(range(len(rows)))
+            for i in unfinished:
+                outputs[active[i]].append(sampled[i])
+                stream(active[i], sampled[i])
+            unfinished = [i for i in unfinished if sampled[i] not in stop]
+            if not unfinished or t == max_new_tokens - 1:
+                return outputs
+            if len(unfinished) < len(active) and not step.static_shapes:        # drop finished sequences
+                cache.keep(unfinished)
+                active, tokens = [active[i] for i in unfinished], tokens[unfinished]
+                unfinished = list(range(len(active)))
             if max(cache.lengths) == cache.capacity:
-                cache.grow(min(largest, 2 * cache.capacity))
-            logits = step(cache, next_tokens)                                                   # (B, V)
-    finally:                                                    # also if stream raises, or Ctrl-C comes
+                cache.grow(min(limit, 2 * cache.capacity))
+            logits = step(cache, tokens)                                                        # (B, V)
+    finally:                                                    # also after an exception in stream, or Ctrl-C
         model.train(was_training)
-    return outputs
 
 
 def check_prompts(config, prompts, max_new_tokens, held):
-    """Raise ValueError for a prompt that `generate` cannot continue. held: how many tokens come before each."""
-    for row, (prompt, before) in enumerate(zip(prompts, held, strict=True)):
+    """Raise ValueError for a prompt that `generate` cannot continue. held: number of tokens before each prompt."""
+    for i, (prompt, before) in enumerate(zip(prompts, held, strict=True)):
         if not prompt:
-            raise ValueError(f'prompt {row} is empty: give at least one token')
+            raise ValueError(f'prompt {i} is empty: give at least one token')
         if not all(0 <= token < config.vocab_size for token in prompt):
-            raise ValueError(f'prompt {row} holds a token outside the vocabulary of {config.vocab_size}')
+            raise ValueError(f'prompt {i} holds a token outside the vocabulary of {config.vocab_size}')
         if before + len(prompt) + max_new_tokens > config.context:
-            raise ValueError(f'prompt {row} has {before + len(prompt)} tokens; with {max_new_tokens} new ones that is '
+            raise ValueError(f'prompt {i} has {before + len(prompt)} tokens; with {max_new_tokens} new ones that is '
                              f'more than the context of {config.context}')
 
 
@@ -135,40 +139,33 @@ PRESETS = {'math': dict(temperature=1.0, top_p=0.95, top_k=0), 'code': dict(temp
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig:                 # these flags and those of SamplingOptions
     ckpt: str = 'runs/small'        # a run folder of train.py, or a folder in the released layout
     prompt: str = ''                # without one, prompts are read from the terminal
     max_new_tokens: int = 0         # 0: 200; in a conversation, as many as the context has room for
-    num_samples: int = 1            # samples of the same prompt, drawn together in one batch
-    temperature: float = 1.0        # below 1: safer, above 1: wilder, 0: always the likeliest token
-    top_k: int = 0                  # see sample_tokens
-    top_p: float = 1.0
-    min_p: float = 0.0              # with 1e-5, gibberish in ZAYA1's replies fell from 19.9 to 0.1 % (report, App. E)
-    preset: str = ''                # the report's sampling, 'math' or 'code'; what else is given overrides it
-    compile: bool = False           # torch.compile: half a minute to start, for a token in half the time
+    num_samples: int = 1            # samples of the same prompt, generated in one batch
+    preset: str = ''                # the report's sampling options, 'math' or 'code'; other flags override it
+    compile: bool = False           # torch.compile: half a minute to start, then half the time per token
     chat: bool = False              # a conversation; with a prompt, one turn of it
-    think: bool = True              # in a conversation: with reasoning, where the model can do without
+    think: bool = True              # in a conversation: with reasoning, if the chat template makes it optional
     show_think: bool = True         # False: hide the reasoning
-    kernel: str = 'torch'           # 'hip' or 'auto': CCA's own kernel reads the prompts, see kernels/README.md
-    seed: int = 0
+    kernel: str = 'torch'           # 'hip' or 'auto': prefill with the CCA kernel, see kernels/README.md
     device: str = 'auto'
 
     def __post_init__(self):
-        configurator.check_ranges(self, max_new_tokens=(0, 10**9), num_samples=(1, 10**6), temperature=(0, 1e9),
-                                  top_k=(0, 10**9), top_p=(0, 1), min_p=(0, 1), seed=(0, 2**31),
-                                  preset=('', *PRESETS), kernel=('torch', 'hip', 'auto'))
+        configurator.check_ranges(self, max_new_tokens=(0, 10**9), num_samples=(1, 10**6), preset=('', *PRESETS),
+                                  kernel=('torch', 'hip', 'auto'))
 
 
 def main(arguments):
-    config, = configurator.read(arguments, SampleConfig)
+    config, options = configurator.read(arguments, SampleConfig, SamplingOptions)
     if config.preset:
-        config, = configurator.read(arguments, SampleConfig, **PRESETS[config.preset])
+        config, options = configurator.read(arguments, SampleConfig, SamplingOptions, **PRESETS[config.preset])
     model, language = pretrained.load(config.ckpt, pick_device(config.device))
     kernels.use(model, config.kernel, model.dtype)
-    options = {key: getattr(config, key) for key in ('temperature', 'top_k', 'top_p', 'min_p', 'seed')}
-    options['step'] = decode.compiled(model) if config.compile else decode.folded(model)
-    reply = functools.partial(generate, model, stop=language.stop, compiled=config.compile, **options)
-    prompt = config.prompt if config.prompt or '--prompt=' in arguments else None   # empty on purpose: gets its error
+    step = decode.compiled(model) if config.compile else decode.folded(model)
+    reply = functools.partial(generate, model, options=options, stop=language.stop, step=step)
+    prompt = config.prompt if config.prompt or '--prompt=' in arguments else None   # an explicit '' is an error
     if config.chat:
         chat_loop(Conversation(model, language, config.think), reply, config.max_new_tokens, config.show_think, prompt)
     else:

@@ -1,22 +1,22 @@
-"""Markovian RSA (rsa.py) on a server that speaks the OpenAI API: vLLM, SGLang and `transformers serve` have ZAYA1-8B.
+"""A policy on a server with the OpenAI API: vLLM, SGLang and `transformers serve` support ZAYA1-8B.
 
-    rounds_of -- prompts --> generate -- a request each, at most `parallel` at once --> server
-              <-- replies --          <-- text, piece by piece, at its end the usage --
+    rounds_of -- prompts --> generate -- one request per prompt, at most `parallel` at a time --> server
+              <-- replies --          <-- text in chunks, then the token counts (usage)       --
 
-Requests are chat completions of one user's message, which the server puts into its own chat template: a server that is
-given raw text may put an end token behind it. What comes back is the text that the model said, and the counts at its
-end (usage) are what it cost: a Text has them as its length, so all that rsa.py bounds and counts is theirs.
+Requests are chat completions with one user message, to which the server applies its chat template; for raw text some
+servers would append an end token. The server's token counts are the lengths of prompts and replies (Text), so that the
+bounds and costs in rsa.py are the server's.
 
-A tail is cut in tokens of the tokenizer in the folder --ckpt, which needs no weights; without one in pieces of four
-characters, each of which counts as a token. Either way it goes into the next prompt as text, which the server encodes
-anew: where that gives the tokens that the model wrote, temperature 0 gives the results of rsa.py without --server.
+Tails are cut in tokens of the tokenizer in the folder --ckpt, which needs no weights; without one, in pieces of four
+characters, which count as a token each. Tails enter the next prompt as text, which the server tokenizes again. If that
+gives the same tokens, results at temperature 0 equal those of a local model.
 
-Reasoning ends with </think>, or comes apart from the rest (`reasoning_content`, `reasoning`). Some servers show
-neither, so the answer in a reply that came to an end without them is all of it, which locally would be no answer.
+Reasoning ends with </think>, or is a separate field (`reasoning_content`, `reasoning`). If a server hides it, a
+finished reply counts as the answer.
 
-What fails for the moment (no connection, silence, 429, 500 and above, a reply that breaks off) is asked for again after
-1, 2, 4, ... seconds, or when the server says. Each whole reply is kept in FILE.replies at once, for the time of its
-round: a run that was stopped in a round asks for the others only.
+Temporary errors (no connection, timeout, status 429 or 500 and above, an incomplete reply) are retried after 1, 2, 4,
+... seconds, or when the server says. Every complete reply is saved in FILE.replies until its round ends, so that a
+stopped run requests only the missing ones.
 """
 import asyncio
 import hashlib
@@ -26,187 +26,220 @@ import os
 import random
 import sys
 import zlib
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from configurator import package
+from configurator import check_ranges, package
 from validate import parse_json, read_bytes
 from runtime.language import released_language
 from tasks.problems import append_line, message
 
-TRIES, WAIT, SILENCE = 8, 1.0, 600      # of a request; seconds before the second; seconds without a word
-CHARACTERS = 4                          # of a piece
+TRIES, WAIT, TIMEOUT = 8, 1.0, 600      # per request; seconds before the second try; seconds without new text
+CHARACTERS = 4                          # per piece
 REPLY = {'key': str, 'text': str, 'ended': bool, 'tokens': range(2 ** 50), 'prompt': range(2 ** 50)}
 
 
-class Text:
-    """A prompt, or a reply. Its length is in tokens, as the server counts: that of a prompt is known with the reply.
-    ended: the model came to an end by itself."""
+@dataclass
+class ServerConfig:
+    server: str = ''                # URL of an OpenAI API; --ckpt then provides the tokenizer only
+    model: str = ''                 # its name on the server; '': the only one
+    parallel: int = 16              # concurrent requests
 
-    def __init__(self, text, tokens=0, ended=False):
-        self.text, self.tokens, self.ended = text, tokens, ended
+    def __post_init__(self):
+        check_ranges(self, parallel=(1, 1024))
+
+
+@dataclass
+class Text:
+    """A prompt or a reply. Its length is the server's token count, which for a prompt comes with the reply."""
+    text: str
+    tokens: int = 0
+    ended: bool = False             # the model ended the reply; it was not cut
 
     def __len__(self):
         return self.tokens
 
 
 def pieces(text):
-    """Cut a text from its end into pieces, each a whole number: a 1, and the bytes of its characters."""
+    """Cut a text from its end into pieces of CHARACTERS. Return each as an integer: byte 1, then the UTF-8 bytes."""
     cuts = [0, *range(len(text) % CHARACTERS or CHARACTERS, len(text), CHARACTERS), len(text)]
     return [int.from_bytes(b'\1' + text[i:j].encode()) for i, j in itertools.pairwise(cuts) if i < j]
 
 
-def joined(numbers):
-    """The text of such pieces."""
-    return ''.join(n.to_bytes((n.bit_length() + 7) // 8)[1:].decode() for n in numbers)
+def joined(integers):
+    """Return the text of such pieces."""
+    return ''.join(n.to_bytes((n.bit_length() + 7) // 8)[1:].decode() for n in integers)
 
 
-def load_policy(config, words, path):
-    """Return what rsa.py takes for a Policy. config: of rsa.py; its `model` is filled in. path: of the run's file, or
-    '': replies are kept beside it. Raise ValueError without a server, a model on it, or a tokenizer in --ckpt."""
+@dataclass
+class ServerPolicy:
+    """A model on a server, with the interface of Policy (tasks/policy.py). Prompts and outputs are Texts."""
+    config: ServerConfig
+    encode: Callable                # text -> tokens
+    parse: Callable                 # the same, but special tokens in the text are encoded as such
+    decode_tokens: Callable
+    words: str                      # see problems.message, also the next
+    compact: str
+    replies: str                    # file for the replies of the current round, or ''
+    resumes: bool                   # that file may hold replies of this run
+    model = None                    # no local model
+
+    def decode(self, tokens):
+        return tokens.text if isinstance(tokens, Text) else self.decode_tokens(tokens)
+
+    def build_prompt(self, question, tails):
+        parts = message(question, tails, self.words, self.compact)
+        return Text(''.join(part if isinstance(part, str) else self.decode_tokens(part) for part in parts))
+
+    def thought_of(self, reply):
+        before, closed, after = reply.text.rpartition('</think>')
+        return self.parse((before if closed else after).replace('<think>', ''))
+
+    def answer_of(self, reply):
+        return self.parse(reply.text.rpartition('</think>')[2]) or None if reply.ended else None
+
+    def sampler(self, options, stream=lambda *_: None, first=0):
+        """Return a `generate` for rsa.rounds_of. Each request has its own seed, made from options.seed, the number of
+        the call (from `first` on) and the prompt's index. stream(i, text) is called with every chunk of reply i."""
+        calls = itertools.count(first)
+
+        def generate(prompts, max_new_tokens):
+            call = next(calls)
+            requests = [self.request(prompt.text, max_new_tokens, options, zlib.crc32(
+                f'{options.seed} {call} {i}'.encode()) >> 1) for i, prompt in enumerate(prompts)]
+            replies = self.complete(requests, stream)
+            for prompt, reply in zip(prompts, replies):
+                prompt.tokens = reply['prompt']
+            if (most := max(reply['tokens'] for reply in replies)) > max_new_tokens:
+                raise ValueError(f'{self.config.server} wrote {most:,} tokens, it was asked for at most '
+                                 f'{max_new_tokens:,}')
+            return [Text(reply['text'], reply['tokens'], reply['ended']) for reply in replies]
+        return generate
+
+    def request(self, text, max_new_tokens, options, seed):
+        """Return the body of a request."""
+        filters = {key: value for key in ('min_p', 'top_k') if (value := getattr(options, key))}
+        return {'model': self.config.model, 'messages': [{'role': 'user', 'content': text}],
+                'max_tokens': max_new_tokens, 'temperature': options.temperature, 'top_p': options.top_p, 'seed': seed,
+                'extra_body': {'chat_template_kwargs': {'enable_thinking': True}} | filters}
+
+    def complete(self, requests, stream):
+        """Return the replies to all requests: those that were saved, and the server's, which are saved."""
+        keys = [hashlib.sha256(json.dumps(request).encode()).hexdigest() for request in requests]
+        saved = read_replies(self, keys)
+
+        def save(i, reply):
+            saved[keys[i]] = reply
+            if self.replies:
+                with open(self.replies, 'a', encoding='utf-8') as file:
+                    append_line(file, reply | {'key': keys[i]})
+        missing = {i: request for i, request in enumerate(requests) if keys[i] not in saved}
+        asyncio.run(ask_all(self.config, missing, save, stream))
+        return [saved[key] for key in keys]
+
+
+def load_policy(config, ckpt, words, compact, path):
+    """Return the ServerPolicy of a ServerConfig, whose `model` is filled in. ckpt: a folder with the tokenizer, or ''.
+    words, compact: see problems.message. path: the results file, or ''. Raise ValueError if there is no server, no
+    such model, or no tokenizer in ckpt."""
     if not config.server.startswith(('http://', 'https://')):
         raise ValueError(f'--server={config.server}: write a URL, such as http://127.0.0.1:8000/v1')
     config.model = config.model or only_model(config.server)
-    language = released_language(config.ckpt) if config.ckpt else None
-    encode, parse, decode = pieces, pieces, joined
-    if language:
-        encode, parse, decode = language.encode, language.encode_with_special, language.decode
+    language = released_language(ckpt) if ckpt else None
     print(f'{config.server}, {config.model}: tails are counted in ' + (
-        f'tokens of {config.ckpt}' if language else
+        f'tokens of {ckpt}' if language else
         f'characters, {CHARACTERS} to a token; --ckpt=FOLDER with the tokenizer counts tokens'))
-
-    def build_prompt(question, tails):
-        parts = message(question, tails, words, config.compact)
-        return Text(''.join(part if isinstance(part, str) else decode(part) for part in parts))
-
-    def thought_of(reply):
-        before, closed, after = reply.text.rpartition('</think>')
-        return parse((before if closed else after).replace('<think>', ''))
-    return SimpleNamespace(
-        model=None, encode=encode, decode=lambda said: said.text if isinstance(said, Text) else decode(said),
-        build_prompt=build_prompt, thought_of=thought_of,
-        answer_of=lambda reply: parse(reply.text.rpartition('</think>')[2]) or None if reply.ended else None,
-        replies=path and path + '.replies', begun=not path or os.path.exists(path))
+    coding = (language.encode, language.encode_with_special, language.decode) if language else (pieces, pieces, joined)
+    return ServerPolicy(config, *coding, words, compact, path and path + '.replies', not path or os.path.exists(path))
 
 
 def only_model(url):
-    """Return the name of the model that a server has. Raise ValueError if there are several, or it cannot be asked."""
+    """Return the name of a server's model. Raise ValueError if it has several, or cannot be reached."""
     openai = package('openai')
     try:
-        with openai.OpenAI(base_url=url, api_key=key(), max_retries=0, timeout=10) as client:
+        with openai.OpenAI(base_url=url, api_key=api_key(), max_retries=0, timeout=10) as client:
             names = [str(model.id) for model in client.models.list()]
-    except Exception as error:                                  # whatever a network can do
-        raise ValueError(f'{url} does not say which models it has ({describe(error)}); is it running? Else name one '
+    except Exception as error:                                  # any network error
+        raise ValueError(f'{url} does not list its models ({describe(error)}); is it running? Or name one '
                          'with --model') from None
     if len(names) != 1:
         raise ValueError(f'{url} has {len(names)} models: name one with --model ({", ".join(names[:9])})')
     return names[0]
 
 
-def key():
+def api_key():
     return os.environ.get('OPENAI_API_KEY') or 'no key'
 
 
 def describe(error):
-    """What went wrong, in one short line without the key."""
+    """Return an error as one short line without the API key."""
     if hasattr(error, 'status_code'):
         text = f'{error.status_code}, {error.response.text}'
     else:
         text = (str(error) or type(error).__name__) + f' ({error.__cause__})' * bool(str(error.__cause__ or ''))
-    text = ' '.join(text.replace(key(), '***').split())
+    text = ' '.join(text.replace(api_key(), '***').split())
     return text if len(text) < 300 else text[:300] + '...'
 
 
-def sampler(policy, config, stream=None, first=0):
-    """Return a `generate` for rounds_of. Each request has a seed of its own, made from --seed, the number of the call
-    and the row. stream(row, text) is called for every piece of text that comes."""
-    calls = itertools.count(first)
-
-    def generate(prompts, max_new_tokens):
-        call = next(calls)
-        requests = [{
-            'model': config.model, 'messages': [{'role': 'user', 'content': prompt.text}], 'max_tokens': max_new_tokens,
-            'temperature': config.temperature, 'top_p': config.top_p,
-            'seed': zlib.crc32(f'{config.seed} {call} {row}'.encode()) >> 1,
-            'extra_body': {'chat_template_kwargs': {'enable_thinking': True}} | (
-                {'min_p': config.min_p} if config.min_p else {})} for row, prompt in enumerate(prompts)]
-        keys = [hashlib.sha256(json.dumps(request).encode()).hexdigest() for request in requests]
-        kept = read_replies(policy, keys)
-
-        def keep(row, reply):
-            kept[keys[row]] = reply
-            if policy.replies:
-                with open(policy.replies, 'a', encoding='utf-8') as file:
-                    append_line(file, reply | {'key': keys[row]})
-        missing = {row: request for row, request in enumerate(requests) if keys[row] not in kept}
-        asyncio.run(ask_all(config, missing, keep, stream or (lambda row, text: None)))
-        replies = [kept[k] for k in keys]
-        for prompt, reply in zip(prompts, replies):
-            prompt.tokens = reply['prompt']
-        if (most := max(reply['tokens'] for reply in replies)) > max_new_tokens:
-            raise ValueError(f'{config.server} wrote {most:,} tokens, it was asked for at most {max_new_tokens:,}')
-        return [Text(reply['text'], reply['tokens'], reply['ended']) for reply in replies]
-    return generate
-
-
 def read_replies(policy, keys):
-    """Return {key: reply} of those in the file of replies that a killed run left. If it has none of these, it was of
-    another round, and is begun anew."""
+    """Return {key: reply} of the replies that a stopped run saved. If none belongs to this round, empty the file."""
     path, found = policy.replies, {}
-    if path and policy.begun and os.path.exists(path):
+    if path and policy.resumes and os.path.exists(path):
         content = read_bytes(path)
-        for line in content[:content.rfind(b'\n') + 1].split(b'\n')[:-1]:
+        complete = content.rfind(b'\n') + 1                     # length without an incomplete last line
+        for line in content[:complete].split(b'\n')[:-1]:
             reply = parse_json(line, path, REPLY)
             found[reply['key']] = reply
-        os.truncate(path, content.rfind(b'\n') + 1)
+        os.truncate(path, complete)
     if path and not found.keys() & set(keys):
         found = {}
         open(path, 'w').close()
-    policy.begun = True                                        # the file of the run is there from now on
+    policy.resumes = True                                       # from now on the file is that of this run
     return found
 
 
-async def ask_all(config, requests, keep, stream):
-    """Ask for all requests, {row: request}, at most config.parallel at once; keep(row, reply) each as it comes. Raise
-    ValueError if one fails for good: those under way are waited for, no other is begun."""
-    openai, room, failed = package('openai'), asyncio.Semaphore(config.parallel), []
-    timeout = openai.Timeout(SILENCE, connect=10)
-    async with openai.AsyncOpenAI(base_url=config.server, api_key=key(), max_retries=0, timeout=timeout) as client:
-        async def one(row, request):
-            async with room:
+async def ask_all(config, requests, save, stream):
+    """Send all requests, {i: request}, at most config.parallel at a time, and call save(i, reply) for every reply. If
+    one fails permanently, send no more, wait for those in progress, and raise ValueError."""
+    openai, slots, failed = package('openai'), asyncio.Semaphore(config.parallel), []
+    timeout = openai.Timeout(TIMEOUT, connect=10)
+    async with openai.AsyncOpenAI(base_url=config.server, api_key=api_key(), max_retries=0, timeout=timeout) as client:
+        async def one(i, request):
+            async with slots:
                 if not failed:
                     try:
-                        keep(row, await ask(client, config.server, request, lambda text: stream(row, text)))
+                        save(i, await ask(client, config.server, request, lambda text: stream(i, text)))
                     except ValueError as error:
                         failed.append(error)
-        await asyncio.gather(*(one(row, request) for row, request in requests.items()))
+        await asyncio.gather(*(one(i, request) for i, request in requests.items()))
     if failed:
         raise failed[0]
 
 
 async def ask(client, url, request, stream):
-    """Ask until a whole reply has come -> a dict. Raise ValueError for what will not get better, or TRIES are over."""
+    """Return the reply to a request as a dict. Retry temporary errors; raise ValueError for others, and after TRIES."""
     for attempt in range(TRIES):
         try:
             return await read(client, request, stream)
-        except Exception as error:                              # whatever a network can do
+        except Exception as error:                              # any network error
             status, wait = getattr(error, 'status_code', 500), WAIT * 2 ** attempt
             if status < 500 and status not in (408, 409, 425, 429):
                 raise ValueError(f'{url} refused: {describe(error)}') from None
             if attempt == TRIES - 1:
                 raise ValueError(f'{url} failed {TRIES} times, at last with: {describe(error)}') from None
             try:
-                wait = max(wait, min(SILENCE, float(error.response.headers['retry-after'])))
-            except (AttributeError, KeyError, ValueError):      # nothing is said, or a date
-                wait *= random.uniform(1, 1.5)                  # not all at the same moment
+                wait = max(wait, min(TIMEOUT, float(error.response.headers['retry-after'])))
+            except (AttributeError, KeyError, ValueError):      # no such header, or a date
+                wait *= random.uniform(1, 1.5)                  # jitter
             tqdm.write(f'{url}: {describe(error)}; try {attempt + 2} of {TRIES} in {wait:.0f} s', file=sys.stderr)
             await asyncio.sleep(wait)
 
 
 async def read(client, request, stream):
-    """One request -> {'text', 'ended', 'tokens', 'prompt'}. Raise ValueError if the reply breaks off."""
-    thought, said, reason, usage = '', '', None, None
+    """Return the reply to one attempt, {'text', 'ended', 'tokens', 'prompt'}. Raise ValueError if it is incomplete."""
+    thought, answer, reason, usage = '', '', None, None
     async with await client.chat.completions.create(
             **request, stream=True, stream_options={'include_usage': True}) as chunks:
         async for chunk in chunks:
@@ -214,11 +247,11 @@ async def read(client, request, stream):
             for choice in chunk.choices or ():
                 reason, delta = choice.finish_reason or reason, choice.delta
                 new = getattr(delta, 'reasoning_content', None) or getattr(delta, 'reasoning', None) or ''
-                thought, said = thought + new, said + (delta.content or '')
+                thought, answer = thought + new, answer + (delta.content or '')
                 if new or delta.content:
                     stream(new or delta.content)
     if reason is None or usage is None:
-        raise ValueError('the reply broke off' + ' before its usage was told' * (reason is not None))
-    text = thought + '</think>' * bool(thought and (said or reason == 'stop')) + said
+        raise ValueError('the reply is incomplete' + ': its usage is missing' * (reason is not None))
+    text = thought + '</think>' * bool(thought and (answer or reason == 'stop')) + answer
     return {'text': text.encode('utf-8', 'replace').decode(), 'ended': reason == 'stop',
             'tokens': int(usage.completion_tokens), 'prompt': int(usage.prompt_tokens)}

@@ -1,12 +1,12 @@
-"""A file of problems in words, solved by Markovian RSA (rsa.py): the prompts, the answers, the run over all of them.
+"""Problem files for Markovian RSA (rsa.py): prompts, answers, scores, and the results file of a run.
 
     {"problem": "What is 2 + 2?", "answer": "4"}                one line of the file
 
-`python rsa.py --ckpt=FOLDER --problems=FILE.jsonl`. In round 0 a candidate reads the problem, and is asked to put its
-answer into \\boxed{}. Later it reads one user's message with the problem and C tails, of the REASONING of the round
-before (what stands before </think>): AGGREGATE below, in other words where it reads only its own tail, or answers. The
-plan of that message is the published one (Zyphra's fork of vLLM, examples/markovian_rsa), the words are not; who wants
-those brings them in a file. Tails go into the prompt as the tokens they are, so that its length is bounded.
+`python rsa.py --ckpt=FOLDER --problems=FILE.jsonl`. In round 0 a candidate reads the problem and the instruction to put
+its answer into \\boxed{}. In later rounds it reads one user message with the problem and C tails of the previous
+round's reasoning (the text before </think>): AGGREGATE below, CONTINUE if C = 1, or ANSWERS if --compact=answer. The
+message has the structure of the published one (Zyphra's fork of vLLM, examples/markovian_rsa), in other words; a file
+given by --aggregation_prompt replaces it. Tails are inserted as tokens, so that the prompt's length is bounded.
 """
 import json
 import operator
@@ -15,7 +15,8 @@ import re
 import statistics
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -67,10 +68,19 @@ the reasoning. They may be wrong. Weigh them against each other; if none is righ
 Write one solution that is better than all of these, and put the final answer into \\boxed{}."""
 
 
-# ---- the file ----
+@dataclass
+class FileConfig:
+    problems: str = ''              # a file of problems, instead of a question
+    out: str = ''                   # results file, from which a stopped run resumes; '': FILE.rsa.jsonl
+    dry_run: bool = False           # only estimate the cost
+    aggregation_prompt: str = ''    # a file with another aggregation prompt, which contains {problem} and {candidates}
+
+    def __post_init__(self):
+        self.out = self.problems and (self.out or self.problems.removesuffix('.jsonl') + '.rsa.jsonl')
+
 
 def read_problems(path):
-    """Return [(problem, answer), ...], texts. Raise ValueError that names the line."""
+    """Return the (problem, answer) pairs of a file, as texts. Raise ValueError that names the line."""
     problems = []
     for number, line in enumerate(read_bytes(path).split(b'\n'), 1):
         if line.strip():
@@ -87,7 +97,7 @@ def read_problems(path):
 # ---- prompts ----
 
 def read_words(path):
-    """Return the aggregation prompt in a file. Raise ValueError unless it holds {problem} and {candidates}."""
+    """Return the aggregation prompt in a file. Raise ValueError unless it contains {problem} and {candidates} once."""
     with reading(path):
         words = read_bytes(path).decode()
     for name in '{problem}', '{candidates}':
@@ -97,8 +107,8 @@ def read_words(path):
 
 
 def message(question, tails, words=None, compact='tail'):
-    """Return what the user says, a list of texts and lists of tokens (Language.prompt). question: tokens of the
-    problem. tails: lists of tokens; [] in round 0. words: of an aggregation prompt, instead of those above."""
+    """Return the user message, a list of texts and lists of tokens (Language.prompt). question: tokens of the problem.
+    tails: lists of tokens; [] in round 0. words: an aggregation prompt that replaces those above."""
     if not tails:
         return [question]
     words = words or (ANSWERS if compact == 'answer' else AGGREGATE if len(tails) > 1 else CONTINUE)
@@ -115,7 +125,7 @@ def message(question, tails, words=None, compact='tail'):
 # ---- answers ----
 
 def final_answer(text):
-    r"""Return what the last \boxed{...} in a text holds, braces inside included; without one, the text."""
+    r"""Return the content of the last \boxed{...} in a text, nested braces included; without one, the text."""
     at = text.rfind('\\boxed{')
     if at < 0:
         return text.strip()
@@ -124,11 +134,11 @@ def final_answer(text):
         depth += (text[end] == '{') - (text[end] == '}')
         if depth == 0:
             return text[start:end].strip()
-    return text[start:].strip()                                 # cut off inside the box
+    return text[start:].strip()                                 # cut off before the closing brace
 
 
 def canonical(answer):
-    """Return a Fraction for a number as people write it (7, -1,200, 0.50, 3/4, LaTeX's fractions), else plain text."""
+    """Return a Fraction for a number (7, -1,200, 0.50, 3/4, a LaTeX fraction), else normalized text."""
     text = re.sub(r'\\(text|mathrm|mathbf)\{([^{}]*)\}', r'\2', answer.strip())
     text = re.sub(r'\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}', r'\1/\2', text)
     text = re.sub(r'\\[()\[\],;! ]|\\(left|right)(?![a-z])|[$\s]|\^?\\circ', '', text).rstrip('.')
@@ -140,7 +150,7 @@ def canonical(answer):
 
 
 def equal(a, b):
-    """Are two answers the same? As numbers or text; with the package math-verify, also as LaTeX expressions."""
+    """Return whether two answers are equal as numbers or text; with the package math-verify, also as expressions."""
     if canonical(a) == canonical(b):
         return True
     try:
@@ -153,22 +163,25 @@ def equal(a, b):
 # ---- scores ----
 
 def majority_vote(answers, equal=operator.eq):
-    """Return the most frequent answer, of several the first to appear. None is no vote; return it if nobody votes."""
+    """Return the most frequent answer; if several are, the first of them. None does not count as a vote; return it if
+    there is no vote."""
     votes = [answer for answer in answers if answer is not None]
-    return max(votes, key=lambda vote: sum(equal(vote, other) for other in votes), default=None)    # the first of them
+    return max(votes, key=lambda vote: sum(equal(vote, other) for other in votes), default=None)    # max: the first
 
 
 def score(answers, verify, equal=operator.eq):
-    """Return scores, 0 to 1, of the answers to one problem (None: there is none): `mean`, the share that verify(answer)
-    calls right; `majority`, 1 if the majority's is; `best_of_n`, 1 if any is: a bound, for it lets verify choose."""
+    """Return scores from 0 to 1 of the answers to one problem (None: no answer). `mean`: fraction for which
+    verify(answer) is true; `majority`: 1 if it is true for the majority vote; `best_of_n`: 1 if it is true for any
+    answer, an upper bound, since the verifier chooses."""
     *right, majority = [answer is not None and bool(verify(answer))
                         for answer in [*answers, majority_vote(answers, equal)]]
     return {'mean': sum(right) / len(right), 'majority': float(majority), 'best_of_n': float(any(right))}
 
 
 def mean_ci95(values):
-    """Return the mean of values, one a problem, and half the width of its 95 % confidence interval, 1.96 std / sqrt(n);
-    nan if n = 1. One value an output would be too many: outputs to a problem share its difficulty and their tails."""
+    """Return the mean of the values, one per problem, and half the width of its 95 % confidence interval,
+    1.96 std / sqrt(n); nan if n = 1. Outputs for the same problem are not independent: they share its difficulty and
+    their tails."""
     if not values:
         raise ValueError('no values to average: give those of at least one problem')
     std = statistics.stdev(values) if len(values) > 1 else float('nan')
@@ -176,144 +189,52 @@ def mean_ci95(values):
 
 
 def repeats(tokens, chunk=256, least=0.05):
-    """Return True if a rollout repeats itself: some chunk of its tokens, 4 bytes each, shrinks below a twentieth under
-    zlib with a window of 1,024 bytes (report, IV-D). What is short does not shrink so far, whatever it says."""
+    """Return True if a rollout repeats itself: zlib with a window of 1,024 bytes compresses some chunk of its tokens, 4
+    bytes each, below a twentieth (report, IV-D). Short chunks never compress that far."""
     data = np.array(tokens, '<i4').tobytes()
     for piece in (data[i:i + 4 * chunk] for i in range(0, len(data), 4 * chunk)):
-        deflate = zlib.compressobj(9, wbits=-10)   # a window of 2^10; negative: nothing around the data
+        deflate = zlib.compressobj(9, wbits=-10)   # window 2^10; negative: no header
         if len(deflate.compress(piece) + deflate.flush()) < least * len(piece):
             return True
     return False
 
 
-# ---- what was thought ----
+# ---- output ----
 
-def print_population(result, question, decode, judge=lambda question, text: '', spaced=str):
-    """Print a result of markovian_rsa round by round: who read whom ('!': a tail that is wrong), and what each said.
-    judge(question, text) -> 'ok', 'wrong' or ''; spaced(text) -> the text, easier to read."""
+def print_population(rounds, question, decode, judge=lambda question, text: '', spaced=str):
+    """Print the Rounds of one question: per candidate the sampled tails ('!' marks a wrong one) and the output.
+    judge(question, text) -> 'ok', 'wrong' or ''; spaced(text) -> the text with spaces for readability."""
     marks = []
-    for t, now in enumerate(result['rounds']):
-        said, before = [decode(output) for output in now['outputs']], marks
-        marks = [judge(question, text) for text in said]
+    for t, now in enumerate(rounds):
+        texts, before = [decode(c.output) for c in now.candidates], marks
+        marks = [judge(question, text) for text in texts]
         print(f'\nround {t}' + (f': {marks.count("ok")} of {len(marks)} are right so far' if any(marks) else ''))
-        for i, drawn in enumerate(now['sampled']):
-            reads = ['reads', *(f'{j:2}{"!" if before[j] == "wrong" else " "}' for j in drawn), ''] if drawn else []
-            print(f'{i:2}  {" ".join(reads)}{marks[i]:6}{"" if now["prompts"][i] else "(finished) "}{spaced(said[i])}')
+        for i, c in enumerate(now.candidates):
+            reads = ' '.join(f'{j:2}{"!" if before[j] == "wrong" else " "}' for j in c.sampled)
+            print(f'{i:2}  {f"reads {reads} " * bool(reads)}{marks[i]:6}{"" if c.prompt else "(finished) "}'
+                  f'{spaced(texts[i])}')
     print()
 
 
-def print_result(result, question, decode, show, *extras):
-    """Print what came of one question, with the rounds if `show` says so. The rest as in print_population."""
+def print_result(rounds, question, decode, show, *extras):
+    """Print the answers to one question, and if `show` its rounds. The other arguments: see print_population."""
     if show:
-        print_population(result, question, decode, *extras)
-    votes = Counter(decode(answer).strip() for answer in result['answers'] if answer is not None)
+        print_population(rounds, question, decode, *extras)
+    votes = Counter(decode(c.answer).strip() for c in rounds[-1].candidates if c.answer is not None)
     said = ', '.join(f'{answer} ({n})' for answer, n in votes.most_common()) or 'none'
-    print(f'answers: {said}; {result["tokens"]:,} tokens generated')
+    print(f'answers: {said}; {sum(now.tokens for now in rounds):,} tokens generated')
 
 
-# ---- the run ----
-
-def solve(problems, policy, think, path, settings, config):
-    """Run, and print the table; or only what it will take, if config, that of rsa.py, wants a dry run. The rest as in
-    run."""
-    if config.dry_run:
-        return print(forecast(policy, problems, **settings))
-    names = 'ckpt problems temperature top_p min_p aggregation_prompt'.split() + ['model'] * bool(config.server)
-    print(table(problems, run(problems, policy, think, path, settings | {key: getattr(config, key) for key in names})))
-
-
-def run(problems, policy, think, path, settings):
-    """Solve the problems, and write every round down as it ends: a run that was killed repeats no round that had ended.
-
-    think(k, question, done, stream): rsa.rounds_of for problem k, after the rounds that are done; it calls stream for
-    every token. path: of the file to write. settings: of the run, which must be the same when it goes on. Return
-    {k: its rounds}, as written.
-    """
-    written = read_results(path, settings)
-    total, tokens, began = len(problems) * (settings['rounds'] + 1), 0, time.perf_counter()
-    with open(path, 'a', encoding='utf-8') as file, tqdm(
-            total=total, initial=sum(map(len, written.values())), unit='round', dynamic_ncols=True) as bar:
-        def stream(row, token):
-            nonlocal tokens
-            tokens += 1
-            if tokens % 64 == 0:
-                bar.set_postfix_str(f'{tokens / (time.perf_counter() - began):,.1f} tokens/s')
-        for k, (problem, answer) in enumerate(problems):
-            rounds, since = written.setdefault(k, []), time.perf_counter()
-            done = [[{'outputs': now['tail_tokens'], 'answers': now['answer_tokens'], 'tails': now['tail_tokens']}]
-                    for now in rounds]                          # whole outputs are not written, and not needed
-            for now, in think(k, policy.encode(problem + INSTRUCTION), done, stream):
-                texts = [None if a is None else final_answer(policy.decode(a)) for a in now['answers']]
-                rounds.append({
-                    'problem': k, 'round': len(rounds), 'answers': texts,
-                    'right': [text is not None and equal(text, answer) for text in texts], 'tokens': now['tokens'],
-                    'longest_prompt': max((len(prompt) for prompt in now['prompts'] if prompt), default=0),
-                    'seconds': round(time.perf_counter() - since, 3), 'sampled': now['sampled'],
-                    'tails': [policy.decode(tail) for tail in now['tails']],
-                    'tail_tokens': now['tails'], 'answer_tokens': now['answers']})
-                append_line(file, rounds[-1])
-                since = time.perf_counter()
-                bar.update()
-    return written
-
-
-def append_line(file, row):
-    """Append a line, and see that it is on the disk."""
-    file.write(json.dumps(row, ensure_ascii=False) + '\n')
-    file.flush()
-    os.fsync(file.fileno())
-
-
-COUNT, TOKEN = range(2 ** 50), range(2 ** 130)                  # a server without a tokenizer: pieces (tasks/client.py)
-ROW = {'problem': COUNT, 'round': COUNT, 'answers': [(None, str)], 'right': [bool], 'tokens': COUNT,
-       'longest_prompt': COUNT, 'seconds': float, 'tail_tokens': [[TOKEN]], 'answer_tokens': [(None, [TOKEN])]}
-
-
-def read_results(path, settings):
-    """Return {k: rounds} of the run that wrote this file; begin it if there is none. A line that was cut short goes.
-    Raise ValueError if that run had other settings, or the file is something else."""
-    content, header = b'', b'{"settings": '
-    if os.path.exists(path):
-        with open(path, 'rb') as file:
-            content = file.read()
-    whole = content.rfind(b'\n') + 1                            # where the last line ends
-    written = {}
-    try:
-        if content[:len(header)] != header[:len(content)]:      # nothing of a strange file is touched
-            raise ValueError
-        if not whole:
-            with open(path, 'w', encoding='utf-8') as file:
-                append_line(file, {'settings': settings})
-            return {}
-        first, *rows = (parse_json(line, path, ROW if i else {'settings': dict})
-                        for i, line in enumerate(content[:whole].split(b'\n')[:-1]))
-        for row in rows:
-            rounds = written.setdefault(row['problem'], [])
-            lengths = {len(row[key]) for key in ('answers', 'right', 'tail_tokens', 'answer_tokens')}
-            if row['round'] != len(rounds) or lengths != {settings.get('population', len(row['right']))}:
-                raise ValueError
-            rounds.append(row)
-    except ValueError:
-        raise ValueError(f'{path} was not written by such a run: name another file with --out') from None
-    before = first['settings']
-    changed = [key for key in settings if before.get(key) != settings[key]]
-    if changed:
-        raise ValueError(f'{path} was begun with another {changed[0]}, {before.get(changed[0])!r}: name another file '
-                         'with --out')
-    os.truncate(path, whole)
-    return written
-
-
-def table(problems, written):
-    """Return the table of a whole run."""
-    last = [(answer, written[k][-1]) for k, (_, answer) in enumerate(problems)]
-    scores = [score(now['answers'], lambda text: equal(text, answer), equal) for answer, now in last]
+def table(problems, rows):
+    """Return the table of scores of a complete run. rows: those of its ResultsFile."""
+    scores = [score(rows[k][-1]['answers'], lambda text: equal(text, answer), equal)
+              for k, (_, answer) in enumerate(problems)]
     mean, half = mean_ci95([s['mean'] for s in scores])
     vote, best = (statistics.fmean(s[key] for s in scores) for key in ('majority', 'best_of_n'))
-    rows = [row for rounds in written.values() for row in rounds]
-    tokens, seconds, prompt = ([row[key] for row in rows] for key in ('tokens', 'seconds', 'longest_prompt'))
+    tokens, seconds, prompt = ([row[key] for rounds in rows.values() for row in rounds]
+                               for key in ('tokens', 'seconds', 'longest_prompt'))
     return '\n'.join([
-        f'| problems | mean of {len(last[0][1]["answers"])}, % | majority, % | best, % | generated tokens a problem '
+        f'| problems | mean of {len(rows[0][-1]["answers"])}, % | majority, % | best, % | generated tokens per problem '
         '| longest prompt | hours | tokens/s |',
         '| --- ' * 8 + '|',
         f'| {len(problems)} | {100 * mean:.1f} +-{100 * half:.1f} | {100 * vote:.1f} | {100 * best:.1f} '
@@ -321,46 +242,135 @@ def table(problems, written):
         f'| {sum(tokens) / max(sum(seconds), 1e-9):,.0f} |'])
 
 
-def check_room(policy, questions, *, candidates, rounds, budget, tail, final_budget, **_):
-    """Raise ValueError if a prompt and what is written after it will not fit the context: now, not rounds later.
-    questions: texts. The context of a server is known to nobody but the server, which will say so."""
+# ---- the results file ----
+
+COUNT, TOKEN = range(2 ** 50), range(2 ** 130)                  # large: pieces of text (tasks/client.py)
+ROW = {'problem': COUNT, 'round': COUNT, 'answers': [(None, str)], 'right': [bool], 'tokens': COUNT,
+       'longest_prompt': COUNT, 'seconds': float, 'tail_tokens': [[TOKEN]], 'answer_tokens': [(None, [TOKEN])]}
+
+
+class ResultsFile:
+    """The results of a run over a file of problems: a header with its settings, then one line per problem and round."""
+
+    def __init__(self, path, header, total):
+        """Open the file of a new run, or of one that resumes. total: number of rounds of all problems."""
+        self.rows = read_results(path, header)                  # {problem: rows of its rounds}
+        self.file, self.tokens = open(path, 'a', encoding='utf-8'), 0
+        self.bar = tqdm(total=total, initial=sum(map(len, self.rows.values())), unit='round', dynamic_ncols=True)
+        self.began = self.round_began = time.perf_counter()
+
+    def stream(self, *_):
+        """Count a generated token, and show the rate."""
+        self.tokens += 1
+        if self.tokens % 64 == 0:
+            self.bar.set_postfix_str(f'{self.tokens / (time.perf_counter() - self.began):,.1f} tokens/s')
+
+    def add(self, k, answer, now, decode):
+        """Append a Round of problem k, whose right answer is `answer`."""
+        texts = [None if c.answer is None else final_answer(decode(c.answer)) for c in now.candidates]
+        self.rows[k].append({
+            'problem': k, 'round': len(self.rows[k]), 'answers': texts,
+            'right': [text is not None and equal(text, answer) for text in texts], 'tokens': now.tokens,
+            'longest_prompt': max((len(c.prompt) for c in now.candidates if c.prompt), default=0),
+            'seconds': round(time.perf_counter() - self.round_began, 3), 'sampled': [c.sampled for c in now.candidates],
+            'tails': [decode(c.tail) for c in now.candidates],
+            'tail_tokens': [c.tail for c in now.candidates], 'answer_tokens': [c.answer for c in now.candidates]})
+        append_line(self.file, self.rows[k][-1])
+        self.round_began = time.perf_counter()
+        self.bar.update()
+
+    def close(self):
+        self.file.close()
+        self.bar.close()
+
+
+def outputs_of(row):
+    """Return (output, answer, tail) per candidate of a row. Only the tail of an output is stored; later rounds need no
+    more."""
+    return [(tail, answer, tail) for tail, answer in zip(row['tail_tokens'], row['answer_tokens'])]
+
+
+def append_line(file, row):
+    """Append a line of JSON and flush it to disk."""
+    file.write(json.dumps(row, ensure_ascii=False) + '\n')
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_results(path, header):
+    """Return {problem: rows} of a results file, and drop an incomplete last line; start the file if it does not exist.
+    Raise ValueError if its settings differ from `header`, or it is another kind of file."""
+    content, start, rows = b'', b'{"settings": ', defaultdict(list)
+    if os.path.exists(path):
+        with open(path, 'rb') as file:
+            content = file.read()
+    complete = content.rfind(b'\n') + 1                         # length without an incomplete last line
+    try:
+        if content[:len(start)] != start[:len(content)]:        # another kind of file: leave it unchanged
+            raise ValueError
+        if not complete:
+            with open(path, 'w', encoding='utf-8') as file:
+                append_line(file, {'settings': header})
+            return rows
+        first, *lines = (parse_json(line, path, ROW if i else {'settings': dict})
+                         for i, line in enumerate(content[:complete].split(b'\n')[:-1]))
+        for row in lines:
+            lengths = {len(row[key]) for key in ('answers', 'right', 'tail_tokens', 'answer_tokens')}
+            if row['round'] != len(rows[row['problem']]) or lengths != {header.get('population', len(row['right']))}:
+                raise ValueError
+            rows[row['problem']].append(row)
+    except ValueError:
+        raise ValueError(f'{path} was not written by such a run: name another file with --out') from None
+    before = first['settings']
+    changed = [key for key in header if before.get(key) != header[key]]
+    if changed:
+        raise ValueError(f'{path} belongs to a run with {changed[0]} = {before.get(changed[0])!r}: name another file '
+                         'with --out')
+    os.truncate(path, complete)
+    return rows
+
+
+# ---- cost ----
+
+def check_room(policy, questions, settings):
+    """Raise ValueError if some prompt and its output would not fit the context. questions: texts. settings: of rsa.py.
+    The context of a server is not known; the server refuses prompts that are too long."""
     if policy.model is None:
         return
-    question, tails = max(map(policy.encode, questions), key=len), [[0] * tail] * candidates
-    first, between, last = ([], budget if rounds else final_budget), (tails, budget), (tails, final_budget)
-    for tails, limit in (first, *[between] * (rounds > 1), *[last] * (rounds > 0)):
-        n, context = len(policy.build_prompt(question, tails)), policy.model.config.context
+    question, tails = max(map(policy.encode, questions), key=len), [[0] * settings.tail] * settings.candidates
+    for t in {0, min(1, settings.rounds), settings.rounds}:
+        limit = settings.budget if t < settings.rounds else settings.final_budget
+        n, context = len(policy.build_prompt(question, tails if t else [])), policy.model.config.context
         if n + limit > context:
             raise ValueError(f'a prompt has {n:,} tokens; with a budget of {limit:,} new ones that is more than the '
                              f'context of {context:,}')
 
 
-def forecast(policy, problems, *, population, candidates, rounds, budget, tail, final_budget, **_):
-    """Say what a run will take, after a second of measurement unless a server does it. Return it as text."""
-    model, prompts = policy.model, []
-    plan = (f'{len(problems)} problems, N={population}, C={candidates}, T={rounds}, budget {budget:,}, tail {tail:,}, '
-            f'last budget {final_budget:,}')
-    tokens = population * (rounds * budget + final_budget)      # of a problem
-    cost = f'tokens: at most {tokens:,} a problem, {tokens * len(problems):,} in all'
+def forecast(policy, problems, settings):
+    """Return an estimate of a run's memory, tokens and time as text, after one second of measurement. For a server it
+    is the number of tokens only."""
+    N, T, model = settings.population, settings.rounds, policy.model
+    tokens = N * (T * settings.budget + settings.final_budget)  # per problem
+    plan = (f'{len(problems)} problems, N={N}, C={settings.candidates}, T={T}, budget {settings.budget:,}, tail '
+            f'{settings.tail:,}, last budget {settings.final_budget:,}')
+    cost = f'tokens: at most {tokens:,} per problem, {tokens * len(problems):,} in all'
     if model is None:
         return f'{plan}\n{cost}'
-    for problem, _ in problems:
-        question = policy.encode(problem + INSTRUCTION)
-        prompts.append(len(policy.build_prompt(question, [[0] * tail] * candidates if rounds else [])))
-    cache = model.make_cache(population, 1)
-    place = sum(t.nbytes for t in cache.k + cache.v) / 2        # of a position, all rows: there are two
+    tails = [[0] * settings.tail] * settings.candidates if T else []
+    prompt = max(len(policy.build_prompt(policy.encode(problem + INSTRUCTION), tails)) for problem, _ in problems)
+    cache = model.make_cache(N, 1)
+    position = sum(t.nbytes for t in cache.k + cache.v) / 2     # bytes per position of all sequences: the cache has two
     weights = sum(p.nbytes for p in model.parameters())
     cache.grow(512)
     steps, began = 0, time.perf_counter()
     while steps < 500 and (steps < 2 or time.perf_counter() - began < 1):
-        policy.step(cache, torch.ones(population, dtype=torch.int64, device=model.device))
+        policy.step(cache, torch.ones(N, dtype=torch.int64, device=model.device))
         steps += 1
-    rate = steps * population / (time.perf_counter() - began)
-    GB = 2 ** 30
+    rate, GiB = steps * N / (time.perf_counter() - began), 2 ** 30
     return '\n'.join([
-        f'{plan}; prompts of at most {max(prompts):,} tokens',
-        f'memory: weights {weights / GB:.2f} GiB, and at most {place * (max(prompts) + final_budget) / GB:.2f} GiB of '
-        'cache',
+        f'{plan}; prompts of at most {prompt:,} tokens',
+        f'memory: weights {weights / GiB:.2f} GiB, KV cache at most '
+        f'{position * (prompt + settings.final_budget) / GiB:.2f} GiB',
         cost,
-        f'time: {tokens * len(problems) / rate / 3600:,.2f} hours for so many at {rate:,.1f} tokens/s, the speed of '
-        f'{population} rows at the start; reading prompts comes on top, and long rows are slower'])
+        f'time: {tokens * len(problems) / rate / 3600:,.2f} hours at {rate:,.1f} tokens/s, the speed of {N} short '
+        'sequences; prefill and long sequences take more'])

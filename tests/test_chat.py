@@ -10,7 +10,7 @@ from runtime.pretrained import save_pretrained
 from runtime import chat
 from runtime.chat import DIM, PLAIN, Conversation, Printer, chat_loop
 from runtime.language import released_language
-from sample import generate
+from sample import SamplingOptions, generate
 from test_language import TEMPLATE, write_language
 
 KEEPS_ALL = TEMPLATE.replace("message.content.split('</think>')[-1] | trim if", "message.content if").replace(
@@ -92,13 +92,13 @@ def test_a_conversation_s_replies_are_those_of_a_model_that_reads_it_all_anew(mo
     monkeypatch.setattr(chat, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
 
     def reply(batch, n, stream, cache):
-        new = generate(model, batch, n, 0, stop=language.stop, cache=cache, stream=stream)
+        new = generate(model, batch, n, SamplingOptions(0), stop=language.stop, cache=cache, stream=stream)
         prompts.append((conversation.held + batch[0], new[0]))
     conversation = Conversation(model, language)
     chat_loop(conversation, reply, limit=9)
     assert len(prompts) == 3
     for prompt, output in prompts:
-        assert output == generate(model, [prompt], 9, 0, stop=language.stop)[0]
+        assert output == generate(model, [prompt], 9, SamplingOptions(0), stop=language.stop)[0]
 
 
 def test_a_full_context_is_said_and_ends_nothing(model, language, monkeypatch, capsys):

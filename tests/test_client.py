@@ -265,7 +265,7 @@ def whole(once, problems, monkeypatch, capsys):
 
 @pytest.mark.parametrize('fault, words', [
     (500, '500'), (503, '503'), (429, '429'), ('no answer', 'Connection error'), ('breaks off', 'closed'),
-    ('ends', 'the reply broke off'), ('error', 'the engine is dead'), ('no usage', 'before its usage was told')])
+    ('ends', 'the reply is incomplete'), ('error', 'the engine is dead'), ('no usage', 'its usage is missing')])
 def test_whatever_fails_for_the_moment_is_asked_for_again_and_changes_nothing(
         fault, words, whole, problems, monkeypatch, capsys, slept):
     said = []
@@ -320,7 +320,7 @@ def test_replies_of_a_run_that_is_begun_anew_are_not_used(whole, problems, monke
 
 
 def test_a_silent_server_is_given_up_in_one_line(problems, monkeypatch, capsys):
-    monkeypatch.setattr(client, 'SILENCE', 0.2)
+    monkeypatch.setattr(client, 'TIMEOUT', 0.2)
     monkeypatch.setattr(client, 'TRIES', 2)
     with stand_in(lambda number, body: 'silent') as s:
         _, message, _ = run(monkeypatch, capsys, s.url, problems, 'out')
@@ -328,7 +328,7 @@ def test_a_silent_server_is_given_up_in_one_line(problems, monkeypatch, capsys):
 
 
 def test_a_slow_server_is_waited_for_as_long_as_it_says_something(whole, problems, monkeypatch, capsys):
-    monkeypatch.setattr(client, 'SILENCE', 0.6)
+    monkeypatch.setattr(client, 'TIMEOUT', 0.6)
     with stand_in(lambda number, body: 0.2 if number == 1 else None) as s:      # a second and more for a reply
         _, message, path = run(monkeypatch, capsys, s.url, problems, 'out')
     assert message is None and rows_of(path) == whole and len(s.requests) == 6
@@ -403,7 +403,7 @@ def test_a_server_with_one_model_need_not_be_told_which(problems, monkeypatch, c
 def test_a_dry_run_asks_the_server_for_nothing(problems, monkeypatch, capsys):
     with stand_in() as s:
         out, message, path = run(monkeypatch, capsys, s.url, problems, 'out', '--dry_run=True')
-    assert message is None and 'at most 72 a problem, 72 in all' in out and not s.requests and not path.exists()
+    assert message is None and 'at most 72 per problem, 72 in all' in out and not s.requests and not path.exists()
 
 
 # ---- text ----

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 
 import decode
 from common import HAS_COMPILER, tiny_model, tokens
-from sample import generate
+from sample import SamplingOptions, generate
 
 seeds = st.integers(0, 10**6)
 
@@ -109,7 +109,8 @@ def test_a_recorded_step_gives_plain_generation_s_tokens_from_any_cache():
     model = tiny_model(0, skip_expert=True).cuda()
     for seed in range(3):                                       # each call makes a cache of its own
         prompts = tokens(3, 5, seed=seed).tolist()
-        plain, recorded = (generate(model, prompts, 12, temperature=0, compiled=compiled) for compiled in (False, True))
+        plain, recorded = (generate(model, prompts, 12, SamplingOptions(temperature=0), step=make(model))
+                           for make in (decode.folded, decode.compiled))
         assert plain == recorded
 
 
@@ -150,13 +151,13 @@ def test_looking_at_the_whole_capacity_changes_nothing(seed, heads, lengths, cap
 def test_a_row_of_compiled_generation_does_not_depend_on_its_neighbours(seed, prompts, stop, temperature):
     """Whether they stop before it, or after. Not compiled: the same steps."""
     model = tiny_model(seed, n_layer=2, skip_expert=True)
-    options = dict(temperature=temperature, stop=stop, seed=seed)
+    options, step = SamplingOptions(temperature, seed=seed), decode.compiled(model)
     with torch.compiler.set_stance('force_eager'):
-        together = generate(model, prompts, 8, compiled=True, **options)
-        assert together == generate(model, prompts, 8, **options)
+        together = generate(model, prompts, 8, options, stop=stop, step=step)
+        assert together == generate(model, prompts, 8, options, stop=stop)
         for row, prompt in enumerate(prompts):
             others = [[49 - token for token in other] for other in prompts[:row]]
-            assert generate(model, [*others, prompt], 8, compiled=True, **options)[row] == together[row]
+            assert generate(model, [*others, prompt], 8, options, stop=stop, step=step)[row] == together[row]
 
 
 @pytest.mark.slow
@@ -167,6 +168,6 @@ def test_compiled_generation_equals_plain_generation():
     for seed, rope_base in (0, 10_000.0), (1, 10_000.0), (1, 100.0):
         model = tiny_model(seed, n_layer=2, skip_expert=True, rope_base=rope_base, context=23)
         prompts = [tokens(n, seed=n).tolist() for n in (9, 3, 5)]
-        plain, compiled = (generate(model, prompts, 12, temperature=1.0, stop=range(20), compiled=c)
-                           for c in (False, True))
+        plain, compiled = (generate(model, prompts, 12, stop=range(20), step=make(model))
+                           for make in (decode.folded, decode.compiled))
         assert compiled == plain and len(set(map(len, plain))) > 1

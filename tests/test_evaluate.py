@@ -11,12 +11,14 @@ import sample
 from runtime.checkpoint import save_checkpoint
 from common import run_script, tiny_model
 from tasks.loops import task
-from evaluate import TableConfig, measure
+from evaluate import measure
 from tasks.loops.task import ENC, test_problems as problems_of
 from data.tokenizer import save_tokenizer
-from rsa import load_policy
+from rsa import RSASettings
+from sample import SamplingOptions
+from tasks.policy import load_policy
 
-PROGRAM = 'evaluate'
+PROGRAM = 'evaluate.py'
 FLAGS = ['--problems=3', '--population=4', '--candidates=2', '--device=cpu']
 
 
@@ -70,17 +72,17 @@ def test_a_split_too_deep_for_the_context_has_no_unbounded_row(run_folder, monke
     assert [row[1] for row in cells(out)] == ['one bounded rollout each, T=0', 'C=1, T=1', 'C=2, T=1']
 
 
-def test_more_rows_at_a_time_change_neither_problems_nor_draws(run_folder):
-    """One problem at a time, or all at once: the same prompts go in, in the same order, if the model says the same."""
+def test_the_batch_size_changes_neither_problems_nor_sampled_candidates(run_folder):
+    """One problem at a time, or all at once: the same prompts, if the model gives the same outputs."""
     def prompts(rows):
         policy, seen = load_policy(run_folder, torch.device('cpu')), []
-        config = TableConfig(problems=5, population=3, candidates=2, rows=rows, temperature=0)
+        settings = RSASettings(population=3, candidates=2, rounds=3, budget=11, tail=5)
         with pytest.MonkeyPatch.context() as patch:
             def fake(model, batch, n, *args, **kwargs):
                 seen.extend(map(tuple, batch))
                 return [prompt[-7:-3] for prompt in batch]
             patch.setattr(sample, 'generate', fake)
-            measure(policy, problems_of('easy', 5), config, '', candidates=2, rounds=3, budget=11, tail=5)
+            measure(policy, problems_of('easy', 5), settings, SamplingOptions(temperature=0), rows=rows)
         return Counter(seen)
     assert prompts(1) == prompts(6) == prompts(512)
 
@@ -89,15 +91,15 @@ BAD_ARGUMENTS = {
     '--ckpt=nowhere': 'nowhere: no such folder',
     '--split=harder': "split is 'harder', choose from easy, medium, hard, deep, deeper, deepest",
     '--split=': "split is ''",
-    '--candidates=5': 'candidates is 5: that many cannot be drawn from a population of 4',
+    '--candidates=5': 'candidates is 5, it must lie between 1 and 4',
     '--population=0': 'population is 0',
     '--problems=0': 'problems is 0',
     '--problems=1_000_000_000_000': 'problems is 1000000000000, it must lie between 1 and 10000',
     '--final_budget=500': 'more than the context of 256',
-    '--tail=50': 'tail is 50, more than the budget of 41',
+    '--tail=50': 'tail is 50, it must lie between 0 and 41',
     '--compact=head': "compact is 'head'",
     '--budget=500': 'more than the context of 256',
-    '--question=4x:a-2=1': 'are settings of rsa.py',
+    '--question=4x:a-2=1': "unknown key 'question'",
     '--splt=hard': "unknown key 'splt'; did you mean 'split'?",
 }
 

@@ -1,5 +1,6 @@
-"""A file of problems under Markovian RSA: answers, prompts, and a run that is killed and goes on."""
+"""Problem files: answers, prompts, and a run that is killed and resumed."""
 import json
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ from common import run_script, tiny_model
 from tasks import problems
 from runtime.language import released_language
 from tasks.problems import canonical, equal, final_answer, majority_vote, message, read_problems, read_words
-from rsa import rounds_of
+from rsa import RSASettings, solve_file
+from sample import SamplingOptions
 from test_language import write_language
 
 nested = st.recursive(st.sampled_from(['7', r'\frac', ' ']), lambda inner: st.lists(inner, max_size=3).map(
@@ -93,65 +95,66 @@ def test_one_tail_many_tails_and_answers_have_words_of_their_own():
 # ---- a run ----
 
 LISTED = [('a', '1'), ('b', '2'), ('c', '3')]
-SETTINGS = dict(population=4, candidates=2, rounds=2, budget=6, tail=3, final_budget=6, compact='tail', seed=0)
+SETTINGS = RSASettings(population=4, candidates=2, rounds=2, budget=6, tail=3, final_budget=6)
 
 
-def policy():
-    """Says of every problem in turn its right answer and others, as character codes; 0 ends a reply."""
-    return SimpleNamespace(encode=lambda text: [ord(text[0])], decode=lambda tokens: ''.join(map(chr, tokens)))
-
-
-def think(stop_after=None, calls=None):
-    """rounds_of over a model without a net. stop_after: so many rounds in all, then a kill."""
+def solve(path, stop_after=None, calls=None, **changes):
+    """Run solve_file with a fake policy, whose outputs are the right answer and others, as character codes; 0 ends an
+    output. stop_after: number of rounds after which the run is stopped. Return the rows of the results file."""
     left = [stop_after]
 
-    def of(k, question, done, stream):
+    def sampler(options, stream, first):
         def generate(prompts, budget):
             if left[0] == 0:
                 raise KeyboardInterrupt
             if left[0]:
                 left[0] -= 1
-            calls is None or calls.append((k, prompts))
+            if calls is not None:
+                calls.append((first // 1000, prompts))
             stream(0, 1)
-            return [[ord('1') + (sum(map(ord, str((k, prompt, i)))) % 3), 0] for i, prompt in enumerate(prompts)]
-        return rounds_of([question], generate, lambda question, tails: question + sum(tails, []), done=done,
-                         answer_of=lambda output: output[:-1], **SETTINGS)
-    return of
+            return [[ord('1') + (sum(map(ord, str((first // 1000, prompt, i)))) % 3), 0]
+                    for i, prompt in enumerate(prompts)]
+        return generate
+    policy = SimpleNamespace(
+        encode=lambda text: [ord(text[0])], decode=lambda tokens: ''.join(map(chr, tokens)), sampler=sampler,
+        build_prompt=lambda question, tails: question + sum(tails, []), answer_of=lambda output: output[:-1],
+        thought_of=list)
+    solve_file(policy, LISTED, path, replace(SETTINGS, **changes), SamplingOptions())
+    return kept(problems.read_results(path, {}))
 
 
-def kept(written):
+def kept(rows):
     return {k: [{key: value for key, value in row.items() if key != 'seconds'} for row in rounds]
-            for k, rounds in written.items()}
+            for k, rounds in rows.items()}
 
 
 @given(st.integers(0, 9), st.integers(0, 40))
-def test_a_killed_run_goes_on_where_it_was(tmp_path_factory, rounds, cut):
+def test_a_killed_run_resumes_where_it_was(tmp_path_factory, rounds, cut):
     folder, calls, again = tmp_path_factory.mktemp('run'), [], []
-    whole = problems.run(LISTED, policy(), think(calls=calls), folder / 'whole', SETTINGS)
+    whole = solve(folder / 'whole', calls=calls)
     try:
-        problems.run(LISTED, policy(), think(stop_after=rounds), folder / 'killed', SETTINGS)
+        solve(folder / 'killed', stop_after=rounds)
     except KeyboardInterrupt:
         content = (folder / 'killed').read_bytes()
         (folder / 'killed').write_bytes(content + b'{"problem": 1, "rou'[:cut])        # killed while it wrote a line
-    written = problems.run(LISTED, policy(), think(calls=again), folder / 'killed', SETTINGS)
-    assert kept(written) == kept(whole) and again == calls[min(rounds, 9):]
+    resumed = solve(folder / 'killed', calls=again)
+    assert resumed == whole and again == calls[min(rounds, 9):]
     assert (folder / 'killed').read_text().count('\n') == 1 + 9
-    assert kept(problems.read_results(folder / 'killed', SETTINGS)) == kept(whole)      # and what it wrote can be read
-    assert problems.table(LISTED, written).splitlines()[-1].startswith('| 3 | ')
 
 
-def test_a_run_goes_on_with_the_same_settings_only(tmp_path):
-    problems.run(LISTED, policy(), think(), tmp_path / 'run', SETTINGS)
-    with pytest.raises(ValueError, match='was begun with another tail, 3: name another file with --out'):
-        problems.run(LISTED, policy(), think(), tmp_path / 'run', SETTINGS | {'tail': 2})
-    (tmp_path / 'run').write_text('my notes\n')
-    with pytest.raises(ValueError, match='was not written by such a run'):
-        problems.run(LISTED, policy(), think(), tmp_path / 'run', SETTINGS)
-    assert (tmp_path / 'run').read_text() == 'my notes\n'
-    for text in 'my notes', 'my notes\nmore':                   # whose last line does not end
+def test_the_table_is_printed(tmp_path, capsys):
+    solve(tmp_path / 'run')
+    assert capsys.readouterr().out.splitlines()[-1].startswith('| 3 | ')
+
+
+def test_a_run_resumes_with_the_same_settings_only(tmp_path):
+    solve(tmp_path / 'run')
+    with pytest.raises(ValueError, match='belongs to a run with tail = 3: name another file with --out'):
+        solve(tmp_path / 'run', tail=2)
+    for text in 'my notes\n', 'my notes', 'my notes\nmore':     # the last line may be incomplete
         (tmp_path / 'run').write_text(text)
         with pytest.raises(ValueError, match='was not written by such a run'):
-            problems.run(LISTED, policy(), think(), tmp_path / 'run', SETTINGS)
+            solve(tmp_path / 'run')
         assert (tmp_path / 'run').read_text() == text
 
 
@@ -172,7 +175,7 @@ def test_a_released_model_solves_a_file_from_the_command_line(released_folder, t
     flags = [f'--ckpt={released_folder}', f'--problems={path}', '--population=3', '--candidates=2', '--budget=12',
              '--tail=5', '--rounds=1', '--device=cpu']
     plan, message = run_script(monkeypatch, capsys, 'rsa.py', *flags, '--dry_run=True')
-    assert message is None and 'at most 72 a problem, 144 in all' in plan and not (tmp_path / 'p.rsa.jsonl').exists()
+    assert message is None and 'at most 72 per problem, 144 in all' in plan and not (tmp_path / 'p.rsa.jsonl').exists()
     out, message = run_script(monkeypatch, capsys, 'rsa.py', *flags)
     assert message is None and out.splitlines()[-1].startswith('| 2 | 0.0')
     header, *rows = map(json.loads, (tmp_path / 'p.rsa.jsonl').read_text().splitlines())

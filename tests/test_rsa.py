@@ -7,6 +7,7 @@ import re
 import statistics
 from collections import Counter
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from tasks.problems import majority_vote, mean_ci95, print_population, score
 from data.tokenizer import save_tokenizer
 from runtime.checkpoint import save_checkpoint
 from runtime.pretrained import save_pretrained
-from rsa import RSAConfig, load_policy, markovian_rsa, sampler
+from rsa import RSASettings, markovian_rsa
+from sample import SamplingOptions
+from tasks.policy import load_policy
 from test_language import write_language
 
 OPEN, CLOSE, MARK = 100, 101, 9         # a tail's brackets in a prompt; the answer follows the first MARK in an output
@@ -31,6 +34,21 @@ def build_prompt(question, tails):
 
 def answer_of(output):
     return output[output.index(MARK) + 1:] or None if MARK in output else None
+
+
+def rsa(questions, generate, build_prompt=build_prompt, answer_of=lambda output: None, **settings):
+    """Run markovian_rsa with a prompt format and settings. Return the rounds of each question."""
+    policy = SimpleNamespace(build_prompt=build_prompt, answer_of=answer_of, thought_of=list)
+    return markovian_rsa(questions, generate, policy, RSASettings(**settings))
+
+
+def tokens_of(rounds):
+    return sum(now.tokens for now in rounds)
+
+
+def each(now, field):
+    """One field of all candidates of a round."""
+    return [getattr(c, field) for c in now.candidates]
 
 
 def fake_generate(calls=None):
@@ -53,7 +71,7 @@ def fake_generate(calls=None):
 def settings(draw, **fixed):
     """Keyword arguments that make sense, with those of `fixed` as they are."""
     drawn = {'population': draw(st.integers(1, 6)), 'rounds': draw(st.integers(0, 4)),
-             'budget': draw(st.integers(1, 12)), 'final_budget': draw(st.none() | st.integers(1, 20)),
+             'budget': draw(st.integers(1, 12)), 'final_budget': draw(st.integers(0, 20)),
              'compact': draw(st.sampled_from(['tail', 'answer'])), 'answer_of': answer_of,
              'seed': draw(st.integers(0, 100))} | fixed
     drawn['candidates'] = fixed.get('candidates', draw(st.integers(1, drawn['population'])))
@@ -67,7 +85,7 @@ questions = st.lists(st.lists(st.integers(20, 22), min_size=1, max_size=6), min_
 
 def with_before(result):
     """Pairs (a round, the one before it)."""
-    return list(zip(result['rounds'][1:], result['rounds']))
+    return list(zip(result[1:], result))
 
 
 # ---- special cases ----
@@ -75,47 +93,47 @@ def with_before(result):
 @given(questions, settings(rounds=0))
 def test_without_rounds_it_is_parallel_sampling(qs, kwargs):
     n, calls = kwargs['population'], []
-    results = markovian_rsa(qs, fake_generate(calls), build_prompt, **kwargs)
+    results = rsa(qs, fake_generate(calls), **kwargs)
     budget = kwargs['final_budget'] or kwargs['budget']         # the only round is the last
     assert calls == [([q for q in qs for _ in range(n)], budget)]
     for q, result in zip(qs, results):
-        assert result['outputs'] == fake_generate()([q] * n, budget)
-        assert result['rounds'][0]['sampled'] == [[]] * n
+        assert each(result[-1], 'output') == fake_generate()([q] * n, budget)
+        assert each(result[0], 'sampled') == [[]] * n
 
 
 @given(questions, settings(compact='tail'))
 def test_a_tail_as_long_as_the_budget_is_full_chain_rsa(qs, kwargs):
     kwargs['tail'] = kwargs['budget']
     if kwargs['candidates'] == 1:
-        kwargs['answer_of'] = None                              # so that all continue
-    for q, result in zip(qs, markovian_rsa(qs, fake_generate(), build_prompt, **kwargs)):
+        kwargs['answer_of'] = lambda output: None               # so that all continue
+    for q, result in zip(qs, rsa(qs, fake_generate(), **kwargs)):
         for now, before in with_before(result):
-            assert before['tails'] == before['outputs']
-            assert now['prompts'] == [build_prompt(q, [before['outputs'][j] for j in sampled])
-                                      for sampled in now['sampled']]
+            outputs = each(before, 'output')
+            assert each(before, 'tail') == outputs
+            assert each(now, 'prompt') == [build_prompt(q, [outputs[j] for j in c.sampled]) for c in now.candidates]
 
 
 @given(questions, settings(candidates=1, compact='tail'))
 def test_one_candidate_carries_its_own_tail(qs, kwargs):
-    for q, result in zip(qs, markovian_rsa(qs, fake_generate(), build_prompt, **kwargs)):
+    for q, result in zip(qs, rsa(qs, fake_generate(), **kwargs)):
         for now, before in with_before(result):
-            for i, prompt in enumerate(now['prompts']):
-                assert now['sampled'][i] == [i]
-                if before['answers'][i] is None:
-                    assert prompt == q + [OPEN, *before['outputs'][i][-kwargs['tail']:], CLOSE]
+            for i, (c, own) in enumerate(zip(now.candidates, before.candidates)):
+                assert c.sampled == [i]
+                if own.answer is None:
+                    assert c.prompt == q + [OPEN, *own.output[-kwargs['tail']:], CLOSE]
                 else:
-                    assert prompt is None
+                    assert c.prompt is None
 
 
 @given(questions, settings(candidates=1))
 def test_a_finished_chain_stays_finished_and_costs_nothing(qs, kwargs):
-    for result in markovian_rsa(qs, fake_generate(), build_prompt, **kwargs):
+    for result in rsa(qs, fake_generate(), **kwargs):
         for now, before in with_before(result):
-            for i, answer in enumerate(before['answers']):
-                if answer is not None:
-                    assert all(now[key][i] == before[key][i] for key in ('outputs', 'tails', 'answers'))
-            unfinished = [output for output, answer in zip(now['outputs'], before['answers']) if answer is None]
-            assert now['tokens'] == sum(map(len, unfinished))
+            pairs = list(zip(now.candidates, before.candidates))
+            for c, own in pairs:
+                if own.answer is not None:
+                    assert (c.output, c.answer, c.tail) == (own.output, own.answer, own.tail)
+            assert now.tokens == sum(len(c.output) for c, own in pairs if own.answer is None)
 
 
 def count_to(prompts, max_new_tokens):
@@ -129,41 +147,42 @@ def count_to(prompts, max_new_tokens):
 
 def test_a_chain_reaches_what_no_single_rollout_can():
     def run(rounds):
-        return markovian_rsa([[30], [12]], count_to, build_prompt, population=2, candidates=1, rounds=rounds,
-                             budget=8, tail=2, answer_of=lambda output: output[-1:] if -1 in output[:-1] else None)
+        return rsa([[30], [12]], count_to, population=2, candidates=1, rounds=rounds, budget=8, tail=2,
+                   answer_of=lambda output: output[-1:] if -1 in output[:-1] else None)
     deep, shallow = run(9)
-    assert deep['answers'] == [[30]] * 2 and shallow['answers'] == [[12]] * 2
-    assert deep['tokens'] == 2 * 32 and shallow['tokens'] == 2 * 14             # counted once, not a token more
-    assert [now['tokens'] for now in shallow['rounds']] == [16, 12, *[0] * 8]
-    assert all(len(prompt) <= 5 for now in deep['rounds'] for prompt in now['prompts'] if prompt)
-    assert [result['answers'] for result in run(2)] == [[None] * 2, [[12]] * 2]
-    assert [result['answers'] for result in run(0)] == [[None] * 2] * 2
+    answers = lambda result: each(result[-1], 'answer')
+    assert answers(deep) == [[30]] * 2 and answers(shallow) == [[12]] * 2
+    assert tokens_of(deep) == 2 * 32 and tokens_of(shallow) == 2 * 14           # counted once, not a token more
+    assert [now.tokens for now in shallow] == [16, 12, *[0] * 8]
+    assert all(len(c.prompt) <= 5 for now in deep for c in now.candidates if c.prompt)
+    assert [answers(result) for result in run(2)] == [[None] * 2, [[12]] * 2]
+    assert [answers(result) for result in run(0)] == [[None] * 2] * 2
 
 
 def test_generate_is_not_called_with_an_empty_batch():
     calls = []
-    markovian_rsa([[3]], lambda *a: calls.append(a) or count_to(*a), build_prompt, population=2, candidates=1, rounds=5,
-                  budget=8, tail=2, answer_of=lambda output: output[-1:])                # every output is an answer
+    rsa([[3]], lambda *a: calls.append(a) or count_to(*a), population=2, candidates=1, rounds=5, budget=8, tail=2,
+        answer_of=lambda output: output[-1:])                   # every output is an answer
     assert len(calls) == 1
 
 
-# ---- draws ----
+# ---- sampled candidates ----
 
 @given(questions, settings())
-def test_draws_are_without_replacement_and_from_the_population(qs, kwargs):
-    for result in markovian_rsa(qs, fake_generate(), build_prompt, **kwargs):
-        assert len(result['rounds']) == kwargs['rounds'] + 1
+def test_candidates_are_sampled_without_replacement_from_the_population(qs, kwargs):
+    for result in rsa(qs, fake_generate(), **kwargs):
+        assert len(result) == kwargs['rounds'] + 1
         for now, _ in with_before(result):
-            assert len(now['sampled']) == kwargs['population']
-            for drawn in now['sampled']:
-                assert len(set(drawn)) == len(drawn) == kwargs['candidates']
-                assert set(drawn) <= set(range(kwargs['population']))
+            assert len(now.candidates) == kwargs['population']
+            for reads in each(now, 'sampled'):
+                assert len(set(reads)) == len(reads) == kwargs['candidates']
+                assert set(reads) <= set(range(kwargs['population']))
 
 
-def all_draws(population, candidates, rounds, questions=((1,),), seed=0):
-    results = markovian_rsa([list(q) for q in questions], lambda prompts, n: [[0]] * len(prompts), build_prompt,
-                            population=population, candidates=candidates, rounds=rounds, budget=1, tail=1, seed=seed)
-    return [[now['sampled'] for now in result['rounds'][1:]] for result in results]
+def all_sampled(population, candidates, rounds, questions=((1,),), seed=0):
+    results = rsa([list(q) for q in questions], lambda prompts, n: [[0]] * len(prompts), population=population,
+                  candidates=candidates, rounds=rounds, budget=1, tail=1, seed=seed)
+    return [[each(now, 'sampled') for now in result[1:]] for result in results]
 
 
 def chi_square(samples, outcomes):
@@ -174,111 +193,106 @@ def chi_square(samples, outcomes):
     return (statistic - (len(outcomes) - 1)) / math.sqrt(2 * (len(outcomes) - 1))
 
 
-def test_draws_are_uniform():
-    (draws,) = all_draws(5, 3, 3000)
-    orders = list(itertools.permutations(range(5), 3))          # each subset in each order: a tail's place says nothing
-    for i in range(5):                                          # nobody prefers itself, or anybody
-        assert chi_square([tuple(now[i]) for now in draws], orders) < 4
+def test_candidates_are_sampled_uniformly():
+    (rounds,) = all_sampled(5, 3, 3000)
+    orders = list(itertools.permutations(range(5), 3))          # the order of the tails is uniform, too
+    for i in range(5):                                          # no preference for itself, or any other
+        assert chi_square([tuple(now[i]) for now in rounds], orders) < 4
 
 
-def test_draws_of_candidates_and_of_rounds_are_independent():
-    (draws,) = all_draws(4, 2, 8000)
+def test_samples_of_candidates_and_of_rounds_are_independent():
+    (rounds,) = all_sampled(4, 2, 8000)
     pairs = list(itertools.product(itertools.combinations(range(4), 2), repeat=2))
-    subset = lambda drawn: tuple(sorted(drawn))
-    assert chi_square([(subset(now[0]), subset(now[1])) for now in draws], pairs) < 4
-    assert chi_square([(subset(now[0]), subset(after[0])) for now, after in zip(draws[::2], draws[1::2])], pairs) < 4
+    subset = lambda reads: tuple(sorted(reads))
+    assert chi_square([(subset(now[0]), subset(now[1])) for now in rounds], pairs) < 4
+    assert chi_square([(subset(now[0]), subset(after[0])) for now, after in zip(rounds[::2], rounds[1::2])], pairs) < 4
 
 
-def test_seeds_reproduce_draws_and_questions_have_their_own():
-    a, b = all_draws(16, 4, 3, [(1,), (2,)])
-    assert [a, b] == all_draws(16, 4, 3, [(1,), (2,)])
-    assert a != b and a != all_draws(16, 4, 3, [(1,)], seed=1)[0]
+def test_seeds_reproduce_the_samples_and_questions_have_their_own():
+    a, b = all_sampled(16, 4, 3, [(1,), (2,)])
+    assert [a, b] == all_sampled(16, 4, 3, [(1,), (2,)])
+    assert a != b and a != all_sampled(16, 4, 3, [(1,)], seed=1)[0]
     assert all(x != y for x, y in itertools.combinations(a, 2))                 # no round repeats another's
     on_any_machine = [[[0, 2], [1, 2], [1, 2]], [[0, 1], [2, 0], [0, 2]]]
-    assert all_draws(3, 2, 2, [(1, 2, 3)], seed=7) == [on_any_machine]
+    assert all_sampled(3, 2, 2, [(1, 2, 3)], seed=7) == [on_any_machine]
 
 
 @given(questions, settings())
 def test_a_question_does_not_depend_on_its_neighbours(qs, kwargs):
-    together = markovian_rsa(qs, fake_generate(), build_prompt, **kwargs)
-    assert together == [markovian_rsa([q], fake_generate(), build_prompt, **kwargs)[0] for q in qs]
-    assert together[::-1] == markovian_rsa(qs[::-1], fake_generate(), build_prompt, **kwargs)
+    together = rsa(qs, fake_generate(), **kwargs)
+    assert together == [rsa([q], fake_generate(), **kwargs)[0] for q in qs]
+    assert together[::-1] == rsa(qs[::-1], fake_generate(), **kwargs)
 
 
-@given(questions, settings(final_budget=None))
-def test_more_rounds_begin_with_the_same_rounds(qs, kwargs):
-    few = markovian_rsa(qs, fake_generate(), build_prompt, **kwargs)
-    more = markovian_rsa(qs, fake_generate(), build_prompt, **kwargs | {'rounds': kwargs['rounds'] + 2})
+@given(questions, settings(final_budget=0))
+def test_more_rounds_start_with_the_same_rounds(qs, kwargs):
+    few = rsa(qs, fake_generate(), **kwargs)
+    more = rsa(qs, fake_generate(), **kwargs | {'rounds': kwargs['rounds'] + 2})
     for a, b in zip(few, more):
-        assert b['rounds'][:len(a['rounds'])] == a['rounds']
+        assert b[:len(a)] == a
 
 
 # ---- bounds and bookkeeping ----
 
 @given(questions, settings())
 def test_no_prompt_is_longer_than_question_and_tails(qs, kwargs):
-    for q, result in zip(qs, markovian_rsa(qs, fake_generate(), build_prompt, **kwargs)):
-        for now in result['rounds']:
-            assert all(len(tail) <= kwargs['tail'] for tail in now['tails'])
-            for prompt in now['prompts']:
-                assert prompt is None or len(prompt) <= len(q) + kwargs['candidates'] * (kwargs['tail'] + 2)
+    for q, result in zip(qs, rsa(qs, fake_generate(), **kwargs)):
+        for c in [c for now in result for c in now.candidates]:
+            assert len(c.tail) <= kwargs['tail']
+            assert c.prompt is None or len(c.prompt) <= len(q) + kwargs['candidates'] * (kwargs['tail'] + 2)
 
 
 def test_the_longest_prompt_is_the_same_for_every_budget_and_number_of_rounds():
     full = lambda prompts, n: [[0] * n for _ in prompts]
     for budget, rounds in itertools.product((5, 50, 500), (1, 2, 20)):
-        result, = markovian_rsa([[1, 2]], full, build_prompt, budget=budget, rounds=rounds, tail=5)
-        assert max(len(prompt) for now in result['rounds'] for prompt in now['prompts']) == 2 + 4 * (5 + 2)
-        assert result['tokens'] == 16 * (rounds + 1) * budget
+        result, = rsa([[1, 2]], full, budget=budget, rounds=rounds, tail=5)
+        assert max(len(prompt) for now in result for prompt in each(now, 'prompt')) == 2 + 4 * (5 + 2)
+        assert tokens_of(result) == 16 * (rounds + 1) * budget
 
 
 @given(questions, settings())
 def test_the_record_is_what_happened(qs, kwargs):
-    """Every prompt comes from the draws and tails of the round before, every round is one batch of all questions, and
-    tokens are those that came out of generate."""
+    """Every prompt holds the sampled tails of the previous round, every round is one batch of all questions, and tokens
+    are those that generate returned."""
     calls, produced, model = [], [], fake_generate()
 
     def generate(prompts, max_new_tokens):
         calls.append((prompts, max_new_tokens))
         produced.append(model(prompts, max_new_tokens))
         return produced[-1]
-    results = markovian_rsa(qs, generate, build_prompt, **kwargs)
+    results = rsa(qs, generate, **kwargs)
     n, T, tail = kwargs['population'], kwargs['rounds'], kwargs['tail']
     for t, (prompts, limit) in enumerate(calls):
-        last = t == T and kwargs['final_budget'] is not None
+        last = t == T and kwargs['final_budget']
         assert limit == (kwargs['final_budget'] if last else kwargs['budget'])
-        assert prompts == [p for result in results for p in result['rounds'][t]['prompts'] if p is not None]
+        assert prompts == [p for result in results for p in each(result[t], 'prompt') if p is not None]
         assert len(prompts) == len(qs) * n or kwargs['candidates'] == 1
-        fresh = iter(produced[t])
+        new = iter(produced[t])
         for result in results:
-            now = result['rounds'][t]
-            assert all(output == next(fresh) for output, p in zip(now['outputs'], now['prompts']) if p is not None)
+            assert all(c.output == next(new) for c in result[t].candidates if c.prompt is not None)
     assert len(calls) == T + 1 or kwargs['candidates'] == 1
-    assert sum(result['tokens'] for result in results) == sum(len(output) for batch in produced for output in batch)
+    assert sum(map(tokens_of, results)) == sum(len(output) for batch in produced for output in batch)
     for q, result in zip(qs, results):
-        first, last = result['rounds'][0], result['rounds'][-1]
-        assert first['prompts'] == [q] * n
-        assert result['tokens'] == sum(now['tokens'] for now in result['rounds'])
-        assert result['outputs'] == last['outputs'] and result['answers'] == last['answers']
-        for now in result['rounds']:
-            assert len(now['outputs']) == len(now['tails']) == n
-            assert now['answers'] == [answer_of(output) for output in now['outputs']]
-            for passed, output, answer in zip(now['tails'], now['outputs'], now['answers']):
-                source = output if answer is None or kwargs['compact'] == 'tail' else answer
-                assert passed == source[max(0, len(source) - tail):]
+        assert each(result[0], 'prompt') == [q] * n
+        for now in result:
+            assert len(now.candidates) == n
+            assert now.tokens == sum(len(c.output) for c in now.candidates if c.prompt is not None)
+            for c in now.candidates:
+                assert c.answer == answer_of(c.output)
+                source = c.output if c.answer is None or kwargs['compact'] == 'tail' else c.answer
+                assert c.tail == source[max(0, len(source) - tail):]
         for now, before in with_before(result):
-            for prompt, drawn in zip(now['prompts'], now['sampled']):
-                assert prompt is None or prompt == build_prompt(q, [before['tails'][j] for j in drawn])
+            for c in now.candidates:
+                assert c.prompt is None or c.prompt == build_prompt(q, [before.candidates[j].tail for j in c.sampled])
 
 
 # ---- outputs that end early ----
 
 def run(outputs, **kwargs):
-    """Two rounds of four candidates whose first outputs are given; then each says 7."""
+    """Two rounds of four candidates whose first outputs are given; the second are [7]."""
     batches = iter([outputs, [[7]] * 4])
     kwargs = dict(population=4, candidates=2, rounds=1, budget=6, tail=3, answer_of=answer_of) | kwargs
-    result, = markovian_rsa([[1]], lambda prompts, n: next(batches)[:len(prompts)], build_prompt, **kwargs)
-    return result['rounds']
+    return rsa([[1]], lambda prompts, n: next(batches)[:len(prompts)], **kwargs)[0]
 
 
 OUTPUTS = [[1, 2, 3, 4, 5, 6], [1], [], [2, MARK, 8]]           # cut, early without an answer, empty, finished
@@ -286,48 +300,48 @@ OUTPUTS = [[1, 2, 3, 4, 5, 6], [1], [], [2, MARK, 8]]           # cut, early wit
 
 def test_short_empty_and_answerless_outputs_are_passed_on():
     first, second = run(OUTPUTS)
-    assert first['tails'] == [[4, 5, 6], [1], [], [2, MARK, 8]]
-    assert first['answers'] == [None, None, None, [8]]
-    for prompt, drawn in zip(second['prompts'], second['sampled']):               # always two, the empty one too
-        assert prompt == [1, *(x for j in drawn for x in [OPEN, *first['tails'][j], CLOSE])]
-    assert any(2 in drawn for drawn in second['sampled'])
-    assert (first['tokens'], second['tokens']) == (10, 4)
+    assert each(first, 'tail') == [[4, 5, 6], [1], [], [2, MARK, 8]]
+    assert each(first, 'answer') == [None, None, None, [8]]
+    for c in second.candidates:                                 # always two tails, also the empty one
+        assert c.prompt == [1, *(x for j in c.sampled for x in [OPEN, *first.candidates[j].tail, CLOSE])]
+    assert any(2 in c.sampled for c in second.candidates)
+    assert (first.tokens, second.tokens) == (10, 4)
 
 
 def test_nothing_but_empty_outputs_is_a_result_too():
-    result, = markovian_rsa([[1]], lambda prompts, n: [[] for _ in prompts], build_prompt, budget=5, tail=2)
-    assert result['outputs'] == [[]] * 16 and result['answers'] == [None] * 16 and result['tokens'] == 0
+    result, = rsa([[1]], lambda prompts, n: [[] for _ in prompts], budget=5, tail=2)
+    assert each(result[-1], 'output') == [[]] * 16 and each(result[-1], 'answer') == [None] * 16
+    assert tokens_of(result) == 0
 
 
 def test_a_chain_that_ended_without_an_answer_gets_another_try():
     first, second = run(OUTPUTS, candidates=1)
-    assert second['prompts'] == [[1, OPEN, 4, 5, 6, CLOSE], [1, OPEN, 1, CLOSE], [1, OPEN, CLOSE], None]
-    assert second['outputs'] == [[7], [7], [7], [2, MARK, 8]]
-    assert second['answers'] == [None, None, None, [8]] and second['tokens'] == 3
+    assert each(second, 'prompt') == [[1, OPEN, 4, 5, 6, CLOSE], [1, OPEN, 1, CLOSE], [1, OPEN, CLOSE], None]
+    assert each(second, 'output') == [[7], [7], [7], [2, MARK, 8]]
+    assert each(second, 'answer') == [None, None, None, [8]] and second.tokens == 3
 
 
 def test_compact_answer_passes_on_the_answer_of_the_finished_and_the_tail_of_others():
     first, second = run(OUTPUTS, compact='answer')
-    assert first['tails'] == [[4, 5, 6], [1], [], [8]]
-    assert first['outputs'] == OUTPUTS
-    assert len(second['outputs']) == 4 and second['tokens'] == 4                # the finished are generated again
-    assert run([[MARK, 1, 2, 3, 4, 5]] * 4, compact='answer')[0]['tails'] == [[3, 4, 5]] * 4    # tau bounds it too
+    assert each(first, 'tail') == [[4, 5, 6], [1], [], [8]]
+    assert each(first, 'output') == OUTPUTS
+    assert len(second.candidates) == 4 and second.tokens == 4   # the finished are generated again
+    assert each(run([[MARK, 1, 2, 3, 4, 5]] * 4, compact='answer')[0], 'tail') == [[3, 4, 5]] * 4   # tau bounds it too
 
 
-def test_without_answer_of_nobody_is_finished():
-    _, second = run(OUTPUTS, candidates=1, answer_of=None)
-    assert second['outputs'] == [[7]] * 4 and second['answers'] == [None] * 4
+def test_without_answers_no_candidate_is_finished():
+    _, second = run(OUTPUTS, candidates=1, answer_of=lambda output: None)
+    assert each(second, 'output') == [[7]] * 4 and each(second, 'answer') == [None] * 4
 
 
 # ---- refused ----
 
 @pytest.mark.parametrize('changes, words', [
     ({'candidates': 5}, 'candidates is 5, it must lie between 1 and 4'), ({'candidates': 0}, 'candidates is 0'),
-    ({'population': 0, 'candidates': 0}, 'population is 0'), ({'rounds': -1}, 'rounds is -1'),
-    ({'budget': 0, 'tail': 0}, 'budget is 0'), ({'tail': 0}, 'tail is 0'),
-    ({'tail': 7}, 'tail is 7, it must lie between 1 and 6'),
-    ({'final_budget': 0}, 'final_budget is 0'), ({'compact': 'head'}, "compact is 'head'"),
-    ({'compact': 'answer', 'answer_of': None}, 'needs answer_of'),
+    ({'population': 0, 'candidates': 0}, 'population is 0'), ({'rounds': -2}, 'rounds is -2'),
+    ({'budget': -1}, 'budget is -1'), ({'tail': -1}, 'tail is -1'), ({'budget': 0, 'tail': 16385}, 'tail is 16385'),
+    ({'tail': 7}, 'tail is 7, it must lie between 0 and 6'),
+    ({'final_budget': -1}, 'final_budget is -1'), ({'compact': 'head'}, "compact is 'head'"),
     ({'questions': []}, 'questions: give at least one'), ({'questions': [[1], []]}, 'questions: give at least one')])
 def test_what_makes_no_sense_is_refused_in_one_line(changes, words):
     kwargs = dict(questions=[[1]], population=4, candidates=2, rounds=1, budget=6, tail=3,
@@ -336,14 +350,14 @@ def test_what_makes_no_sense_is_refused_in_one_line(changes, words):
     def generate(prompts, max_new_tokens):
         raise AssertionError('refuse before you generate')
     with pytest.raises(ValueError, match=words) as error:
-        markovian_rsa(kwargs.pop('questions'), generate, build_prompt, **kwargs)
+        rsa(kwargs.pop('questions'), generate, **kwargs)
     assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('outputs', [[[1]], [[1]] * 3, [[1], [1, 2, 3]]])
 def test_a_generate_that_breaks_its_contract_is_noticed(outputs):
     with pytest.raises(AssertionError, match='generate gave'):
-        markovian_rsa([[1]], lambda prompts, n: outputs, build_prompt, population=2, candidates=2, budget=2, tail=2)
+        rsa([[1]], lambda prompts, n: outputs, population=2, candidates=2, budget=2, tail=2)
 
 
 # ---- why it works ----
@@ -364,9 +378,10 @@ def test_voting_corrects_what_a_lone_chain_keeps():
                 most = max(values, key=lambda value: (values.count(value), rng.random()))
                 outputs.append([next(new_errors) if rng.random() < e else most])
             return outputs
-        results = markovian_rsa([[i] for i in range(150)], generate, lambda question, tails: question + sum(tails, []),
-                                candidates=candidates, rounds=T, budget=1, tail=1)
-        return mean_ci95([score(result['outputs'], lambda output: output == [0])['mean'] for result in results])
+        results = rsa([[i] for i in range(150)], generate, lambda question, tails: question + sum(tails, []),
+                      candidates=candidates, rounds=T, budget=1, tail=1)
+        outputs = [each(rounds[-1], 'output') for rounds in results]
+        return mean_ci95([score(of_question, lambda output: output == [0])['mean'] for of_question in outputs])
 
     (alone, alone_ci), (voted, voted_ci) = accuracy(1), accuracy(4)
     p = 1 - e
@@ -449,13 +464,12 @@ def released_folder(tmp_path_factory):
     return folder
 
 
-def test_no_two_calls_draw_the_same_random_numbers(run_folder):
-    generate = sampler(load_policy(run_folder, torch.device('cpu')), RSAConfig())
-    prompts = [[task.USER, 50]] * 2
+def test_no_two_calls_use_the_same_random_numbers(run_folder):
+    sampler = lambda **options: load_policy(run_folder, torch.device('cpu')).sampler(SamplingOptions(**options))
+    generate, prompts = sampler(), [[task.USER, 50]] * 2
     first, second = generate(prompts, 20), generate(prompts, 20)
     assert len({tuple(output) for output in first + second}) == 4
-    assert first == sampler(load_policy(run_folder, torch.device('cpu')), RSAConfig())(prompts, 20)
-    assert first != sampler(load_policy(run_folder, torch.device('cpu')), RSAConfig(seed=1))(prompts, 20)
+    assert first == sampler()(prompts, 20) != sampler(seed=1)(prompts, 20)
 
 
 def test_show_tells_every_round_and_who_read_whom(run_folder, monkeypatch, capsys):
@@ -480,9 +494,8 @@ def test_show_marks_what_is_right_so_far(capsys):
     """Three chains of one step: one right, one wrong, one that is done before the second round."""
     said = iter([ENC.encode_ordinary('51a-2=3'), ENC.encode_ordinary('51a-2=4'),
                  [*ENC.encode_ordinary('3'), task.CLOSE, *ENC.encode_ordinary('3'), task.END]] * 2)
-    result, = markovian_rsa([ENC.encode_ordinary('1x:a-2=5')], lambda prompts, n: [next(said) for _ in prompts],
-                            task.build_prompt, answer_of=task.answer_of, population=3, candidates=1, rounds=1,
-                            budget=11, tail=5)
+    result, = rsa([ENC.encode_ordinary('1x:a-2=5')], lambda prompts, n: [next(said) for _ in prompts],
+                  task.build_prompt, task.answer_of, population=3, candidates=1, rounds=1, budget=11, tail=5)
     print_population(result, '1x:a-2=5', ENC.decode, task.judge, task.spaced)
     assert capsys.readouterr().out.splitlines() == [
         '', 'round 0: 2 of 3 are right so far', ' 0  ok    5 1a-2=3', ' 1  wrong 5 1a-2=4',
@@ -518,7 +531,7 @@ BAD_ARGUMENTS = {
     '--ckpt=nowhere': 'nowhere: no such folder',
     '--candidates=5': 'candidates is 5, it must lie between 1 and 4',
     '--population=0': 'population is 0',
-    '--tail=50': 'tail is 50, it must lie between 1 and 41',
+    '--tail=50': 'tail is 50, it must lie between 0 and 41',
     '--compact=head': "compact is 'head'",
     '--question=4x:a-2': 'is not a question like',
     '--budget=500': 'more than the context of 256',

@@ -21,7 +21,11 @@ from common import ENV, ROOT, TINY_RUN, run_script, tiny_model
 from runtime.chat import complete
 from data.tokenizer import load_tokenizer
 from model import Zaya, ZayaConfig
-from sample import generate, sample_from_logits
+from sample import SamplingOptions, sample_from_logits
+
+
+def generate(model, prompts, n, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, **how):
+    return sample.generate(model, prompts, n, SamplingOptions(temperature, top_k, top_p, min_p, seed), **how)
 
 BELOW_1 = 1 - 2**-24                                    # the largest float32 that torch.rand can return
 logit_rows = st.lists(st.integers(-300, 300), min_size=1, max_size=12, unique=True).map(
