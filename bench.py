@@ -29,12 +29,13 @@ from pathlib import Path
 import torch
 
 import configurator
+from decode import compiled
 from model import Zaya, ZayaConfig, sizes
 from optim import make_optimizers
 from router import Balancer, load_entropy
 from runtime.device import name_and_peak, pick_device, pick_dtype, products_in
 from runtime.pretrained import save_pretrained
-from sample import generate
+from sample import SamplingOptions, generate
 
 
 @dataclass
@@ -147,7 +148,8 @@ def decoding(model, B, S, new, static=False):
     shapes, and ours compiled."""
     tokens = random_tokens(model.eval(), B, S)
     if isinstance(model, Zaya):
-        return lambda: generate(model, tokens.tolist(), new, temperature=0, compiled=static)
+        return lambda: generate(model, tokens.tolist(), new, SamplingOptions(temperature=0),
+                                step=compiled(model) if static else None)
     return lambda: model.generate(
         tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new, min_new_tokens=new,
         eos_token_id=model.config.vocab_size - 1, pad_token_id=0,

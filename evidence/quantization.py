@@ -8,7 +8,7 @@ is the precision in which the released model is stored. CSV on the standard outp
 """
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,9 +18,9 @@ import configurator
 import decode
 from data.loader import open_dataset
 from tasks.loops import task
-from evaluate import TableConfig, measure
+from evaluate import measure
 from quantize import dequantize, quantize
-from rsa import load_policy
+from rsa import RSASettings, load_policy
 
 
 @dataclass
@@ -69,16 +69,15 @@ def main(config):
     settings = checkpoint.load_checkpoint(config.demo)['config']
     loader, _ = open_dataset(settings['dataset'], 'val', settings['batch_size'], demo.config.context, settings['seed'])
     policy = load_policy(config.loops, torch.device('cpu'))
-    problems, table = task.test_problems('hard', config.problems), TableConfig(problems=config.problems)
-    rounds = task.rounds_needed(task.LENGTHS['hard'][1], table.budget)
+    problems = task.test_problems('hard', config.problems)
+    rsa = RSASettings(rounds=task.rounds_needed(task.LENGTHS['hard'][1], 41), budget=41, tail=10)
     print('weights,val_loss,more_than_float32,rsa_mean,ci95')
     first = None
     for name, change in CHANGES.items():
         loss = val_loss(in_few_bits(demo, change), loader, config.batches)
         first = first or loss
         model = in_few_bits(policy.model, change)
-        row = measure(policy._replace(model=model, step=decode.folded(model)), problems, table, name, candidates=4,
-                      rounds=rounds, budget=table.budget, tail=table.tail)
+        row = measure(replace(policy, model=model, step=decode.folded(model)), problems, rsa, name=name)
         print(f'{name!r},{loss:.4f},{loss - first:+.4f},{100 * row.mean:.1f},{100 * row.half:.1f}', flush=True)
 
 

@@ -32,13 +32,14 @@ import torch
 
 import rl
 from tasks.loops import task
-from evaluate import TableConfig, steps
+from evaluate import steps
 from evidence.claims import (below, by_seed, fill_table, picture, print_table, print_verdicts, read_table,
                              run_experiments)
 from evidence.quantization import CHANGES, in_few_bits
 from evidence.rsa import BOUNDS, compare_methods, methods, prepare_data, print_methods, score, trained_model
-from rsa import load_policy, markovian_rsa, sampler
+from rsa import RSASettings, load_policy, markovian_rsa
 from runtime.device import pick_device
+from sample import SamplingOptions
 
 MODEL = 'runs/loops'                                            # from which RL starts by default
 METHODS = 'one unbounded rollout each', 'C=1', 'C=4'
@@ -199,17 +200,17 @@ def wrong_outputs(policy, problems, C, T, seed):
     problems have no correct answer among their last outputs."""
     questions, counts, lost = [problem.question for problem in problems], Counter(), 0
     results = markovian_rsa([policy.encode(question) for question in questions],
-                            sampler(policy, TableConfig(seed=seed)), policy.build_prompt, candidates=C, rounds=T,
-                            answer_of=policy.answer_of, seed=seed, **BOUNDS)
-    for problem, result in zip(problems, results):
+                            policy.sampler(SamplingOptions(seed=seed)), policy,
+                            RSASettings(candidates=C, rounds=T, seed=seed, **BOUNDS))
+    for problem, rounds in zip(problems, results):
         tails = []
-        for now in result['rounds']:
-            for draw, prompt, output in zip(now['sampled'], now['prompts'], now['outputs']):
-                if prompt is not None:
-                    counts[what_went_wrong(problem, [tails[j] for j in draw], output, BOUNDS['budget'])] += 1
-            tails = now['tails']
+        for now in rounds:
+            for c in now.candidates:
+                if c.prompt is not None:
+                    counts[what_went_wrong(problem, [tails[j] for j in c.sampled], c.output, BOUNDS['budget'])] += 1
+            tails = [c.tail for c in now.candidates]
         right = str(task.solve(problem.question))
-        lost += not any(answer and policy.decode(answer) == right for answer in result['answers'])
+        lost += not any(c.answer and policy.decode(c.answer) == right for c in rounds[-1].candidates)
     return dict(outputs=counts.total(), wrong=counts.total() - counts[None], **{kind: counts[kind] for kind in KINDS},
                 lost=lost)
 

@@ -22,16 +22,17 @@ from pathlib import Path
 import configurator
 import train
 from tasks.loops import task
-from evaluate import TableConfig, measure, steps
+from evaluate import measure, steps
 from tasks.loops.prepare import LoopsConfig, prepare_loops
 from evidence.claims import (below, by_seed, fill_table, picture, print_table, print_verdicts, run_experiments,
                              spread)
 from model import ZayaConfig
-from rsa import load_policy
+from rsa import RSASettings, load_policy
 from runtime.device import pick_device
+from sample import SamplingOptions
 
 BOUNDS = dict(budget=41, tail=10)
-UNBOUNDED = dict(candidates=1, rounds=0, tail=1)                # its budget is the rest of the context
+UNBOUNDED = dict(candidates=1, rounds=0, tail=1, unbounded=True)
 QUICK = '--max_steps=2 --eval_batches=1 --n_layer=1 --n_embd=32 --head_dim=8 --expert_dim=16'.split()
 
 
@@ -72,9 +73,10 @@ def methods(lengths):
     return found
 
 
-def score(policy, problems, seed, N=16, rows=512, **settings):
+def score(policy, problems, seed, N=16, rows=512, unbounded=False, **settings):
     """Solve the problems by RSA, `rows` rollouts per batch. Return the measurements."""
-    row = measure(policy, problems, TableConfig(seed=seed, population=N, candidates=1, rows=rows), '', **settings)
+    row = measure(policy, problems, RSASettings(population=N, seed=seed, **settings), SamplingOptions(seed=seed),
+                  rows=rows, unbounded=unbounded)
     return {'mean': 100 * row.mean, 'majority': 100 * row.majority, 'tokens': row.tokens, 'longest': row.longest}
 
 

@@ -269,9 +269,9 @@ def command_line(rng, world):
     """Flags of a program, good and bad."""
     script, cls, base = rng.choice([
         ('train.py', (train.TrainConfig, ZayaConfig), [*world.flags, f'--out_dir={world.case}/new']),
-        ('sample.py', (sample.SampleConfig,), [f'--ckpt={world.run}', *SAMPLE]),
-        ('rsa.py', (rsa.RSAConfig,), [f'--ckpt={world.loops}', *RSA]),
-        ('evaluate', (evaluate.TableConfig,),
+        ('sample.py', (sample.SampleConfig, sample.SamplingOptions), [f'--ckpt={world.run}', *SAMPLE]),
+        ('rsa.py', (rsa.RSAConfig, rsa.RSASettings, sample.SamplingOptions), [f'--ckpt={world.loops}', *RSA]),
+        ('evaluate.py', (evaluate.TableConfig, rsa.RSASettings, sample.SamplingOptions),
          [f'--ckpt={world.loops}', '--split=easy', '--problems=1', *RSA])])
     flags, last = [], {}
     for _ in range(rng.randrange(1, 4)):
@@ -481,7 +481,7 @@ def problems_file(rng, world):
            'seconds': 0.1, 'sampled': [[], []], 'tails': ['a', 'b'], 'tail_tokens': [[5], [6]],
            'answer_tokens': [None, None]}
     settings = dict(population=2, candidates=1, budget=2, rounds=1, tail=1, final_budget=2, compact='tail', seed=0,
-                    ckpt=str(world.released), problems=str(path), temperature=1.0, top_p=1.0, min_p=0.0,
+                    ckpt=str(world.released), problems=str(path), temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, model='',
                     aggregation_prompt='')
     row, top = mutated(rng, row)
     content = f'{json.dumps({"settings": settings})}\n{json.dumps(row)}\n'.encode()
@@ -501,7 +501,7 @@ def prompts(rng, world):
         room = world.model.config.context - len(tokens)
         if not tokens or room < 1:
             return None
-        new, = sample.generate(world.model, [tokens], min(3, room), temperature=0, stop=language.stop)
+        new, = sample.generate(world.model, [tokens], min(3, room), sample.SamplingOptions(0), stop=language.stop)
         return prompt + language.decode([token for token in new if token not in language.stop])
     if rng.random() < 0.3:
         prompt = make().replace('\0', '')
