@@ -91,14 +91,14 @@ grouped_mm = torch.compiler.disable(F.grouped_mm)               # torch.compile 
 
 def sort_by_expert(expert, N, R):
     """Sort tokens by expert, skipped ones (expert N) last, each expert's slice padded to a multiple of R tokens. Return
-    the sorted position of each token, (T) int64, and where the slices end, (N) int32. expert (T) int64."""
+    the place of each token in the sorted order, (T) int64, and the ends of the slices, (N) int32. expert (T) int64."""
     count = F.one_hot(expert, N + 1).sum(0)                     # (N + 1): tokens per expert, then skipped tokens
     padded = (count + (R - 1)) // R * R
     ends = padded.cumsum(0)
-    order = expert.sort(stable=True).indices                    # (T): sorted position -> token
-    position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))    # inverse
+    order = expert.sort(stable=True).indices                    # (T): place -> token
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))    # inverse
     padding = (ends - padded) - (count.cumsum(0) - count)       # (N + 1): padding before each slice
-    return position + padding[expert], ends[:N].int()
+    return place + padding[expert], ends[:N].int()
 
 
 class Experts(nn.Module):
@@ -117,13 +117,13 @@ class Experts(nn.Module):
         # oneDNN JIT-compiles a bf16 kernel per shape: pad slices to multiples of R tokens, less than T / 4 in total.
         bf16_on_cpu = device == 'cpu' and (dtype == torch.bfloat16 or bf16_inside())
         R = min(64, 1 << max(1, T // (4 * N)).bit_length() - 1) if bf16_on_cpu else 1
-        position, ends = sort_by_expert(expert, N, R)
+        place, ends = sort_by_expert(expert, N, R)
         # grouped_mm leaves results and gradients after the last slice undefined: set both to zero for skipped tokens.
         skipped = (expert == N)[:, None]
         x = x.to(dtype).masked_fill(skipped, 0)
-        x = x.new_zeros(T + N * (R - 1), x.shape[1]).index_copy(0, position, x)         # sorted and padded
+        x = x.new_zeros(T + N * (R - 1), x.shape[1]).index_copy(0, place, x)            # sorted and padded
         h = swiglu(grouped_mm(x, self.gate_up.to(dtype).mT, offs=ends))
-        y = grouped_mm(h, self.down.to(dtype).mT, offs=ends).index_select(0, position)  # (T, E), in the order of x
+        y = grouped_mm(h, self.down.to(dtype).mT, offs=ends).index_select(0, place)     # (T, E), in the order of x
         return y.masked_fill(skipped, 0) * weight[:, None].to(dtype)
 
 
