@@ -27,7 +27,7 @@ import torch
 
 from cca import CCA
 from evidence.baselines import GQA, MLA
-from evidence.claims import (below, by_seed, fill_table, print_table, print_verdicts, replaced, run_claim, spread,
+from evidence.claims import (by_seed, compare, fill_table, print_settings, print_verdicts, replaced, run_claim,
                              train_run)
 from model import Zaya, ZayaConfig
 
@@ -80,15 +80,12 @@ def measure(config, setting, seed):
 
 
 def report(rows, chosen):
-    losses = {name: by_seed(rows, setting, 'val_loss') for name, setting in chosen.items()}
-    figures = {row['setting']: row for row in rows}
-    print_table(['attention', 'parameters', 'cache, elements per token', 'attention FLOPs per token', 'learning rate',
-                 'val loss, nats per token'],
-                [[name, f'{int(row["parameters"]):,}', row['cache'], f'{int(row["attention_flops"]):,}',
-                  row['setting'].split()[-1], spread(losses[name], '.3f')]
-                 for name, setting in chosen.items() for row in [figures[setting]]])
-    print_verdicts(below(f'val loss: CCGQA below {other}', losses['CCGQA'], losses[other], 'nats')
-                   for other in ('GQA', 'MLA', 'MHA', 'CCA'))
+    rows = [row | {'setting': name, 'lr': setting.split()[-1]} for name, setting in chosen.items()
+            for row in rows if row['setting'] == setting]
+    print_settings(rows, chosen, parameters=('parameters', ',.0f'), cache=('cache, elements per token', '.0f'),
+                   attention_flops=('attention FLOPs per token', ',.0f'), lr=('learning rate', 'g'),
+                   val_loss=('val loss, nats per token', '.3f'))
+    print_verdicts(compare(rows, 'val_loss', 'nats', *(('CCGQA', other) for other in ('GQA', 'MLA', 'MHA', 'CCA'))))
 
 
 def main(config):

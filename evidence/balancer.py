@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import router
 import train
-from evidence.claims import (below, by_seed, fill_table, print_settings, print_verdicts, replaced, run_claim,
+from evidence.claims import (by_seed, compare, fill_table, print_settings, print_verdicts, replaced, run_claim,
                              train_run)
 from evidence.router import QUICK, derived, entropies, even_at, recipe, small
 
@@ -121,15 +121,10 @@ def report(rows):
                    val_loss=('val loss, nats per token', '.3f'))
     level = lambda setting: statistics.fmean(by_seed(rows, setting, 'level'))
     pid, sign = (max((x for x in SETTINGS if x.startswith(rule)), key=level) for rule in ('pid', 'sign'))
-    lower = dict(even_at=('first step at 0.95', 'steps'), uneven=('uneven steps', 'steps'), swing=('swing', ''),
-                 val_loss=('val loss', 'nats'))
-    verdicts = []
-    for other in sign, 'aux 0.01', 'none':
-        verdicts += [below(f'{words} of {pid} below {other}', by_seed(rows, pid, column), by_seed(rows, other, column),
-                           unit) for column, (words, unit) in lower.items()]
-        verdicts += [below(f'mean entropy of {other} below {pid}', by_seed(rows, other, 'mean'),
-                           by_seed(rows, pid, 'mean'), '')]
-    print_verdicts(verdicts)
+    pairs = [(pid, other) for other in (sign, 'aux 0.01', 'none')]
+    units = dict(even_at='steps', uneven='steps', swing='', val_loss='nats')
+    print_verdicts([line for column, unit in units.items() for line in compare(rows, column, unit, *pairs)]
+                   + compare(rows, 'mean', '', *(pair[::-1] for pair in pairs)))
 
 
 def main(config):

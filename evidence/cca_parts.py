@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import cca
 from evidence.attention import match_parameters, run
-from evidence.claims import below, by_seed, fill_table, print_settings, print_verdicts, replaced, run_claim
+from evidence.claims import by_seed, compare, fill_table, print_settings, print_verdicts, replaced, run_claim
 
 LR = 1e-2
 
@@ -80,11 +80,8 @@ ABLATIONS = {'none': ablated(0, False, False), 'one convolution': ablated(1, Fal
 def main(config):
     rows = fill_table('cca_parts', config, list(ABLATIONS),
                       lambda setting, seed: run(config, 'cca_parts', setting, seed, *ABLATIONS[setting], LR, steps=200))
-    losses = {setting: by_seed(rows, setting, 'val_loss') for setting in ABLATIONS}
     print_settings(rows, ABLATIONS, parameters=('parameters', ',.0f'), val_loss=('val loss, nats per token', '.3f'))
-    pairs = [*zip(list(ABLATIONS)[1:], ABLATIONS), ('+ QK-mean', 'none')]
-    print_verdicts(below(f'val loss: {after} below {before}', losses[after], losses[before], 'nats')
-                   for after, before in pairs)
+    print_verdicts(compare(rows, 'val_loss', 'nats', *zip(list(ABLATIONS)[1:], ABLATIONS), ('+ QK-mean', 'none')))
 
 
 def draw(plt, rows):

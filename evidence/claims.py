@@ -141,10 +141,18 @@ def verdict(a, b):
 
 
 def below(claim, a, b, unit):
-    """Return (claim, difference, verdict): a line of print_verdicts for the claim that a lies below b."""
+    """Return (claim, difference, verdict): a line of print_verdicts for the claim that a lies below b. One value of a
+    is compared with every b."""
+    a = a * len(b) if len(a) == 1 else a
     mean, half = paired(a, b)
     digits = max(0, 1 - math.floor(math.log10(half))) if 0 < half < math.inf else 2    # two significant ones of `half`
     return claim, f'{mean:+,.{digits}f} ± {half:,.{digits}f} {unit}'.rstrip(), verdict(a, b)
+
+
+def compare(rows, column, unit, *pairs):
+    """Return a line of print_verdicts per pair of settings: the column of the first below that of the second."""
+    return [below(f'{column} of {a} below {b}', by_seed(rows, a, column), by_seed(rows, b, column), unit)
+            for a, b in pairs]
 
 
 def print_verdicts(verdicts):

@@ -23,8 +23,7 @@ from torch import nn
 
 import train
 from evidence.attention import SETTINGS
-from evidence.claims import (below, by_seed, fill_table, print_settings, print_verdicts, replaced, run_claim,
-                             train_run)
+from evidence.claims import compare, fill_table, print_settings, print_verdicts, replaced, run_claim, train_run
 from evidence.plot import by_layer
 from layers import ResidualScaling, upcast
 from model import Zaya, ZayaConfig
@@ -90,10 +89,8 @@ def main(config):
     rows = [row | {'rms': row[f'rms_{PARTS}'].split()[-1]} for row in rows]     # after the last layer, at the end
     print_settings(rows, SCALINGS, parameters=('parameters', ',.0f'), growth=('growth', '.1f'),
                    rms=('RMS after the last layer', '.2f'), val_loss=('val loss, nats per token', '.3f'))
-    print_verdicts(below(claim, by_seed(rows, 'residual scaling', column), by_seed(rows, 'plain sum', column), unit)
-                   for column, claim, unit in (('growth', 'less growth with residual scaling', ''),
-                                               ('rms', 'smaller RMS after the last layer', ''),
-                                               ('val_loss', 'lower val loss', 'nats')))
+    print_verdicts(line for column, unit in (('growth', ''), ('rms', ''), ('val_loss', 'nats'))
+                   for line in compare(rows, column, unit, ('residual scaling', 'plain sum')))
 
 
 def draw(plt, rows):

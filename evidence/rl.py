@@ -33,7 +33,7 @@ import torch
 import rl
 from tasks.loops import task
 from evaluate import steps
-from evidence.claims import (below, by_seed, fill_table, picture, print_table, print_verdicts, read_table,
+from evidence.claims import (by_seed, fill_table, picture, print_table, print_verdicts, read_table,
                              run_experiments)
 from evidence.quantization import CHANGES, in_few_bits
 from evidence.rsa import BOUNDS, compare_methods, methods, prepare_data, print_methods, score, trained_model
@@ -92,15 +92,6 @@ def report(name, rows):
     print_verdicts(VERDICTS[name](rows))
 
 
-def gains(rows):
-    """Return the verdicts on the gain of RL over the one model before it."""
-    verdicts = []
-    for setting in dict.fromkeys(row['setting'] for row in rows if ': RL: ' in row['setting']):
-        before, after = (by_seed(rows, setting.replace('RL', run), 'mean') for run in ('before', 'RL'))
-        verdicts.append(below(f'{setting}: mean before RL below mean after', before * len(after), after, 'points'))
-    return verdicts
-
-
 def run_by_run(rows, *pairs):
     """Return the verdicts on the pairs of runs (lower, higher) for each method."""
     return compare_methods(rows, *((f'{a}: {method}', f'{b}: {method}') for a, b in pairs for method in METHODS))
@@ -112,7 +103,7 @@ def against_vote(rows, run='RL'):
 
 
 VERDICTS = {
-    'rl': lambda rows: gains(rows) + against_vote(rows) + against_vote(rows, 'longer'),
+    'rl': lambda rows: run_by_run(rows, ('before', 'RL')) + against_vote(rows) + against_vote(rows, 'longer'),
     'rl_models': lambda rows: run_by_run(rows, ('before', 'RL')) + against_vote(rows),
     'rl_compare': lambda rows: run_by_run(rows, ('grpo', 'RL'), ('moving_balancer', 'RL'), ('two_updates', 'RL'),
                                           ('bf16_no_replay', 'bf16_replay')),
@@ -246,9 +237,9 @@ def report_replay(rows):
                 [[row['setting'], f'{float(row["kl"]):.2g}', f'{float(row["pearson_r"]):.7f}',
                   f'{float(row["largest_difference"]):.4f}', f'{float(row["other"]):.1f} % of tokens'] for row in rows])
     kl = {row['setting']: float(row['kl']) for row in rows}
-    print_verdicts((f'KL of {name}: with replay below without', f'{kl[f"{name}, on"]:.2g} against {kl[f"{name}, off"]:.2g}',
-                    'reproduced' if kl[f'{name}, on'] < kl[f'{name}, off'] else 'contradicted at this size')
-                   for name in ('bf16', 'int8'))
+    print_verdicts((f'KL of {name}: with replay below without', f'{on:.2g} against {off:.2g}',
+                    'reproduced' if on < off else 'contradicted at this size')
+                   for name in ('bf16', 'int8') for on, off in [(kl[f'{name}, on'], kl[f'{name}, off'])])
 
 
 @torch.no_grad()

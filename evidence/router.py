@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import router
-from evidence.claims import (below, by_seed, fill_table, print_settings, print_verdicts, replaced, run_claim,
-                             train_run)
+from evidence.claims import compare, fill_table, print_settings, print_verdicts, replaced, run_claim, train_run
 from layers import upcast
 from model import ZayaConfig, sizes
 
@@ -112,26 +111,16 @@ def derived(rows):
 
 def report(rows, deep):
     """Print the table, 12 layers last, and the verdicts."""
-    relabeled = [row | {'setting': f'{row["setting"]}, 12 layers'} for row in deep]
-    print_settings(rows + relabeled, SETTINGS + [f'{setting}, 12 layers' for setting in DEEP],
-                   lowest=('lowest entropy', '.2f'), mean=('mean entropy', '.3f'),
-                   even_at=('first step at 0.95', '.0f'), val_loss=('val loss, nats per token', '.3f'))
-    get = lambda form, column, rule: by_seed(rows, f'{form}, {rule}', column)
-    verdicts = []
-    for form in 'linear', 'mlp':
-        for rule in 'pid', 'none':
-            verdicts += [below(f'{rule}: {words} of {form} below mlp + eda', get(form, column, rule),
-                               get('mlp + eda', column, rule), '')
-                         for column, words in (('lowest', 'lowest entropy'), ('mean', 'mean entropy'))]
-        verdicts += [below(f'pid: {words} of mlp + eda below {form}', get('mlp + eda', column, 'pid'),
-                           get(form, column, 'pid'), unit)
-                     for column, words, unit in (('even_at', 'first step at 0.95', 'steps'),
-                                                 ('val_loss', 'val loss', 'nats'))]
-    mlp, eda = ([by_seed(deep, setting, column) for column in ('mean', 'val_loss')] for setting in DEEP)
-    print_verdicts([*verdicts, below('val loss of mlp + eda: none below pid', get('mlp + eda', 'val_loss', 'none'),
-                                     get('mlp + eda', 'val_loss', 'pid'), 'nats'),
-                    below('12 layers: mean entropy of mlp below mlp + eda', mlp[0], eda[0], ''),
-                    below('12 layers: val loss of mlp + eda below mlp', eda[1], mlp[1], 'nats')])
+    rows = rows + [row | {'setting': f'{row["setting"]}, 12 layers'} for row in deep]
+    print_settings(rows, dict.fromkeys(row['setting'] for row in rows), lowest=('lowest entropy', '.2f'),
+                   mean=('mean entropy', '.3f'), even_at=('first step at 0.95', '.0f'),
+                   val_loss=('val loss, nats per token', '.3f'))
+    pairs = [(f'{form}, {end}', f'mlp + eda, {end}') for form, end in (
+        ('linear', 'pid'), ('mlp', 'pid'), ('linear', 'none'), ('mlp', 'none'), ('mlp', 'pid, 12 layers'))]
+    lower = [pair[::-1] for pair in pairs]
+    print_verdicts(compare(rows, 'lowest', '', *pairs) + compare(rows, 'mean', '', *pairs)
+                   + compare(rows, 'even_at', 'steps', *lower[:2])
+                   + compare(rows, 'val_loss', 'nats', *lower, ('mlp + eda, none', 'mlp + eda, pid')))
 
 
 def main(config):
