@@ -1,12 +1,12 @@
-"""Kills processes (SIGKILL) at chosen lines of the code or random moments, for test_train.py and by hand.
+"""Kill processes (SIGKILL) at chosen lines of code or at random moments, for test_train.py and by hand.
 
-    python crash.py train SEED ...      train.py with these arguments, killed at random lines, until it reaches its end
-    python crash.py save FOLDER         save_checkpoint, killed at each of its lines; checks what is then in the folder
-    python crash.py all FOLDER N M      N kills at random lines of runs, also while a checkpoint is written, and M at
-                                        random moments of a run of two processes under torchrun; checks that losses and
-                                        weights are bit for bit those of runs that were never stopped
+    python crash.py train SEED ...      train.py with these arguments, killed at random lines until a process finishes
+    python crash.py save FOLDER         save_checkpoint, killed at each of its lines; checks what is left in the folder
+    python crash.py all FOLDER N M      N kills at random lines of runs, including checkpoint writes, and M at random
+                                        moments of a torchrun of two processes; checks that losses and weights are bit
+                                        for bit those of uninterrupted runs
 
-All print how many processes they killed.
+Each prints the number of processes it killed.
 """
 import csv
 import itertools
@@ -21,7 +21,7 @@ import traceback
 from dataclasses import asdict
 
 import torch
-import torch._dynamo      # the optimizers need it; here, so that not every child must import it
+import torch._dynamo      # imported by the optimizers: once here, not in every child
 
 import configurator
 import train
@@ -33,8 +33,8 @@ from model import ZayaConfig
 
 
 def killed(line, functions, work):
-    """Do work() in a child process, which dies at the line-th line it reaches in these functions. Did it die there?
-    A child that fails by itself ends this process, too."""
+    """Run work() in a child process that is killed at the line-th line it reaches in these functions. Return whether it
+    was killed. Exit if the child fails for another reason."""
     child = os.fork()
     if not child:
         watched = {function.__code__ for function in functions}
@@ -77,7 +77,7 @@ def kill_saving(folder):
                 'model': {str(i): torch.full((5000,), version) for i in range(3)}}
 
     kills = 0
-    for before in [], [1, 2], [1, 'damaged']:                   # the checkpoints that are there
+    for before in [], [1, 2], [1, 'damaged']:                   # existing checkpoints
         for line in itertools.count(1):
             shutil.rmtree(folder, ignore_errors=True)
             os.mkdir(folder)
@@ -93,7 +93,7 @@ def kill_saving(folder):
             expected = [newest, 3] if died else [3]
             assert (found and found['step']) in expected, f'{before}, line {line}: {found}'
             assert found is None or all((w == found['step']).all() for w in found['model'].values())
-            save_checkpoint(folder, state(4))                   # whatever was left behind is no hindrance
+            save_checkpoint(folder, state(4))                   # leftover files do not matter
             assert load_checkpoint(folder)['step'] == 4
             kills += died
             if not died:
@@ -102,7 +102,7 @@ def kill_saving(folder):
 
 
 def same_run(a, b):
-    """Are the logs of two runs equal, but for the clock, and their last checkpoints to the bit?"""
+    """Return whether two runs have equal logs, except for speed, and bit-identical last checkpoints."""
     logs, states = [], []
     for folder in a, b:
         with open(os.path.join(folder, 'log.csv'), newline='') as file:
@@ -140,14 +140,14 @@ def kill_all(folder, lines, moments):
     while shot < int(moments):
         began, child, path = time.time(), torchrun('stopped2'), os.path.join(here, 'log.csv')
         while child.poll() is None and not (os.path.exists(path) and os.stat(path).st_mtime > began):
-            time.sleep(0.01)                                    # until it has written its log
+            time.sleep(0.01)                                    # until it has written to its log
         time.sleep(rng.random())
         if child.poll() is None:
-            with open(os.path.join(here, 'lock')) as file:      # rank 0; torchrun then stops the other
+            with open(os.path.join(here, 'lock')) as file:      # rank 0; torchrun stops the other
                 os.kill(int(file.read().split()[1]), signal.SIGKILL)
             shot += 1
         child.wait()
-        if load_checkpoint(here) and load_checkpoint(here)['step'] == 24:   # it was at its end
+        if load_checkpoint(here) and load_checkpoint(here)['step'] == 24:   # it had finished
             assert same_run(f'{folder}/whole2', here), f'another run after {shot} kills'
             shutil.rmtree(here)
     if os.path.exists(here):

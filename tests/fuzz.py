@@ -1,16 +1,16 @@
-"""A fuzzer of all programs: `python -m tests.fuzz --cases=10000`, `--case=N` for one of them with what it prints.
+"""Fuzz all programs: `python -m tests.fuzz --cases=10000`, or `--case=N` to run one case and print its output.
 
-A case is a command line, with files beside it that may have been damaged. It runs in a child (fork) under a limit of
-memory and of time, and ends in one of these ways, of which the first two are good:
+A case is a command line and possibly damaged files. It runs in a forked child under a memory and a time limit, and has
+one of these outcomes, of which the first two are correct:
 
-    ran         exit code 0, and what came out is what must come out (`expected`, below)
-    one line    exit code 1, and a last line on stderr that begins with the program's name
-    traceback, crash (a signal), hang (the time is over), silent (exit code 0, but something else came out)
+    ran         exit code 0, and the output is the expected one (`expected`, below)
+    one line    exit code 1, and the last line on stderr starts with the program's name
+    traceback, crash (a signal), hang (the time limit), silent (exit code 0, but not the expected output)
 
-What must come out: a run that goes on from whatever is left of its checkpoints ends with the weights of one that
-nothing happened to; a sample is that of the checkpoint used; settings are those that were asked for; a temperature near
-0 takes the likeliest tokens; a prompt is answered though others around it were bad; conversations are read or refused
-as their maker knows. The same seed gives the same cases.
+Expected outputs: a run resumed from any of its checkpoints has the final weights of an uninterrupted run; a sample is
+that of the checkpoint that was used; settings are those of the command line; a temperature near 0 takes the likeliest
+tokens; a prompt is answered even if others are invalid; conversations are read or refused as their generator knows. The
+same seed gives the same cases.
 """
 import contextlib
 import copy
@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-import torch._dynamo      # the optimizers need it; here, so that not every child must import it
+import torch._dynamo      # imported by the optimizers: once here, not in every child
 
 import configurator
 import evaluate
@@ -47,7 +47,7 @@ from data.tokenizer import save_tokenizer
 from model import ZayaConfig
 from tests.common import ROOT, TINY_RUN, tiny_model
 
-LIMIT, MEMORY = 20, 6 << 30                             # of a case: seconds, bytes beside what all start with
+LIMIT, MEMORY = 20, 6 << 30                             # per case: seconds, bytes in addition to the parent's
 OUTCOMES = 'ran', 'one line', 'traceback', 'crash', 'hang', 'silent'
 SAMPLE = ['--prompt=self', '--max_new_tokens=6', '--device=cpu']
 RSA = ['--population=2', '--candidates=2', '--rounds=1', '--budget=6', '--tail=3', '--device=cpu']
@@ -56,7 +56,7 @@ RSA = ['--population=2', '--candidates=2', '--rounds=1', '--budget=6', '--tail=3
 # ---- one case in a child ----
 
 def call(script, arguments, stdin=b'', memory=MEMORY):
-    """`python script arguments`, or `python -m script ...` -> exit code, stdout, stderr, as text."""
+    """Run `python script arguments` or `python -m script ...`. Return exit code, stdout and stderr."""
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         given.write(stdin)
         given.seek(0)
@@ -93,7 +93,7 @@ def call(script, arguments, stdin=b'', memory=MEMORY):
 
 
 def outcome(script, code, err, expected):
-    """Which of OUTCOMES. expected(): is what came out what must come out?"""
+    """Return one of OUTCOMES. expected() returns whether the output is the expected one."""
     if code < 0:
         return 'hang' if code == -signal.SIGALRM else 'crash'
     if 'Traceback (most' in err or 'panicked' in err:
@@ -112,7 +112,7 @@ VALUES = [None, True, False, -1, 0, 1, 2, 7, 0.5, -0.0, 1e-300, 1e300, float('in
 
 
 def nodes(value, path=()):
-    """The paths of all that a nested value holds."""
+    """Yield the paths of all values inside a nested value."""
     yield path
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in list(inner)[:40]:
@@ -120,12 +120,12 @@ def nodes(value, path=()):
 
 
 def mutated(rng, value, values=VALUES):
-    """A copy of a nested value with one thing in it replaced or left out, and the key at the top that this is about."""
+    """Return a copy of a nested value with one inner value replaced or deleted, and its top-level key."""
     value = copy.deepcopy(value)
     paths = [path for path in nodes(value) if path]
     if rng.random() < 0.03:
         return rng.choice(VALUES), None
-    top = rng.choice(sorted({path[0] for path in paths}, key=str))              # else most would be deep in a long list
+    top = rng.choice(sorted({path[0] for path in paths}, key=str))              # else most are deep in a long list
     *way, last = rng.choice([path for path in paths if path[0] == top])
     inside = value
     for key in way:
@@ -138,7 +138,7 @@ def mutated(rng, value, values=VALUES):
 
 
 def damaged(rng, content):
-    """Bytes cut, flipped, doubled, or put in."""
+    """Return content with bytes deleted, flipped, duplicated or inserted."""
     content = bytearray(content)
     at = rng.randrange(len(content) + 1)
     match rng.randrange(6):
@@ -161,10 +161,10 @@ def write_json(path, value):
     path.write_text(json.dumps(value, ensure_ascii=True))
 
 
-# ---- what the cases need ----
+# ---- fixtures ----
 
 class World:
-    """Folders that are whole, and what comes out of them."""
+    """Undamaged folders and the outputs expected from them."""
 
     def __init__(self, folder):
         rng = random.Random(0)
@@ -213,7 +213,7 @@ class World:
             "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}")
 
     def sampled(self, path):
-        """What sample.py says with a checkpoint alone."""
+        """Return the output of sample.py for a run folder with only this checkpoint."""
         folder = self.folder / 'alone'
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -222,7 +222,7 @@ class World:
         return call('sample.py', [f'--ckpt={folder}', *SAMPLE])[1]
 
     def copy(self, name):
-        """A fresh copy of a folder, to be damaged."""
+        """Copy a folder, to be damaged."""
         to = self.case / name
         shutil.copytree(getattr(self, name), to)
         return to
@@ -231,7 +231,7 @@ class World:
         return 'train.py', [*self.flags, f'--out_dir={folder}', '--max_steps=6', *flags], b''
 
     def same_end(self, folder):
-        """Is the run in a folder where a run that nothing happened to has ended? To the bit, in weights and momenta."""
+        """Return whether a run ended as the uninterrupted one: same log, bit-identical weights and momenta."""
         state = checkpoint.load_checkpoint(folder)
         rows = [[row.split(',')[:3] for row in (at / 'log.csv').read_text().splitlines()[-2:]]     # step, tokens, loss
                 for at in (folder, self.resumed)]
@@ -240,20 +240,20 @@ class World:
 
 
 def same(a, b):
-    """Are two nested values equal, tensors to the bit?"""
+    """Return whether two nested values are equal, tensors bit for bit."""
     if isinstance(a, (dict, list)):
         return all(same(value, b[key]) for key, value in (a.items() if isinstance(a, dict) else enumerate(a)))
     return a.equal(b) if isinstance(a, torch.Tensor) else a == b
 
 
-# ---- the kinds of cases: each makes one, and returns script, arguments, stdin, expected(stdout, stderr) ----
+# ---- kinds of cases: each function returns script, arguments, stdin, expected(stdout, stderr) ----
 
 WORK = {'max_steps', 'grad_accum', 'population', 'rounds', 'num_samples', 'rows', 'problems', 'seeds', 'samples',
         'steps', 'compile', 'kernel', 'out', 'ckpt', 'dataset', 'out_dir', 'device', 'init_from', 'wandb'}
 
 
 def setting(rng, cls):
-    """A key of a settings class, a text for its value, and the value that this means; None if it means none."""
+    """Return a field of a settings class, a text for its value, and the value it parses to, or None."""
     field = rng.choice([field for field in fields(cls) if field.name not in WORK])
     kind, small = type(field.default), rng.choice([0, 1, 2, 3, 4, 8])
     if rng.random() < 0.5:
@@ -266,7 +266,7 @@ def setting(rng, cls):
 
 
 def command_line(rng, world):
-    """Flags of a program, good and bad."""
+    """Valid and invalid flags of a program."""
     script, cls, base = rng.choice([
         ('train.py', (train.TrainConfig, ZayaConfig), [*world.flags, f'--out_dir={world.case}/new']),
         ('sample.py', (sample.SampleConfig, sample.SamplingOptions), [f'--ckpt={world.run}', *SAMPLE]),
@@ -294,7 +294,7 @@ def command_line(rng, world):
 
 
 def config_file(rng, world):
-    """A file of settings, whole or damaged, and flags before or behind it, which win."""
+    """A config file, possibly damaged, and flags before or after it, which override it."""
     path, lines, file, flags = world.case / 'config.py', [], {}, {}
     for _ in range(rng.randrange(4)):
         key, text, value = setting(rng, rng.choice([train.TrainConfig, ZayaConfig]))
@@ -322,10 +322,10 @@ def config_file(rng, world):
 
 
 def saved_run(rng, world):
-    """A checkpoint that lost or changed something inside; sampled, or gone on with."""
+    """A checkpoint with a value changed or deleted, used by sample.py or a resumed run."""
     folder = world.copy('run')
     odd = [*VALUES, torch.zeros(3), torch.zeros(0), torch.tensor(1), torch.tensor([float('nan')])]
-    # A step that is another whole number, and settings that the sizes do not show, are what no one can know.
+    # Another valid step, and settings that do not show in shapes, cannot be detected.
     value, top = mutated(rng, world.state, values=odd)
     if top == 'step':
         value['step'] = rng.choice([None, 'a', -1, 0.5, 10 ** 19])
@@ -334,13 +334,13 @@ def saved_run(rng, world):
         'context', 'rope_base', 'rope_fraction', 'norm_eps', 'init_std'))
     try:
         torch.save(value, folder / 'ckpt.pt')
-    except (RuntimeError, UnicodeError, OverflowError):         # what cannot be written cannot be read
+    except (RuntimeError, UnicodeError, OverflowError):         # cannot be written: use an empty file
         (folder / 'ckpt.pt').write_bytes(b'')
     return use_run(rng, world, folder, unseen)
 
 
 def saved_bytes(rng, world):
-    """A checkpoint whose bytes changed."""
+    """A checkpoint with changed bytes."""
     folder = world.copy('run')
     name = rng.choice(['ckpt.pt', 'ckpt_previous.pt'])
     (folder / name).write_bytes(damaged(rng, (folder / name).read_bytes()))
@@ -355,7 +355,7 @@ def use_run(rng, world, folder, unseen=False):
 
 
 def log_file(rng, world):
-    """A log that was damaged, or is of something else."""
+    """A log that is damaged or of another program."""
     folder = world.copy('run')
     foreign = [b'', b'a,b\n1,2\n', bytes(range(256)), b'step\n', b'step,loss\n1,' + b'9' * 200_000, b'step,loss\nx,y\n']
     content = damaged(rng, (folder / 'log.csv').read_bytes()) if rng.random() < 0.7 else rng.choice(foreign)
@@ -373,7 +373,7 @@ def json_of(rng, path):
 
 
 def dataset_json(rng, world):
-    """meta.json and bpe.json of the data: noticed, or without effect."""
+    """meta.json and bpe.json of a dataset: the damage is detected or has no effect."""
     folder, run = world.copy('data'), world.copy('run')
     json_of(rng, folder / rng.choice(['meta.json', 'bpe.json']))
     script, flags, stdin = world.resume(run, f'--dataset={folder}')
@@ -381,14 +381,14 @@ def dataset_json(rng, world):
 
 
 def tokenizer_json(rng, world):
-    """bpe.json of a run: noticed, or without effect."""
+    """bpe.json of a run: the damage is detected or has no effect."""
     folder = world.copy('run')
     json_of(rng, folder / 'bpe.json')
     return 'sample.py', [f'--ckpt={folder}', *SAMPLE], b'', lambda out, err: out == world.samples['ckpt.pt']
 
 
 def released_json(rng, world):
-    """The JSON of a released folder. Some keys of config.json may have another value, which nobody can know."""
+    """The JSON files of a released folder. Other values of some keys in config.json cannot be detected."""
     folder, name = world.copy('released'), rng.choice(
         ['config.json'] * 3 + ['tokenizer_config.json', 'generation_config.json', 'tokenizer.json'])
     top = json_of(rng, folder / name)
@@ -400,7 +400,7 @@ def released_json(rng, world):
 
 
 def weights_file(rng, world):
-    """model.safetensors: its head damaged or cut; tensors of other shapes and types, twice, missing."""
+    """model.safetensors: header damaged or truncated; tensors missing, duplicated, or of another shape or dtype."""
     import safetensors.torch
     folder = world.copy('released')
     path = folder / 'model.safetensors'
@@ -439,7 +439,7 @@ def weights_file(rng, world):
 
 
 def conversations(rng, world):
-    """A file of conversations. Its maker knows whether it is good."""
+    """A file of conversations, valid or not."""
     text = lambda: rng.choice(['What?', 'naïve 漢字', '<|end|><think>', 'a' * rng.randrange(1, 200), '</think>'])
     say = lambda role, content: {'role': role, 'content': content}
     reply = lambda: rng.choice(['', '<think>so</think>']) + rng.choice(['4', 'naïve', '<|user|>'])
@@ -461,14 +461,14 @@ def conversations(rng, world):
     def expected(out, err):
         meta = json.loads((out_dir / 'meta.json').read_text())
         kept = sum(meta[split]['documents'] for split in ('train', 'val'))
-        dropped = sum(int(n) for n in re.findall(r'(\d+) dropped', out))        # what does not fit is dropped, and said
+        dropped = sum(int(n) for n in re.findall(r'(\d+) dropped', out))        # too long for the context
         return good and (context < 64 or kept + dropped == len(lines))
     flags = [str(path), f'--out={out_dir}', f'--context={context}', '--vocab_size=300']
     return 'data.chat.prepare', flags, b'', expected
 
 
 def problems_file(rng, world):
-    """A file of problems, or the file of a run over them, damaged."""
+    """A damaged file of problems or of results."""
     path = world.case / 'p.jsonl'
     path.write_text('{"problem": "2 + 2?", "answer": 4}\n')
     flags = [f'--ckpt={world.released}', f'--problems={path}', '--population=2', '--candidates=1', '--rounds=1',
@@ -480,9 +480,9 @@ def problems_file(rng, world):
     row = {'problem': 0, 'round': 0, 'answers': [None, None], 'right': [False, False], 'tokens': 4, 'longest_prompt': 9,
            'seconds': 0.1, 'sampled': [[], []], 'tails': ['a', 'b'], 'tail_tokens': [[5], [6]],
            'answer_tokens': [None, None]}
-    settings = dict(population=2, candidates=1, budget=2, rounds=1, tail=1, final_budget=2, compact='tail', seed=0,
-                    ckpt=str(world.released), problems=str(path), temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, model='',
-                    aggregation_prompt='')
+    settings = asdict(sample.SamplingOptions()) | asdict(rsa.RSASettings(
+        population=2, candidates=1, rounds=1, budget=2, tail=1, final_budget=2)) | dict(
+        ckpt=str(world.released), model='', problems=str(path), aggregation_prompt='')
     row, top = mutated(rng, row)
     content = f'{json.dumps({"settings": settings})}\n{json.dumps(row)}\n'.encode()
     (path.parent / 'p.rsa.jsonl').write_bytes(content if rng.random() < 0.7 else damaged(rng, content))
@@ -490,7 +490,7 @@ def problems_file(rng, world):
 
 
 def prompts(rng, world):
-    """Prompts on the command line and on standard input, good and bad ones in turn; temperatures near 0."""
+    """Prompts on the command line and on standard input, valid and invalid; temperatures near 0."""
     language, pieces = world.language, ['self', '<|end|>', '<think>', 'é漢', '\0', ' ', '\u2028', '🙂', '\x1b[0m']
     make = lambda: ''.join(rng.choices(pieces, k=rng.randrange(1, 4)))
     cold = [f'--temperature={rng.choice(["0", "1e-300", "1e-45", "1e-38", "1e-30"])}']
@@ -519,17 +519,17 @@ KINDS = {'command lines': command_line, 'config files': config_file, 'checkpoint
          'conversations': conversations, 'problems': problems_file, 'prompts': prompts}
 
 
-# ---- all of them ----
+# ---- all cases ----
 
 @dataclass
 class FuzzConfig:
     cases: int = 500
     seed: int = 0
-    case: int = -1                  # only this one, and what it prints
+    case: int = -1                  # run only this one, and print its output
 
 
 def cases(world, config, numbers, memory):
-    """Run some of the cases. Return [(number, kind, outcome, last line of stderr), ...]."""
+    """Run the cases with these numbers. Return [(number, kind, outcome, last line of stderr), ...]."""
     done = []
     for i in numbers:
         shutil.rmtree(world.case, ignore_errors=True)
@@ -545,7 +545,7 @@ def cases(world, config, numbers, memory):
 
 
 def shared(work, jobs):
-    """Let `jobs` children of this process work(job). Return all that they return, in one list."""
+    """Run work(job) in `jobs` forked children. Return their lists, concatenated."""
     children, done = [], []
     for job in range(jobs):
         read, write = os.pipe()
@@ -573,11 +573,11 @@ def main(config):
     began, table = time.perf_counter(), defaultdict(Counter)
     with open('/proc/self/statm') if os.path.exists('/proc/self/statm') else io.StringIO('0') as file:
         memory = MEMORY + int(file.read().split()[0]) * resource.getpagesize()
-    memory_disk = '/dev/shm' if os.path.isdir('/dev/shm') else None             # no waiting for fsync
+    memory_disk = '/dev/shm' if os.path.isdir('/dev/shm') else None             # fsync is free there
     with tempfile.TemporaryDirectory(dir=memory_disk) as folder, contextlib.redirect_stderr(io.StringIO()):
         with contextlib.redirect_stdout(io.StringIO()):
             world = World(Path(folder))
-        gc.freeze()                                             # what all children share is not looked through again
+        gc.freeze()                                             # children need not scan the shared objects
 
         def work(job):
             world.case = world.folder / f'case{job}'
