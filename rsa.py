@@ -47,7 +47,7 @@ class RSASettings:
 
     def resolved(self, rounds=2, budget=16_384, tail=4096, final_budget=40_960):
         """Return the settings with these values, by default the report's, for those that are not given."""
-        return replace(self, rounds=rounds if self.rounds < 0 else self.rounds, budget=self.budget or budget,
+        return replace(self, rounds=self.rounds if self.rounds >= 0 else rounds, budget=self.budget or budget,
                        tail=self.tail or tail, final_budget=self.final_budget or self.budget or final_budget)
 
 
@@ -113,8 +113,10 @@ def rounds_of(questions, generate, policy, settings, done=()):
 def sample_candidates(rng, t, settings):
     """Return, for each of N prompts of round t, the indices of the candidates that it reads."""
     population = range(settings.population)
-    if t == 0 or settings.candidates == 1:
-        return [[i][:t] for i in population]
+    if t == 0:
+        return [[] for _ in population]
+    if settings.candidates == 1:
+        return [[i] for i in population]
     return [rng.sample(population, settings.candidates) for _ in population]
 
 
@@ -151,7 +153,7 @@ def answer_question(policy, config, settings, options):
 
 def solve_file(policy, listed, path, settings, options, **header):
     """Run RSA on problems, a list of (problem, answer), and print their scores. Each round is written to the results
-    file `path` when it ends, so that a stopped run repeats no completed round. header: what must not change then."""
+    file `path` when it ends, so that a resumed run repeats no completed round and has the same settings and header."""
     header |= asdict(options) | asdict(settings)
     with contextlib.closing(problems.ResultsFile(path, header, len(listed) * (settings.rounds + 1))) as results:
         for k, (problem, answer) in enumerate(listed):

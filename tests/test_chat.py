@@ -1,4 +1,4 @@
-"""A conversation: what its cache keeps from turn to turn, and what is written of a reply."""
+"""Conversations: the content of the KV cache between turns, and the printed part of a reply."""
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -65,7 +65,7 @@ def test_what_the_cache_holds_is_what_the_prompt_says(model, language, turns):
                 model(torch.tensor([[token]]), cache=cache)
         step_by_step(read)
         torch.testing.assert_close(logits[0], model(torch.tensor([prompt]))[0][:, -1], atol=1e-4, rtol=1e-4)
-        conversation.hear(read, reply, whole=said != 'stopped')
+        conversation.add_reply(read, reply, complete=said != 'stopped')
         assert '</think>' not in conversation.messages[-1]['content']
 
 
@@ -78,7 +78,7 @@ def test_only_what_is_new_is_read(model, language, monkeypatch):
         lengths.append(sum(read) + len(tokens))
         reply = language.encode_with_special('x</think>yes<|im_end|>')
         model(torch.tensor([tokens + reply[:-1]]), cache=grown(conversation.cache, len(tokens) + len(reply)))
-        conversation.hear(tokens, reply, whole=True)
+        conversation.add_reply(tokens, reply, complete=True)
     assert max(lengths[1:]) == min(lengths[1:]) < 50 < len(language.prompt(conversation.messages))
 
 
@@ -89,7 +89,7 @@ def grown(cache, more):
 
 def test_a_conversation_s_replies_are_those_of_a_model_that_reads_it_all_anew(model, language, monkeypatch, capsys):
     said, prompts = iter(['hello', 'why?', 'a']), []
-    monkeypatch.setattr(chat, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(chat, 'read_line', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
 
     def reply(batch, n, stream, cache):
         new = generate(model, batch, n, SamplingOptions(0), stop=language.stop, cache=cache, stream=stream)
@@ -103,7 +103,7 @@ def test_a_conversation_s_replies_are_those_of_a_model_that_reads_it_all_anew(mo
 
 def test_a_full_context_is_said_and_ends_nothing(model, language, monkeypatch, capsys):
     said = iter(['a ' * 300, 'short'])
-    monkeypatch.setattr(chat, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(chat, 'read_line', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
     conversation = Conversation(model, language)
     ok = language.encode_with_special('ok')
     chat_loop(conversation, lambda batch, n, stream, cache: [stream(0, token) for token in ok], limit=0)
@@ -113,7 +113,7 @@ def test_a_full_context_is_said_and_ends_nothing(model, language, monkeypatch, c
 
 def test_ctrl_c_ends_the_reply_and_not_the_conversation(model, language, monkeypatch, capsys):
     said = iter(['one', 'two'])
-    monkeypatch.setattr(chat, 'typed', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(chat, 'read_line', lambda: next(said, None) or (_ for _ in ()).throw(EOFError))
     calls = []
 
     def reply(batch, n, stream, cache):

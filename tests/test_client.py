@@ -1,5 +1,5 @@
-"""Markovian RSA on a server: a real one, `transformers serve` with a tiny random model, against the local run; then a
-stand-in that fails in every way that servers do."""
+"""Markovian RSA on a server: `transformers serve` with a tiny random model compared with a local run; then a fake server
+that produces every kind of error."""
 import asyncio
 import json
 import os
@@ -310,7 +310,7 @@ def test_a_killed_run_asks_for_the_missing_replies_only(whole, problems, monkeyp
     assert message is None and rows_of(path) == whole and len(s.requests) == 2
 
 
-def test_replies_of_a_run_that_is_begun_anew_are_not_used(whole, problems, monkeypatch, capsys):
+def test_replies_of_an_earlier_run_are_not_used(whole, problems, monkeypatch, capsys):
     with stand_in(lambda number, body: 401 if number == 3 else None) as s:
         _, message, path = run(monkeypatch, capsys, s.url, problems, 'out', '--parallel=1')
         assert '401' in message and path.with_name('out.replies').read_text().count('\n') == 2

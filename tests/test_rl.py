@@ -1,5 +1,5 @@
-"""Learning from rewards (rl.py): the rewards cannot be had by cheating, the gradient is that of the formula, a replayed
-choice is the choice, a stopped run goes on as if it had not been."""
+"""Reinforcement learning (rl.py): shortcuts get no reward, the gradient is that of the formula, replayed experts are
+used, a stopped run resumes exactly."""
 import csv
 import random
 from dataclasses import asdict
@@ -40,7 +40,7 @@ def rollouts_of(model, n=5, budget=9, seed=0):
 
 # ---- rewards ----
 
-def honest(rng, problem, begin, end):
+def correct_trace(rng, problem, begin, end):
     """The right trace from value `begin` on, of the steps up to `end`, with the answer if that is the last."""
     whole = task.continue_chain(problem, [(0, problem.start)], problem.steps, rng, 0)
     text = task.ENC.decode(task.encode_chain(problem, whole[begin:end + 1]))
@@ -51,13 +51,13 @@ def test_right_solutions_and_right_rounds_have_the_reward_and_wrong_values_do_no
     rng = random.Random(0)
     for _ in range(60):
         problem = task.draw_problem(rng, 3, 40, 'train', most=26)
-        text, whole = honest(rng, problem, 0, problem.steps)
+        text, whole = correct_trace(rng, problem, 0, problem.steps)
         assert task.verify(problem.question, [], encode(text), 999)
         assert not task.verify(problem.question, [], encode(text[:-8] + str((int(text[-8]) + 1) % 10) + text[-7:]), 999)
         place = rng.randrange(0, problem.steps)                 # after so many steps begins a round of at most 8
         end = min(problem.steps, place + 8)
-        tails = [encode(honest(rng, problem, max(0, place - 3), place)[0])[-10:]] if place else []
-        output = encode(honest(rng, problem, place, end)[0])[:41]
+        tails = [encode(correct_trace(rng, problem, max(0, place - 3), place)[0])[-10:]] if place else []
+        output = encode(correct_trace(rng, problem, place, end)[0])[:41]
         assert task.verify(problem.question, tails, output, min(41, len(output)))
         wrong = encode(task.ENC.decode(output).replace('=', '=x', 1))
         assert not task.verify(problem.question, tails, wrong, len(wrong))
@@ -78,10 +78,10 @@ def test_no_reward_without_a_solution():
     assert task.verify(question, [], encode('54a-2=34b*7='), 10)               # the budget ended there
     assert not task.verify(question, [], encode('54a-2=34b*7='), 11)
     assert task.verify(question, [tail], encode('43a-2=2'), 6)
-    assert not task.verify(question, [tail], encode('54a-2=3'), 6)              # it begins anew
-    for still in '4', '43a':                                    # it stands still
+    assert not task.verify(question, [tail], encode('54a-2=3'), 6)              # it starts again
+    for still in '4', '43a':                                    # it makes no progress
         assert not task.verify(question, [tail], encode(still), len(encode(still)))
-    assert not task.verify(question, [tail], encode('22b*7=4'), 6)              # it goes where no tail ends
+    assert not task.verify(question, [tail], encode('22b*7=4'), 6)              # it continues from no tail
     for end, output in ('9a-2=5', '59b*7=5'), ('4z-2=5', '54z-2=5'), ('what?', '59b*7=5'):  # no such steps
         assert not task.verify(question, [encode(end)], encode(output), 6)
     assert not task.verify(question, [tail], encode(f'{answer}</think>{answer}<|end|>'), 41)
@@ -90,7 +90,7 @@ def test_no_reward_without_a_solution():
         assert not task.verify(question, [encode(end)], encode(f'{answer}</think>{(answer + 1) % 10}<|end|>'), 41)
 
 
-def test_the_gate_flags_repetition_and_no_honest_trace():
+def test_repetition_is_detected_and_correct_traces_pass():
     rng = random.Random(1)
     for _ in range(200):
         problem = task.draw_problem(rng, 3, 72, 'train')
@@ -127,11 +127,11 @@ def test_the_gradient_is_that_of_the_plain_formula(monkeypatch):
         return torch.cat([rows @ w[e] for e, rows in enumerate(x.tensor_split(offs[:-1].tolist()))])
     monkeypatch.setattr(model_module, 'grouped_mm', grouped_mm)
     model = tiny_model()
-    rollouts, delta = rollouts_of(model, 30), 1e-3              # 90: more than are done together
+    rollouts, delta = rollouts_of(model, 30), 1e-3              # 90: more than one batch
     model.double()
     rng = random.Random(0)
     A = [rng.uniform(-1, 2) for _ in rollouts]
-    randomize(model.layers[1].moe.router.out_proj, seed=5)      # the learner has moved
+    randomize(model.layers[1].moe.router.out_proj, seed=5)      # the learner has changed
     loss, masked, parameters = 0, 0, list(model.parameters())
     for x, a in zip(rollouts, A):
         probs = model(torch.tensor([x.prompt + x.output]))[0][0].softmax(-1)
@@ -231,7 +231,7 @@ def easy(monkeypatch):
     monkeypatch.setattr(task, 'verify', lambda question, tails, output, budget: output[0] % 2 == 0)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(run_folder, tmp_path, easy, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(run_folder, tmp_path, easy, monkeypatch):
     run(run_folder, tmp_path / 'whole')
 
     def save_and_stop(folder, state):
@@ -273,7 +273,7 @@ def test_problems_become_no_longer_than_their_operations_allow(tmp_path, monkeyp
     assert [row['level'] for row in csv.DictReader(open(tmp_path / 'rl' / 'log.csv'))] == ['27', '27']  # 3, 9 times
 
 
-def test_populations_go_on_from_their_own_tails():
+def test_populations_continue_from_their_own_tails():
     populations = [('4x:a-2b*7c+3=5', [[1], [2], [3], [4], [5]])]
     config = rl.RLConfig(aggregation=0.5, candidates=4)
     drawn = rl.draw_prompts(random.Random(0), 4, 12, populations, config)

@@ -1,5 +1,5 @@
-"""Markovian RSA (rsa.py) under fake models: its special cases, its bounds, its bookkeeping, and why voting helps; then
-its command line, with tiny random ones."""
+"""Markovian RSA (rsa.py) with fake models: special cases, bounds, bookkeeping, and why voting helps; then the command
+line, with tiny random models."""
 import itertools
 import math
 import random

@@ -1,4 +1,4 @@
-"""Sampling: the distribution drawn from, rows that do not know of each other, and the command line."""
+"""Sampling: the sampled distribution, independence of the sequences of a batch, and the command line."""
 import io
 import math
 import subprocess
@@ -18,7 +18,7 @@ import train
 from runtime.checkpoint import load_checkpoint
 from runtime.pretrained import from_pretrained
 from common import ENV, ROOT, TINY_RUN, run_script, tiny_model
-from runtime.chat import complete
+from runtime.chat import continue_prompt
 from data.tokenizer import load_tokenizer
 from model import Zaya, ZayaConfig
 from sample import SamplingOptions, sample_from_logits
@@ -34,7 +34,7 @@ filters = st.fixed_dictionaries({}, optional=dict(
     temperature=st.floats(0.05, 5), top_k=st.integers(0, 6), top_p=st.floats(0, 1), min_p=st.floats(0, 1)))
 
 
-# ---- one draw ----
+# ---- one token ----
 
 @given(logit_rows, filters, st.floats(0, BELOW_1, width=32))
 def test_temperature_zero_takes_the_likeliest(logits, filters, u):
@@ -124,7 +124,7 @@ def test_rows_are_drawn_independently():
     assert sample_from_logits(logits, u, top_p=0.9, top_k=7).tolist() == alone
 
 
-# ---- whole rows ----
+# ---- whole sequences ----
 
 @pytest.fixture(scope='module')
 def model():
@@ -278,7 +278,7 @@ def test_streamed_text_is_the_decoded_whole_and_shows_no_half_character(data):
     terminal = Terminal()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'stdout', terminal)
-        complete(model, language, generate, 500, 1, 'prompt é: ')
+        continue_prompt(model, language, generate, 500, 1, 'prompt é: ')
     assert terminal.getvalue() == f'prompt é: {decode(ids)}\n'
     if '\ufffd' not in decode(ids):                     # whole characters only
         assert not any('\ufffd' in piece for piece in terminal.pieces)
@@ -377,7 +377,7 @@ def test_a_prompt_in_a_config_file_counts(run_folder, tmp_path, monkeypatch, cap
 
 def test_no_more_tokens_than_fit_are_drawn_and_that_is_told(run_folder, capsys):
     model, language = pretrained.load(run_folder, 'cpu')
-    complete(model, language, partial(generate, model, temperature=0), 500, 1, 'self')
+    continue_prompt(model, language, partial(generate, model, temperature=0), 500, 1, 'self')
     room = 16 - len(load_tokenizer(run_folder / 'bpe.json').encode_ordinary('self'))    # 16: the tiny run's context
     assert capsys.readouterr() == (expected_text(run_folder, 'self', room, temperature=0)[0] + '\n',
                                    f'(the context has room for {room} new tokens only)\n')
