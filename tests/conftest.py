@@ -1,4 +1,4 @@
-"""Shared by all tests: fixed seeds, hypothesis without a deadline (a loaded machine is no failure), a tiny dataset."""
+"""Shared by all tests: fixed seeds, hypothesis without deadlines (the machine may be loaded), a tiny dataset."""
 import random
 
 import hypothesis
@@ -14,12 +14,12 @@ hypothesis.settings.load_profile('nanozaya')
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision('highest')               # which a run in bf16 leaves behind
+    torch.set_float32_matmul_precision('highest')               # a bf16 run may have changed it
 
 
 @pytest.fixture(scope='session')
 def dataset(tmp_path_factory):
-    """The folder of a prepared dataset: 300 tokens, of them about 5,000 to train on and 500 held out."""
+    """Return the folder of a prepared dataset: vocabulary 300, about 5,000 tokens for training and 500 held out."""
     folder, rng = tmp_path_factory.mktemp('dataset'), random.Random(0)
     words = 'def return self import for in range print value index ( ) [ ] = + naïve 漢字 “quoted” 🙂'.split()
     text = lambda: '\n'.join(' '.join(rng.choices(words, k=8)) for _ in range(20))

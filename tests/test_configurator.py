@@ -1,4 +1,4 @@
-"""The settings reader: literals in, errors of one line out, and nothing is ever executed."""
+"""The settings reader: it reads literals, refuses anything else with a one-line error, and executes nothing."""
 import dataclasses
 import itertools
 
@@ -34,7 +34,7 @@ class Other:
 
 @pytest.fixture
 def read(tmp_path):
-    """read(text, *flags): a config file of this text, then the flags -> Settings."""
+    """Return read(text, *flags), which reads a config file with this text, then the flags, as Settings."""
     def read(text, *flags):
         path = tmp_path / 'config.py'
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -43,7 +43,7 @@ def read(tmp_path):
 
 
 def refused(read, text, *flags):
-    """The message with which a config file is refused, which must be one line and not long."""
+    """Return the error message for a config file; it must be one short line."""
     with pytest.raises(ValueError) as error:
         read(text, *flags)
     message = str(error.value)
@@ -68,12 +68,12 @@ fast = True
 ''') == Settings(6, 3e-4 / 3, 'x=y # z', True)
 
 
-def test_int_passes_for_float_and_becomes_one(read):
+def test_an_int_is_converted_to_float(read):
     assert read('rate = 2').rate == 2.0 and type(read('rate = 2').rate) is float
     assert type(read('', '--rate=2').rate) is float
 
 
-def test_later_wins_default_then_file_then_flag(read):
+def test_files_override_defaults_and_flags_override_files(read):
     assert read('') == Settings()
     assert read('steps = 2').steps == 2
     assert read('steps = 2\nsteps = 3').steps == 3
@@ -81,7 +81,7 @@ def test_later_wins_default_then_file_then_flag(read):
     assert read('steps = 2', '--steps=3', '--steps=4').steps == 4
 
 
-def test_flags_win_over_files_wherever_they_stand(tmp_path):
+def test_flags_override_files_in_any_order(tmp_path):
     (tmp_path / 'a.py').write_text('steps = 2\nrate = 5.0')
     (tmp_path / 'b.py').write_text('rate = 3.0')
     a, b = str(tmp_path / 'a.py'), str(tmp_path / 'b.py')
@@ -91,10 +91,10 @@ def test_flags_win_over_files_wherever_they_stand(tmp_path):
     assert configurator.read([a, b], Settings, steps=4, name='default') == [Settings(2, 3.0, 'default')]
 
 
-def test_flags_are_cut_at_the_first_equals_sign(read):
+def test_flags_are_split_at_the_first_equals_sign(read):
     assert read('', '--name=a=b=').name == 'a=b='
     assert read('', '--name=').name == ''
-    assert read('', "--name='a'").name == "'a'"         # the shell has removed its quotes: these are meant
+    assert read('', "--name='a'").name == "'a'"         # quotes that the shell left are part of the value
 
 
 def test_several_classes_share_one_file(tmp_path):
@@ -129,7 +129,7 @@ def test_code_in_a_value_is_refused_and_not_run(read, tmp_path, code):
     code = code.replace('CANARY', repr(str(canary)))
     for key in 'steps', 'rate', 'fast', 'name':
         assert 'config.py, line 2' in refused(read, f'\n{key} = {code}')
-        if key != 'name':                               # a string's flag is taken as it stands
+        if key != 'name':                               # a flag of type str is not parsed
             assert f'{key} must be' in refused(read, '', f'--{key}={code}')
     assert not canary.exists()
 
@@ -150,7 +150,7 @@ def test_statements_are_refused_and_not_run(read, tmp_path, statement):
     '+'.join(['1'] * 2500), '[' * 10_000, 'a' + '.a' * 10_000, '9' * 5000, '*'.join(['9' * 4000] * 100),
     '0x' + 'f' * 10_000, str(2**63), '1\0'],
     ids='parentheses signs fewer-signs product sum brackets dots digits large-product hex 64-bit nul'.split())
-def test_monstrous_values_get_one_line(read, source):
+def test_huge_values_get_a_one_line_error(read, source):
     for key in 'steps', 'rate':
         assert 'config.py' in refused(read, f'{key} = {source}')
         if len(source) < 100:
@@ -194,7 +194,7 @@ def test_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize('argument', ['--name=\udcff', '\udcff.py'])
-def test_bytes_that_are_no_text_are_refused(argument):
+def test_bytes_that_are_not_utf8_are_refused(argument):
     with pytest.raises(ValueError, match='is not valid UTF-8'):
         configurator.read([argument], Settings)
 
@@ -241,25 +241,25 @@ NEEDS_COMPILER = ("p.py: --compile=True needs a C++ compiler and Python's header
      'p.py: out of memory; try less (Storage size calculation overflowed)'),
     (RuntimeError('InvalidCxxCompiler: none'), NEEDS_COMPILER),
     (RuntimeError('fatal error: Python.h: No such file'), NEEDS_COMPILER),
-    (KeyboardInterrupt(), 'p.py: stopped; go on')])
-def test_what_a_person_can_put_right_is_one_line_and_a_failing_exit_code(error, line):
-    with pytest.raises(SystemExit) as exit, configurator.one_line_errors('p.py', 'try less', 'go on'):
+    (KeyboardInterrupt(), 'p.py: stopped; run it again')])
+def test_errors_that_the_user_can_fix_are_one_line_and_exit_code_1(error, line):
+    with pytest.raises(SystemExit) as exit, configurator.one_line_errors('p.py', 'try less', 'run it again'):
         raise error
     assert exit.value.code == line              # sys.exit(text) prints it and exits with 1
 
 
 @pytest.mark.parametrize('error', [TypeError, RuntimeError])
-def test_what_is_our_own_mistake_keeps_its_traceback(error):
+def test_other_errors_keep_their_traceback(error):
     with pytest.raises(error), configurator.one_line_errors('p.py'):
         raise error
 
 
-# ---- the type of products ----
+# ---- dtype of matrix products ----
 
 @pytest.mark.parametrize('seconds, units, chosen', [
     ((3, 1), True, torch.bfloat16), ((1, 3), True, torch.float32), ((3, 1), False, torch.float32)])
-def test_auto_takes_bf16_on_a_cpu_that_has_units_for_it_and_is_faster(monkeypatch, seconds, units, chosen):
-    """On a CPU without them both products are the same, however long a busy machine takes for each."""
+def test_auto_is_bf16_on_a_cpu_with_bf16_units_that_is_faster(monkeypatch, seconds, units, chosen):
+    """On a CPU without bf16 units the dtype is float32, whatever the timing on a busy machine."""
     clock, turn = itertools.accumulate(itertools.cycle([0, seconds[0], 0, seconds[1]])), itertools.count()
     monkeypatch.setattr(device.time, 'perf_counter', lambda: next(clock))
     monkeypatch.setattr(torch.Tensor, '__matmul__', lambda x, W: torch.full((1,), float(next(turn) % 2 * units)))
@@ -269,7 +269,7 @@ def test_auto_takes_bf16_on_a_cpu_that_has_units_for_it_and_is_faster(monkeypatc
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_products_in_bf16_leave_the_head_in_float32(monkeypatch, dtype):
-    """Seen by the setting, not by the result: a CPU without bf16 units multiplies alike with both."""
+    """Checked by the setting, not by the result: a CPU without bf16 units gives the same products in both."""
     linear, seen = F.linear, []
     monkeypatch.setattr(F, 'linear', lambda x, W: [seen.append(bf16_inside()), linear(x, W)][1])
     x, W = torch.randn(6, 8), torch.randn(5, 8)

@@ -50,7 +50,7 @@ MIXED = [b'self.', 'é€😀'.encode(), b'\xff', b'\xed\xb2\x80', b'\xe2\x82', 
 
 
 @given(st.lists(st.sampled_from(MIXED)))
-def test_valid_and_invalid_utf8_in_turns_round_trip(parts):
+def test_interleaved_valid_and_invalid_utf8_round_trips(parts):
     assert ENC.decode_bytes(encode_bytes(ENC, b''.join(parts))) == b''.join(parts)
 
 
@@ -65,7 +65,7 @@ def test_any_text_round_trips(text):
 
 
 @given(AWKWARD)
-def test_cutting_text_into_pieces_loses_nothing(text):
+def test_pre_tokenization_loses_nothing(text):
     assert ''.join(regex.findall(PATTERN, text)) == text
 
 
@@ -73,12 +73,12 @@ def test_cutting_text_into_pieces_loses_nothing(text):
     ('if x:\n\n    return 12345', ['if', ' x', ':\n\n    ', 'return', ' ', '123', '45']),
     ('self.a  == b\r\n', ['self', '.a', '  ', '==', ' b', '\r\n']),
 ])
-def test_source_code_is_cut_sensibly(text, pieces):
+def test_source_code_is_split_at_words_and_lines(text, pieces):
     assert regex.findall(PATTERN, text) == pieces
 
 
 def reference_bpe(texts, n_merges):
-    """Train by the definition of BPE, counting all pairs anew for each merge. Return tokens and merged pieces."""
+    """Train by the definition of BPE, recounting all pairs for each merge. Return tokens and merged pieces."""
     pieces = [piece.encode() for text in texts for piece in regex.findall(PATTERN, text)]
     pieces = [[bytes([b]) for b in piece] for piece in pieces]
     tokens = list(BYTES)
@@ -106,7 +106,7 @@ def test_merges_equal_those_of_a_naive_trainer(texts, n_merges):
     enc = train_bpe(texts, 256 + len(SPECIAL_TOKENS) + n_merges)
     tokens, pieces = reference_bpe(texts, n_merges)
     assert [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(SPECIAL_TOKENS))] == tokens
-    # and tiktoken, which is given no merges but only ranks, splits the corpus as training left it
+    # and tiktoken, which has ranks instead of merges, encodes the corpus as training left it
     split = [tokens[i] for text in texts for i in enc.encode_ordinary(text)]
     assert split == [token for piece in pieces for token in piece]
 
@@ -199,7 +199,7 @@ def test_undamaged_tokenizer_of_the_damage_test_loads(tmp_path):
 
 def fake_gpt2(name):
     assert name == 'gpt2'
-    ranks = {token: i for i, token in enumerate(BYTES[::-1])}  # like GPT-2, not in the order of the bytes
+    ranks = {token: i for i, token in enumerate(BYTES[::-1])}  # not in byte order, as in GPT-2
     return tiktoken.Encoding('gpt2', pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={'<|endoftext|>': 256})
 
@@ -246,7 +246,7 @@ def test_val_is_about_five_percent_and_documents_are_sorted():
     assert all(names(docs) == sorted(names(docs)) for docs in splits.values())
 
 
-def test_adding_documents_moves_no_other():
+def test_adding_documents_moves_no_other_to_another_split():
     documents = [(f'{i}.py', b'text') for i in range(1000)]
     before, after = split_documents(documents[::2]), split_documents(documents)
     assert all(set(before[split]) < set(after[split]) for split in ('train', 'val'))
@@ -258,7 +258,7 @@ def test_split_is_the_same_on_every_machine():
 
 
 def test_two_documents_of_one_name_still_give_two_splits():
-    name = names(split_documents([(f'{i}.py', b'text') for i in range(100)])['val'])[0]  # both belong in val
+    name = names(split_documents([(f'{i}.py', b'text') for i in range(100)])['val'])[0]  # hashed to val
     splits = split_documents([(name, b'1'), (name, b'2')])
     assert len(splits['train']) == len(splits['val']) == 1
 
@@ -281,7 +281,7 @@ def test_too_little_text_is_an_error(documents, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_chunks_are_whole_lines_of_about_a_megabyte():
+def test_chunks_are_whole_lines_of_about_one_megabyte():
     data = b''.join(b'x' * random.Random(i).randrange(2000) + b'\n' for i in range(3000)) + b'end'
     chunks = list(line_chunks(data))
     assert b''.join(chunks) == data and len(chunks) > 2
@@ -327,7 +327,7 @@ def test_large_vocabulary_is_written_and_read_as_uint32(tmp_path, monkeypatch):
     assert loader.batch(0)[1].max() == 70_256      # <|endoftext|>, beyond 16 bits
 
 
-def test_interrupted_prepare_is_not_taken_for_a_complete_one(tmp_path, monkeypatch):
+def test_interrupted_prepare_leaves_an_incomplete_folder(tmp_path, monkeypatch):
     documents = [('a', b'abc'), ('b', b'de')]
     prepare(documents, tmp_path, 300)
     TokenLoader(tmp_path, 'train', 1, 8, 0)
@@ -352,8 +352,8 @@ def write_tokens(folder, tokens, vocab_size=1000, dtype='uint16'):
         np.array(tokens, dtype).tofile(folder / f'{split}.bin')
 
 
-def rows(loader, indices):
-    """Return all (inputs, targets) rows of some batches, as tuples."""
+def sequences(loader, indices):
+    """Return the (inputs, targets) of all sequences of some batches, as tuples."""
     batches = [loader.batch(index) for index in indices]
     return [(tuple(x.tolist()), tuple(y.tolist())) for xs, ys, _ in batches for x, y in zip(xs, ys)]
 
@@ -369,12 +369,12 @@ def test_every_token_but_the_first_is_a_target_once_per_epoch(tmp_path_factory, 
     folder = tmp_path_factory.mktemp('tokens')
     write_tokens(folder, range(100, 100 + n))
     loader = TokenLoader(folder, split, batch_size, context, seed)
-    first, last = epoch * loader.n_windows, (epoch + 1) * loader.n_windows  # the epoch's global positions
+    first, last = epoch * loader.n_windows, (epoch + 1) * loader.n_windows  # the epoch's indices
     indices = range(first // batch_size, -(-last // batch_size))
-    epoch_rows = rows(loader, indices)[first % batch_size:][:loader.n_windows]
-    seen = [y for _, ys in epoch_rows for y in ys if y != -1]
+    epoch_sequences = sequences(loader, indices)[first % batch_size:][:loader.n_windows]
+    seen = [y for _, ys in epoch_sequences for y in ys if y != -1]
     assert sorted(seen) == list(range(101, 100 + n))
-    for xs, ys in epoch_rows:
+    for xs, ys in epoch_sequences:
         assert all(x + 1 == y if y != -1 else x == 0 for x, y in zip(xs, ys))
 
 
@@ -382,10 +382,10 @@ def test_every_token_but_the_first_is_a_target_once_per_epoch(tmp_path_factory, 
 def test_a_batch_depends_on_seed_and_index_alone(tmp_path_factory, n, batch_size, context, seed):
     folder = tmp_path_factory.mktemp('tokens')
     write_tokens(folder, range(n))
-    forward = rows(TokenLoader(folder, 'train', batch_size, context, seed), range(9))
+    forward = sequences(TokenLoader(folder, 'train', batch_size, context, seed), range(9))
     loader = TokenLoader(folder, 'train', batch_size, context, seed)
-    backward = [rows(loader, [index]) for index in reversed(range(9))]
-    assert forward == [row for batch in backward[::-1] for row in batch]
+    backward = [sequences(loader, [index]) for index in reversed(range(9))]
+    assert forward == [sequence for batch in backward[::-1] for sequence in batch]
 
 
 def test_batches_are_int64_of_batch_size_by_context(tmp_path):
@@ -399,17 +399,17 @@ def test_batches_are_int64_of_batch_size_by_context(tmp_path):
 def test_seeds_and_epochs_differ_in_order(tmp_path):
     write_tokens(tmp_path, range(401))             # 100 windows
     loader = TokenLoader(tmp_path, 'train', 10, 4, 0)
-    first, second = rows(loader, range(10)), rows(loader, range(10, 20))
-    other = rows(TokenLoader(tmp_path, 'train', 10, 4, 1), range(10))
+    first, second = sequences(loader, range(10)), sequences(loader, range(10, 20))
+    other = sequences(TokenLoader(tmp_path, 'train', 10, 4, 1), range(10))
     assert sorted(first) == sorted(second) == sorted(other)
     assert first != second and first != other and second != other and first != sorted(first)
 
 
 def test_even_and_odd_batches_partition_the_epoch(tmp_path):
     write_tokens(tmp_path, range(401))
-    ranks = [rows(TokenLoader(tmp_path, 'train', 5, 4, 0), range(rank, 20, 2)) for rank in (0, 1)]
+    ranks = [sequences(TokenLoader(tmp_path, 'train', 5, 4, 0), range(rank, 20, 2)) for rank in (0, 1)]
     assert not set(ranks[0]) & set(ranks[1])
-    assert sorted(ranks[0] + ranks[1]) == sorted(rows(TokenLoader(tmp_path, 'train', 100, 4, 0), [0]))
+    assert sorted(ranks[0] + ranks[1]) == sorted(sequences(TokenLoader(tmp_path, 'train', 100, 4, 0), [0]))
 
 
 def damage_tokens(folder, damage):
@@ -517,7 +517,7 @@ def test_text_skips_hidden_and_binary_and_counts_a_file_once(tmp_path):
     write_files(tmp_path / 'in2', {'a.txt': b'other'})
     found = text_documents([tmp_path / 'in', tmp_path / 'in' / 'a.txt', tmp_path / 'in2'])
     assert sorted(names(found)) == ['in/a.txt', 'in/empty', 'in/sub/b.txt', 'in2/a.txt']
-    assert names(text_documents([tmp_path / 'in' / '.hidden'])) == ['.hidden']  # named itself
+    assert names(text_documents([tmp_path / 'in' / '.hidden'])) == ['.hidden']  # given by name
 
 
 def test_stdlib_skips_tests_tables_packages_and_generated_files(tmp_path):
@@ -567,6 +567,6 @@ def test_bad_arguments_exit_non_zero_with_a_line_and_no_traceback(tmp_path, scri
     (tmp_path / 'EMPTY').mkdir()
     for name in ('a.txt', 'EMPTY'):
         arguments = [argument.replace(name, str(tmp_path / name)) for argument in arguments]
-    done = run(script, f'--out={tmp_path}/out', *arguments)  # of two --out, the last counts
+    done = run(script, f'--out={tmp_path}/out', *arguments)  # the last --out applies
     assert done.returncode == 1 and says in done.stderr
     assert done.stderr.startswith(f'data.{script}.prepare: ') and done.stderr.count('\n') == 1

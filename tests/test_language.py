@@ -1,4 +1,4 @@
-"""A model's language: what the tokenizer and the chat template of a folder make of text, against `transformers`."""
+"""The tokenizer and the chat template of a folder (runtime/language.py), compared with `transformers`."""
 import json
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 tokenizers = pytest.importorskip('tokenizers')
 transformers = pytest.importorskip('transformers')
 
-CONTROLS = ['<bos>', '<|im_start|>', '<|im_end|>', '<think>', '</think>']
+SPECIAL = ['<bos>', '<|im_start|>', '<|im_end|>', '<think>', '</think>']
 AROUND = {'begin': '<bos> $A', 'begin and end': '<bos> $A <|im_end|>', 'end': '$A <|im_end|>', 'nothing': None}
 TEMPLATE = """\
 {{- bos_token }}
@@ -33,17 +33,17 @@ CONVERSATIONS = [
 
 
 def write_language(folder, around='begin and end', template=TEMPLATE, config={}, **files):
-    """A byte-level tokenizer with these special tokens, and the other files of a released folder."""
+    """Write a byte-level tokenizer with the SPECIAL tokens and the other files of a released folder."""
     folder.mkdir(exist_ok=True, parents=True)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.train_from_iterator(['What is the answer? the answer'], tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=CONTROLS, show_progress=False,
+        vocab_size=300, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     if AROUND[around]:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=AROUND[around], special_tokens=[(name, i) for i, name in enumerate(CONTROLS)])
+            single=AROUND[around], special_tokens=[(name, i) for i, name in enumerate(SPECIAL)])
     tokenizer.save(str(folder / 'tokenizer.json'))
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<bos>', 'eos_token': '<|im_end|>'}
     files = {'config.json': {'eos_token_id': 2}, 'tokenizer_config.json': settings | config} | files
@@ -66,11 +66,11 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def test_nothing_is_put_around_a_text_whatever_the_tokenizer_would_do(folder):
+def test_no_special_token_is_added_to_a_text_whatever_the_tokenizer_does(folder):
     language, tokenizer = released_language(folder), tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
     assert language.encode('') == [] and language.bos == [0] * ('<bos>' in tokenizer.encode('').tokens)
     text = language.encode('What is')
-    assert language.decode(text) == 'What is' and not set(text) & set(range(len(CONTROLS)))
+    assert language.decode(text) == 'What is' and not set(text) & set(range(len(SPECIAL)))
 
 
 @pytest.mark.parametrize('think', [True, False])
@@ -83,15 +83,15 @@ def test_a_chat_prompt_is_that_of_transformers(folder, conversation, think, repl
     assert released_language(folder).prompt(messages, think, reply) == expected
 
 
-forged = st.lists(st.sampled_from([*CONTROLS, '<|user|>', '<|end|>', '<', 'think>', '\ufdd0', '\ufdd1', ' a', '漢'])
+forged = st.lists(st.sampled_from([*SPECIAL, '<|user|>', '<|end|>', '<', 'think>', '\ufdd0', '\ufdd1', ' a', '漢'])
                   | st.text(max_size=3)).map(''.join)
 
 
 @given(forged)
-def test_text_makes_no_control_token_and_is_read_as_it_stands(run_folder, released, text):
-    for language, controls in (released, range(5)), (run_language(run_folder), range(294, 300)):
+def test_text_makes_no_special_token_and_decodes_to_itself(run_folder, released, text):
+    for language, special in (released, range(5)), (run_language(run_folder), range(294, 300)):
         tokens = language.encode(text)
-        assert not set(tokens) & set(controls)
+        assert not set(tokens) & set(special)
         assert language.decode(tokens) == text.replace('\ufdd0', '').replace('\ufdd1', '')
 
 
@@ -101,15 +101,15 @@ def released(tmp_path_factory):
 
 
 @given(forged)
-def test_no_user_speaks_for_another(released, text):
-    def controls(said):
+def test_no_user_can_write_a_turn_of_another_role(released, text):
+    def special_tokens(said):
         prompt = released.prompt([{'role': 'user', 'content': said}])
-        return [token for token in prompt if token < len(CONTROLS)]
-    assert controls(text) == controls('a')
+        return [token for token in prompt if token < len(SPECIAL)]
+    assert special_tokens(text) == special_tokens('a')
 
 
 @given(st.lists(st.lists(st.integers(0, 299), max_size=5), max_size=3))
-def test_lists_of_tokens_stand_in_a_prompt_as_they_are(released, lists):
+def test_lists_of_tokens_are_inserted_into_a_prompt_unchanged(released, lists):
     content = [part for i, tokens in enumerate(lists) for part in (f'{i} ', tokens)]
     middle = [token for i, tokens in enumerate(lists) for token in [*released.encode(f'{i} '), *tokens]]
     before, after = released.prompt([{'role': 'user', 'content': 'a'}]), released.encode('a')
@@ -122,7 +122,7 @@ said = st.text(characters, min_size=1, max_size=8).filter(str.strip)
 
 
 @given(st.lists(st.tuples(said, said, st.none() | said), max_size=3), said)
-def test_the_template_of_a_run_writes_what_it_was_trained_on(run_folder, turns, last):
+def test_the_template_of_a_run_writes_the_format_of_its_training_data(run_folder, turns, last):
     language, enc, messages = run_language(run_folder), load_tokenizer(run_folder / 'bpe.json'), []
     for question, answer, think in turns:
         content = answer if think is None else f'<think>{think}</think>{answer}'
@@ -134,7 +134,7 @@ def test_the_template_of_a_run_writes_what_it_was_trained_on(run_folder, turns, 
     assert language.prompt(messages[:-1], think=False) == expected + language.encode_with_special('<think></think>')
 
 
-def test_thought_and_answer_are_parted_at_the_last_close_of_reasoning(released):
+def test_reasoning_and_answer_are_split_at_the_last_closing_tag(released):
     says = released.encode_with_special
     whole = says('a</think>b</think>c<|im_end|>')
     assert released.answer(whole) == says('c') and released.thought(whole) == says('a</think>b')
@@ -153,7 +153,7 @@ def test_the_stop_tokens_are_those_of_generation_config_else_of_config(tmp_path,
 
 @pytest.mark.parametrize('stored', [TEMPLATE, [{'name': 'tools', 'template': 'no'},
                                                {'name': 'default', 'template': TEMPLATE}]])
-def test_a_template_may_stand_in_the_tokenizer_s_settings(tmp_path, released, stored):
+def test_a_template_may_be_in_tokenizer_config(tmp_path, released, stored):
     language = released_language(write_language(tmp_path, template=None, config={'chat_template': stored}))
     messages = [{'role': 'user', 'content': 'What?'}]
     assert language.prompt(messages) == released.prompt(messages)

@@ -1,4 +1,4 @@
-"""The loops task (tasks/loops/): the verifier, the traces, the made-up experts, the prepared sets, the experiments."""
+"""The loops task (tasks/loops/): the verifier, solutions, simulated candidates and the prepared datasets."""
 import json
 import random
 import re
@@ -37,7 +37,7 @@ def interpret(question):
 
 
 def steps_of(problem, text):
-    """Return (first value, [(steps done, value), ...]) of the text of a trace, every character accounted for."""
+    """Return (first value, [(steps done, value), ...]) of the text of a solution, which must parse completely."""
     first, rest = int(text[0]), text[1:]
     steps = re.findall(r'([1-9])([a-h])([-+*]\d)=(\d)', rest)
     assert ''.join(f'{loop}{label}{op}={value}' for loop, label, op, value in steps) == rest
@@ -65,14 +65,14 @@ def test_by_example():
 @pytest.mark.parametrize('question', [
     '', '4x:a-2', '0x:a-2=1', '4x:=1', '4x:b-2=1', '4x:a-6=1', '4x:a*2=1', '4x:a-2=11', '4x:a-2a+1=3', '4x:a-2=1\n',
     '4x:' + ''.join(f'{label}+1' for label in task.LABELS + '{') + '=3', '٤x:a-2=1', '4x:a-2=٣'])
-def test_what_is_no_question_gets_one_line(question):
+def test_an_invalid_question_is_a_one_line_error(question):
     with pytest.raises(ValueError, match='is not a question like') as error:
         parse(question)
     assert '\n' not in str(error.value)
 
 
 def test_every_operation_can_be_undone():
-    """So that an error never heals by itself: it can only be outvoted."""
+    """So a single error is never undone by later steps: it can only be outvoted."""
     for operation in OPERATIONS:
         assert sorted(task.apply(operation, value) for value in range(10)) == list(range(10))
 
@@ -102,7 +102,7 @@ def test_the_hash_divides_questions_in_a_fixed_proportion():
 
 
 def questions_in(folder, split):
-    """Return the questions of a prepared set, one for each of its documents."""
+    """Return the questions of a prepared dataset, one per document."""
     meta, enc = json.loads((folder / 'meta.json').read_text()), load_tokenizer(folder / 'bpe.json')
     text = enc.decode(np.fromfile(folder / f'{split}.bin', meta['dtype']).tolist())
     found = re.findall(r'<\|user\|>(.*?=\d)', text)
@@ -127,14 +127,14 @@ def test_train_val_and_test_share_no_question(prepared, name):
 
 def test_an_operation_and_every_other_character_is_one_token(tmp_path):
     save_tokenizer(tmp_path / 'bpe.json', ENC)
-    for enc in ENC, load_tokenizer(tmp_path / 'bpe.json'):      # the file holds all of it
+    for enc in ENC, load_tokenizer(tmp_path / 'bpe.json'):      # the file is complete
         pieces = [enc.decode([token]) for token in enc.encode_ordinary('4x:a-2b*7=0[4a-2=8]\n')]
         assert pieces == ['4', 'x', ':', 'a', '-2', 'b', '*7', '=', '0', '[', '4', 'a', '-2', '=', '8', ']', '\n']
         assert ENC.decode(enc.encode_ordinary('any é text +12')) == 'any é text +12'
 
 
 @given(st.lists(st.lists(st.integers(0, 255), max_size=10), max_size=4))
-def test_a_prompt_holds_question_and_tails_and_is_no_longer(tails):
+def test_a_prompt_consists_of_question_and_tails(tails):
     question = ENC.encode_ordinary('4x:a-2=0')
     prompt = build_prompt(question, tails)
     assert len(prompt) == len(question) + 4 + sum(len(tail) + 2 for tail in tails)
@@ -143,17 +143,17 @@ def test_a_prompt_holds_question_and_tails_and_is_no_longer(tails):
         build_prompt(question, [[*tail, CLOSE, 55] for tail in tails])          # a tail ends in its last value
 
 
-def test_an_answer_is_there_only_when_it_is_complete():
+def test_only_a_complete_answer_is_an_answer():
     said = [*ENC.encode_ordinary('81a-2=6'), CLOSE, *ENC.encode_ordinary('6'), END]
     assert ENC.decode(answer_of(said)) == '6'
     assert [answer_of(said[:n]) for n in range(len(said))] == [None] * len(said)
     assert answer_of([CLOSE, END]) is None and answer_of([CLOSE, 54, 55, END]) is None
 
 
-# ---- traces ----
+# ---- solutions ----
 
 @given(problems, seeds)
-def test_a_clean_trace_runs_the_program(problem, seed):
+def test_a_solution_without_noise_runs_the_program(problem, seed):
     (turn,) = trace_sample(random.Random(seed), problem, noise=0)
     assert [turn.think[0], turn.think[-1], turn.answer[-1]] == [THINK, CLOSE, END]
     assert ENC.decode(turn.prompt) == f'<|user|>{problem.question}<|end|><|assistant|>'
@@ -164,18 +164,18 @@ def test_a_clean_trace_runs_the_program(problem, seed):
 
 
 @given(problems, seeds)
-def test_after_an_error_a_trace_goes_on_from_the_wrong_value(problem, seed):
+def test_after_an_error_a_solution_continues_from_the_wrong_value(problem, seed):
     chain = continue_chain(problem, [(0, problem.start)], problem.steps, random.Random(seed), 0.3)
     right = [task.apply(problem.operations[i % len(problem.operations)], value) for i, value in chain[:-1]]
     errors = [said != value for (_, said), value in zip(chain[1:], right)]
     assert [done for done, _ in chain] == list(range(problem.steps + 1))
-    if sum(errors) == 1:                                        # one alone is never undone
+    if sum(errors) == 1:                                        # a single error is never undone
         assert chain[-1][1] != solve(problem.question)
     done, value = continue_chain(problem, [(0, problem.start)], 1, random.Random(seed), 1)[-1]
-    assert done == 1 and value != interpret(problem.question)[1]                # all are wrong if so asked
+    assert done == 1 and value != interpret(problem.question)[1]                # with noise 1 every value is wrong
 
 
-def test_as_many_values_are_wrong_as_was_asked_for():
+def test_the_fraction_of_wrong_values_is_the_noise_rate():
     rng, n, wrong = random.Random(0), 0, 0
     for _ in range(400):
         problem = draw_problem(rng, 20, 40, 'train')
@@ -186,7 +186,7 @@ def test_as_many_values_are_wrong_as_was_asked_for():
 
 
 @given(problems, seeds)
-def test_judge_knows_right_from_wrong(problem, seed):
+def test_judge_tells_right_from_wrong_values(problem, seed):
     rng = random.Random(seed)
     chain = continue_chain(problem, [(0, problem.start)], rng.randint(1, problem.steps), rng, 0.2)
     done, value = chain[-1]
@@ -198,8 +198,8 @@ def test_judge_knows_right_from_wrong(problem, seed):
     assert judge('4x:a-2b*7c+3=5', '59b*7=5') == judge('4x:a-2b*7c+3=5', '54z-2=5') == 'wrong'     # no such steps
 
 
-def test_as_many_rounds_as_a_trace_takes():
-    """Counted by hand: rollouts that each state the value, then write whole steps, and the answer if it fits."""
+def test_rounds_needed_by_a_solution():
+    """Count rollouts that each state the value, then write whole steps, and the answer if it fits."""
     def rollouts(steps, budget):
         n = 0
         while True:
@@ -216,7 +216,7 @@ def test_as_many_rounds_as_a_trace_takes():
 # ---- aggregation ----
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=5))
-def test_a_vote_is_for_the_fullest_place_and_then_for_the_commonest_value(ends):
+def test_the_vote_is_over_the_steps_done_and_then_over_the_value(ends):
     places = [place for place, _ in ends]
     place = max(p for p in places if places.count(p) == max(map(places.count, places)))
     values = [value for p, value in ends if p == place]
@@ -225,7 +225,7 @@ def test_a_vote_is_for_the_fullest_place_and_then_for_the_commonest_value(ends):
 
 
 def aggregated(n=300, candidates=4, **kwargs):
-    """Return [(problem, tails as text, what is to be said as text)] of n aggregation samples."""
+    """Return [(problem, tails, continuation)], the latter as text, of n aggregation samples."""
     rng, found = random.Random(0), []
     for _ in range(n):
         problem = draw_problem(rng, 3, 72, 'train')
@@ -252,7 +252,7 @@ def test_the_value_stated_after_aggregation_is_right_whatever_the_noise(candidat
             assert int(said[0]) == truth[-1] and re.fullmatch(r'(\d)</think>\1<\|end\|>', said)
             continue
         loop, label = int(said[1]), said[2]
-        done = (problem.loops - loop) * len(problem.operations) + 'abcdefgh'.index(label)       # the next step's number
+        done = (problem.loops - loop) * len(problem.operations) + 'abcdefgh'.index(label)       # index of the next step
         assert int(said[0]) == truth[done]
 
 
@@ -265,7 +265,7 @@ def test_a_continuation_is_cut_after_one_step_or_at_the_budget():
     assert max(len(ENC.encode(said, allowed_special='all')) for _, _, said in aggregated(600, budget=13, tail=5)) == 13
 
 
-def test_continuations_go_on_with_the_program():
+def test_continuations_follow_the_program():
     for problem, tails, said in aggregated(noise=0, short=0):
         truth, text = interpret(problem.question), said.partition('</think>')[0]
         first, steps = steps_of(problem, text[:1 + 6 * (len(text) // 6)] if len(text) % 6 == 1 else text)
@@ -281,7 +281,7 @@ def test_without_candidates_it_is_the_first_round():
         assert len(ENC.encode(said, allowed_special='all')) == min(41, 1 + STEP * problem.steps + 3)
 
 
-def test_experts_err_lag_stop_early_and_finish():
+def test_simulated_candidates_err_lag_skip_and_finish():
     rng, seen = random.Random(0), Counter()
     for _ in range(2000):
         problem = draw_problem(rng, 20, 40, 'train')
@@ -296,13 +296,13 @@ def test_experts_err_lag_stop_early_and_finish():
         seen['early'] += '</think>' in text and done < problem.steps
         seen['finished'] += '</think>' in text and done == problem.steps
         seen['unfinished at the end'] += '</think>' not in text and done == problem.steps
-        short = ENC.decode(tail_of(rng, problem, chain, 10, written=0))         # before the end a step shows the place
+        short = ENC.decode(tail_of(rng, problem, chain, 10, written=0))         # a step shows the position
         assert '=' in short if done < problem.steps else re.fullmatch(fr'{value}(</think>{value})?', short)
     assert 0.45 < seen['right'] / 2000 < 0.65
     assert len(seen) == 6 and min(seen.values()) > 20, seen
 
 
-def test_candidates_often_end_with_a_round_and_finished_ones_have_little_to_say():
+def test_candidates_often_stop_at_the_end_of_a_round_and_finished_ones_have_few_steps_left():
     seen = Counter()
     for problem, tails, said in aggregated(1000):
         if problem.steps < 16:
@@ -313,20 +313,20 @@ def test_candidates_often_end_with_a_round_and_finished_ones_have_little_to_say(
         ends = [(problem.loops - int(loop)) * len(problem.operations) + 'abcdefgh'.index(label) + 1
                 for tail in tails for loop, label in re.findall(r'(\d)([a-h])[-+*]\d=\d$', tail)]
         seen['at the end of a round'] += bool(ends) and max(Counter(ends), key=Counter(ends).get) % 8 == 0
-    assert seen['at the end of a round'] / seen['problems'] > 0.3               # 1 / 8 if they were anywhere
+    assert seen['at the end of a round'] / seen['problems'] > 0.3               # 1 / 8 if they stopped anywhere
     assert seen['all finished in the round before'] > 5
 
 
-# ---- prepared sets ----
+# ---- prepared datasets ----
 
-def test_a_mixture_of_both_sets_can_be_trained_on(prepared):
+def test_a_mixture_of_both_datasets_can_be_trained_on(prepared):
     loader, _ = open_dataset(f'{prepared}/traces:0.5 {prepared}/votes:0.5', 'train', 4, 128, seed=0)
     x, y, start = loader.batch(0)
     assert x.shape == y.shape == start.shape == (4, 128) and (y >= 0).any() and start[:, 0].all()
     assert loader.vocab_size == ENC.n_vocab
 
 
-def test_the_same_seed_prepares_the_same_sets(prepared, tmp_path):
+def test_the_same_seed_prepares_the_same_datasets(prepared, tmp_path):
     prepare_loops(LoopsConfig(str(tmp_path / 'again'), context=128, traces=300, votes=300, high=30))
     prepare_loops(LoopsConfig(str(tmp_path / 'other'), context=128, traces=300, votes=300, high=30, seed=1))
     for path in 'traces/train.bin', 'traces/val.flags', 'votes/train.bin', 'votes/val.bin':
@@ -335,8 +335,8 @@ def test_the_same_seed_prepares_the_same_sets(prepared, tmp_path):
 
 
 @pytest.mark.parametrize('rule, answers', [('ap', True), ('truncate', False), ('drop', True)])
-def test_the_rules_treat_long_solutions_as_they_say(tmp_path, rule, answers):
-    low = 3 if rule == 'drop' else 25                           # with 25 steps or more, nothing would be left to pack
+def test_the_rules_keep_or_drop_answers_of_long_solutions(tmp_path, rule, answers):
+    low = 3 if rule == 'drop' else 25                           # with 25 steps or more, every sample would be dropped
     prepare_loops(LoopsConfig(str(tmp_path), context=128, traces=100, votes=10, low=low, rule=rule))
     enc = load_tokenizer(tmp_path / 'traces/bpe.json')
     text = enc.decode(np.fromfile(tmp_path / 'traces/train.bin', '<u2').tolist())

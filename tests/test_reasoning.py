@@ -1,4 +1,4 @@
-"""Conversations to tokens, trimming, packing (data/reasoning.py), and the script that does all of it (data/chat/)."""
+"""Conversations to tokens, trimming and packing (data/reasoning.py), and the script data/chat/prepare.py."""
 
 import itertools
 import json
@@ -78,7 +78,7 @@ def test_special_strings_in_content_stay_ordinary_text(turns):
 
 @pytest.mark.parametrize('content, expected', [
     ('answer', (None, 'answer')),
-    ('\n<think>\nt\n</think>\n\na', ('\nt\n', '\n\na')),       # white space is the model's to learn
+    ('\n<think>\nt\n</think>\n\na', ('\nt\n', '\n\na')),       # white space is kept
     ('<think></think>a', ('', 'a')),
     ('<think>t</think>a</think>b', ('t', 'a</think>b')),
     ('<think>t<think>u</think>a', ('t<think>u', 'a')),
@@ -107,7 +107,7 @@ GOOD = line_of('q', 'a')
 
 def test_conversations_are_read_line_by_line(tmp_path):
     path = tmp_path / 'some.jsonl'
-    odd = line_of('QUESTION', 'd').replace(b'QUESTION', 'a\u2028b\x85c'.encode())  # str.splitlines would cut this line
+    odd = line_of('QUESTION', 'd').replace(b'QUESTION', 'a\u2028b\x85c'.encode())  # splits in str.splitlines
     last = line_of('q', '<think>t</think>a', id=3)
     path.write_bytes(b'\n'.join([b'\xef\xbb\xbf' + GOOD, b'', odd + b'\r', b'  ', last]))
     read = read_conversations(path)
@@ -156,7 +156,7 @@ def test_file_without_conversations_is_an_error(tmp_path):
 
 @st.composite
 def samples(draw):
-    """Draw 1 to 4 turns whose tokens are all different, so that one can see where each came from."""
+    """Draw 1 to 4 turns with distinct tokens, so that the origin of each token is known."""
     count = itertools.count(1)
 
     def take(n):
@@ -175,13 +175,13 @@ def without_reasoning(sample):
 
 @st.composite
 def tight(draw):
-    """Draw a sample and a budget, from just too small for its questions and answers to just enough for it all."""
+    """Draw a sample and a budget, from one less than its questions and answers need to the whole length."""
     sample = draw(samples())
     return sample, draw(st.sampled_from(range(length(without_reasoning(sample)) - 1, length(sample) + 1)))
 
 
-def by_the_book(sample, budget):
-    """Trim by trial: return the first that fits of all that the four rules allow, in their order."""
+def trim_by_trial(sample, budget):
+    """Return the first result of the four rules, in order, that fits."""
     *earlier, last = sample
     tries = [(sample, 'kept')]
     for before, what in ((earlier, 'cut'), (without_reasoning(earlier), 'earlier dropped')):
@@ -196,7 +196,7 @@ def by_the_book(sample, budget):
 @given(tight())
 def test_ap_trimming_is_the_four_rules_tried_in_turn(sample_and_budget):
     sample, budget = sample_and_budget
-    assert ap_trim(sample, budget) == by_the_book(sample, budget)
+    assert ap_trim(sample, budget) == trim_by_trial(sample, budget)
 
 
 @settings(max_examples=100)
@@ -226,7 +226,7 @@ def test_every_question_and_answer_survives_whole(sample_and_budget):
 
 @settings(max_examples=100)
 @given(tight())
-def test_kept_of_the_last_trace_is_the_longest_prefix_that_fits_between_its_tags(sample_and_budget):
+def test_the_last_reasoning_keeps_the_longest_prefix_that_fits_with_its_tags(sample_and_budget):
     sample, budget = sample_and_budget
     trimmed, what = ap_trim(sample, budget)
     if what in ('cut', 'earlier dropped'):
@@ -235,7 +235,7 @@ def test_kept_of_the_last_trace_is_the_longest_prefix_that_fits_between_its_tags
         assert reasoning(kept) == reasoning(whole)[:n]
         if n:
             assert [kept.think[0], kept.think[-1]] == [whole.think[0], whole.think[-1]]
-        if kept != whole:                          # one token more would not fit, with its tags
+        if kept != whole:                          # one more token and the tags would not fit
             rest = length(trimmed) - len(kept.think)
             assert rest + 2 + n + 1 > budget
             assert length(trimmed) == budget if n else kept.think == []
@@ -243,10 +243,10 @@ def test_kept_of_the_last_trace_is_the_longest_prefix_that_fits_between_its_tags
 
 @settings(max_examples=100)
 @given(tight())
-def test_earlier_reasoning_is_dropped_only_if_cutting_the_last_does_not_do(sample_and_budget):
+def test_earlier_reasoning_is_dropped_only_if_cutting_the_last_does_not_suffice(sample_and_budget):
     sample, budget = sample_and_budget
     trimmed, what = ap_trim(sample, budget)
-    needed = length(sample) - len(sample[-1].think)            # with all earlier reasoning, and none at the end
+    needed = length(sample) - len(sample[-1].think)            # with all earlier reasoning but not the last
     if trimmed is not None:
         earlier = sample[:-1] if budget >= needed else without_reasoning(sample[:-1])
         assert trimmed[:-1] == earlier
@@ -271,14 +271,14 @@ def test_ap_trimming_twice_is_ap_trimming_once(sample_and_budget):
 
 @settings(max_examples=100)
 @given(tight())
-def test_a_larger_budget_keeps_no_less_by_no_later_rule(sample_and_budget):
+def test_a_larger_budget_never_gives_a_shorter_result_or_a_later_rule(sample_and_budget):
     sample, budget = sample_and_budget
     (smaller, what), (larger, later) = ap_trim(sample, budget), ap_trim(sample, budget + 1)
     rank = ['kept', 'cut', 'earlier dropped', 'dropped'].index
     assert rank(later) <= rank(what)
     if smaller is not None:
         assert length(larger) >= length(smaller)
-        if later == what:                          # the same rule: each trace starts with what it was before
+        if later == what:                          # same rule: the shorter reasoning is a prefix
             assert all(reasoning(b)[:len(reasoning(a))] == reasoning(a) for a, b in zip(smaller, larger))
 
 
@@ -298,7 +298,7 @@ def test_drop_keeps_all_or_nothing(sample_and_budget):
 
 
 @given(st.lists(samples(), max_size=8), st.integers(0, 60), st.sampled_from(list(RULES)))
-def test_trim_counts_what_was_done_and_leaves_what_is_left(many, budget, rule):
+def test_trim_counts_outcomes_and_returns_the_trimmed_samples(many, budget, rule):
     flat, done = trim(iter(many), budget, rule)
     each = [RULES[rule](sample, budget) for sample in many]
     assert done == Counter(what for _, what in each)
@@ -310,7 +310,7 @@ def test_trim_counts_what_was_done_and_leaves_what_is_left(many, budget, rule):
 
 
 def naive_best_fit_decreasing(lengths, capacity):
-    """Return the space left in each bin, by definition: compare with every bin."""
+    """Return the space left in each bin, by definition: comparing each sample with every bin."""
     spaces = []
     for n in sorted(lengths, reverse=True):
         fitting = [b for b, space in enumerate(spaces) if space >= n]
@@ -322,7 +322,7 @@ def naive_best_fit_decreasing(lengths, capacity):
 
 
 def first_fit(lengths, capacity):
-    """Return the number of bins when each sample, as it comes, goes into the first that has room."""
+    """Return the number of bins of first-fit: each sample, in order, goes into the first bin that has room."""
     spaces = np.full(len(lengths), capacity)
     for n in lengths:
         spaces[np.argmax(spaces >= n)] -= n
@@ -340,7 +340,7 @@ def test_every_sample_is_in_one_bin_and_no_bin_is_over_full(lengths_and_capacity
     bins = pack(lengths, capacity)
     assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in members) <= capacity for members in bins)
-    assert bins == pack(np.array(lengths, int), capacity)      # and the same each time
+    assert bins == pack(np.array(lengths, int), capacity)      # deterministic
 
 
 @settings(max_examples=150)
@@ -368,7 +368,7 @@ def test_packing_needs_at_most_one_percent_more_bins_than_first_fit(name):
         assert len(pack(lengths, CAPACITY)) <= 1.01 * first_fit(lengths, CAPACITY) + 1
 
 
-@pytest.mark.parametrize('name', ['uniform', 'short', 'trimmed'])     # of long ones no two fit together, whoever packs
+@pytest.mark.parametrize('name', ['uniform', 'short', 'trimmed'])     # two long samples never fit together
 def test_packing_is_within_two_percent_of_the_lower_bound(name):
     for seed in range(5):
         lengths = DISTRIBUTIONS[name](np.random.default_rng(seed), 2000).tolist()
@@ -382,10 +382,10 @@ def test_a_hundred_thousand_samples_pack_in_seconds():
     lengths = np.random.default_rng(0).integers(1, 4097, 100_000).tolist()
     start = time.perf_counter()
     pack(lengths, 4096)
-    assert time.perf_counter() - start < 10        # 0.3 s here; comparing with every bin takes minutes
+    assert time.perf_counter() - start < 10        # 0.3 s; comparing with every bin takes minutes
 
 
-def test_lower_bound_and_padding_of_a_case_done_by_hand():
+def test_lower_bound_and_padding_of_a_case_computed_by_hand():
     bins = pack([3, 5, 2, 4], 7)                   # 5 + 2, 4 + 3
     assert bins == [[1, 2], [3, 0]]
     assert padding([3, 5, 2, 4], bins, 7) == (0, 2)
@@ -400,11 +400,11 @@ def test_sample_that_cannot_be_packed_is_a_one_line_error_naming_it(lengths, say
     one_line(raised)
 
 
-# --- packed sets -------------------------------------------------------------------------------------------
+# --- packed datasets----------------------------------------------------------------------------------------
 
 
 def read_packed(folder, split):
-    """Return the documents of a split, (tokens, which of them are targets) each, and how many positions are padding."""
+    """Return the documents of a split, each as (tokens, is_target), and the number of padding positions."""
     meta = json.loads((folder / 'meta.json').read_text())
     shape = meta[split]['windows'], meta['packed']
     windows = np.fromfile(folder / f'{split}.bin', meta['dtype']).reshape(shape)
@@ -414,22 +414,22 @@ def read_packed(folder, split):
         starts = np.flatnonzero(flags & STARTS)
         assert starts[0] == 0 and flags.max() <= (SCORED | STARTS)
         for tokens, marks in zip(np.split(window, starts)[1:], np.split(flags, starts)[1:]):
-            assert not marks[-1] & SCORED          # the next token is another document's
+            assert not marks[-1] & SCORED          # the next token belongs to another document
             if tokens.any():
                 documents.append((tokens.tolist(), [False] + (marks[:-1] & SCORED).astype(bool).tolist()))
             else:
                 n_padding += len(tokens)
-                assert not (marks & SCORED).any() and len(tokens) == len(window) - starts[-1]   # it comes last
+                assert not (marks & SCORED).any() and len(tokens) == len(window) - starts[-1]   # at the end
     return documents, n_padding
 
 
 def write(splits, out, capacity):
-    """Write a packed set into the folder out; return its meta.json."""
+    """Write a packed dataset to the folder out; return its meta.json."""
     write_packed(splits, out, capacity, ENC)
     return json.loads((out / 'meta.json').read_text())
 
 
-FLAT = st.integers(1, 12).flatmap(lambda n: st.tuples(        # tokens from 1 up, for 0 is padding; their scores
+FLAT = st.integers(1, 12).flatmap(lambda n: st.tuples(        # tokens from 1 (0 is padding) and their scores
     st.lists(st.integers(1, 299), min_size=n, max_size=n), st.lists(st.booleans(), min_size=n, max_size=n)))
 SURE = st.just(([5, 6], [False, True]))                        # a split without a target is an error
 
@@ -442,7 +442,7 @@ def test_packed_documents_read_back_with_their_targets(tmp_path_factory, train, 
     meta = write(splits, folder, capacity)
     for split, flat in splits.items():
         documents, n_padding = read_packed(folder, split)
-        # a document's first token is nobody's target, whatever its score
+        # a document's first token is never a target
         assert sorted(documents) == sorted((tokens, [False] + scored[1:]) for tokens, scored in flat)
         n_tokens, counts = sum(len(tokens) for tokens, _ in flat), meta[split]
         assert (counts['tokens'], counts['documents']) == (n_tokens, len(flat))
@@ -453,7 +453,7 @@ def test_packed_documents_read_back_with_their_targets(tmp_path_factory, train, 
         'bpe.json', 'meta.json', 'train.bin', 'train.flags', 'val.bin', 'val.flags']
 
 
-def test_flags_of_a_window_done_by_hand(tmp_path):
+def test_flags_of_a_window_computed_by_hand(tmp_path):
     write({'train': [([7, 8, 9], [False, True, True]), ([5, 6], [True, False])]}, tmp_path, 8)
     assert np.fromfile(tmp_path / 'train.bin', '<u2').tolist() == [7, 8, 9, 5, 6, 0, 0, 0]
     assert np.fromfile(tmp_path / 'train.flags', np.uint8).tolist() == [3, 1, 0, 2, 0, 2, 0, 0]
@@ -467,7 +467,7 @@ def test_large_vocabulary_is_written_as_uint32(tmp_path):
     assert json.loads((tmp_path / 'meta.json').read_text())['dtype'] == 'uint32'
 
 
-def test_interrupted_write_is_not_taken_for_a_complete_one(tmp_path, monkeypatch):
+def test_interrupted_write_leaves_an_incomplete_folder(tmp_path, monkeypatch):
     write({'train': [([5, 6], [False, True])]}, tmp_path, 8)
 
     def interrupt(*arguments):
@@ -478,7 +478,7 @@ def test_interrupted_write_is_not_taken_for_a_complete_one(tmp_path, monkeypatch
     assert not (tmp_path / 'meta.json').exists()
 
 
-def test_a_run_that_reads_the_old_files_keeps_them(tmp_path):
+def test_a_memory_mapped_old_file_stays_unchanged(tmp_path):
     write({'train': [([5, 6], [False, True])]}, tmp_path, 4)
     old = [np.memmap(tmp_path / f'train.{suffix}', np.uint8, mode='r') for suffix in ('bin', 'flags')]
     before = [bytes(mapped) for mapped in old]
@@ -510,7 +510,7 @@ def run(*arguments, **environment):
 
 
 def write_sums(path, n=40):
-    """Write conversations about sums, with longer and shorter reasoning; every fifth has two turns. Return them."""
+    """Write conversations about sums, with reasoning of several lengths; every fifth has two turns. Return them."""
     lines, all_messages = [], []
     for i in range(n):
         think = ' and then '.join(f'{i} plus {k} is {i + k}' for k in range(i % 7 + 1))
@@ -521,7 +521,7 @@ def write_sums(path, n=40):
     return all_messages
 
 
-def test_script_prepares_a_packed_set_in_which_every_answer_survives_the_same_each_time(tmp_path):
+def test_script_is_deterministic_and_preserves_every_answer(tmp_path):
     conversations = write_sums(tmp_path / 'sums.jsonl')
     outs = [tmp_path / 'out0', tmp_path / 'out1']
     for seed, out in enumerate(outs):
@@ -542,7 +542,7 @@ def test_script_prepares_a_packed_set_in_which_every_answer_survives_the_same_ea
                    and all(end in text for end in ends) for text in samples)
 
 
-def test_tokenizer_from_gives_two_sets_one_vocabulary(tmp_path):
+def test_tokenizer_from_gives_two_datasets_one_vocabulary(tmp_path):
     write_sums(tmp_path / 'sums.jsonl')
     (tmp_path / 'other').mkdir()
     save_tokenizer(tmp_path / 'other' / 'bpe.json', ENC)
@@ -552,7 +552,7 @@ def test_tokenizer_from_gives_two_sets_one_vocabulary(tmp_path):
     assert json.loads((tmp_path / 'out' / 'meta.json').read_text())['vocab_size'] == ENC.n_vocab
 
 
-def test_conversations_with_one_question_are_on_one_side_of_the_split(tmp_path):
+def test_conversations_with_the_same_question_are_in_the_same_split(tmp_path):
     lines = [line_of(f'question {i // 5}', f'answer {i}') for i in range(500)]
     (tmp_path / 'some.jsonl').write_bytes(b'\n'.join(lines))
     prepare_chat([tmp_path / 'some.jsonl'], ChatConfig(out=str(tmp_path), vocab_size=300))
@@ -562,7 +562,7 @@ def test_conversations_with_one_question_are_on_one_side_of_the_split(tmp_path):
     assert len(questions[0]) + len(questions[1]) == 100 and not questions[0] & questions[1]
 
 
-def test_think_tags_teach_the_vocabulary_nothing_but_those_in_text_do():
+def test_think_tags_are_not_in_the_text_that_trains_the_vocabulary():
     found = texts([messages_of([('<think>q</think>', '', 't', 'a'), ('r', '', None, 'b </think>')])])
     assert list(found) == ['<think>q</think>', 't', 'a', 'r', 'b </think>']
 
@@ -587,6 +587,6 @@ def test_bad_arguments_exit_non_zero_with_a_line_and_no_traceback(tmp_path, argu
     (tmp_path / 'EMPTY').mkdir()
     for name in ('sums.jsonl', 'bad.jsonl', 'one.jsonl', 'EMPTY'):
         arguments = [argument.replace(name, str(tmp_path / name)) for argument in arguments]
-    done = run(f'--out={tmp_path}/out', *arguments)  # of two --out, the last counts
+    done = run(f'--out={tmp_path}/out', *arguments)  # the last --out applies
     assert done.returncode == 1 and says in done.stderr
     assert done.stderr.startswith('data.chat.prepare: ') and done.stderr.count('\n') == 1
