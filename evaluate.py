@@ -50,8 +50,8 @@ class Row(NamedTuple):
 
 
 def measure(policy, problems, settings, options=SamplingOptions(), name='', rows=512, unbounded=False):
-    """Solve problems by Markovian RSA, at most `rows` outputs per batch. Return a Row. unbounded: the budget is the rest
-    of the context after the question, not that of the settings."""
+    """Solve problems by Markovian RSA, at most `rows` outputs per batch. Return a Row. unbounded: the budget is the
+    rest of the context after the question, not that of the settings."""
     generate, at_a_time = policy.sampler(options), max(1, rows // settings.population)
     scores, tokens, longest, began = [], 0, 0, time.perf_counter()
     groups = defaultdict(list)                                  # budget -> its problems

@@ -9,8 +9,8 @@ more likely, those of wrong ones less likely (ZAYA1-8B report, arXiv 2605.05365,
     L    = -1/R sum_i A_i sum_t m_it p_it / q_it                summed over tokens t, mean over R rollouts
 
 q_it is the probability with which the generator sampled token t; p_it is the learner's, through which the gradient
-flows. There is no KL term and no clipping. Groups all right or all wrong have A = 0: they are replaced by other prompts,
-up to a limit.
+flows. There is no KL term and no clipping. Groups all right or all wrong have A = 0: other prompts replace them, up to
+a limit.
 
 Router replay. Generator and learner may differ by rounding, which changes the choice between two nearly tied experts.
 So the learner uses the experts that the generator chose. Only the choice is replayed: the weights of the experts are
@@ -18,10 +18,10 @@ computed by the learner, and through them the router receives gradients.
 
 There are two kinds of prompts. Some are problems, solved in one rollout; their length increases while most are solved.
 The others are rounds of Markovian RSA (rsa.py): the G rollouts of a prompt are a population, and the next round has G
-new rollouts whose prompt holds some of its tails, including wrong ones. These are the model's own tails, unlike those of
-its training data. Most rounds end before an answer. Their last value must then be right, which can be verified as well:
-the program determines the value after every step. A rollout that does not continue from a tail has reward 0 (verify in
-tasks/loops/task.py).
+new rollouts whose prompt holds some of its tails, including wrong ones. These are the model's own tails, unlike the
+simulated ones of its training data. Most rounds end before an answer. Their last value must then be right, which can be
+verified as well: the program determines the value after every step. A rollout that does not continue from a tail has
+reward 0 (verify in tasks/loops/task.py).
 
 Legend:  G rollouts per prompt   R rollouts in an update   B sequences   L layers   S tokens of prompt and output
          n tokens of an output
@@ -157,7 +157,7 @@ def probabilities(model, rollouts, replay=True):
     fraction of tokens for which the router of some layer would choose another expert than the recorded one."""
     pad = lambda tensors: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(model.device)
     tokens = pad([torch.tensor([*x.prompt, *x.output[:-1]]) for x in rollouts])            # (B, S - 1)
-    scored = pad([torch.arange(len(x.experts)) >= len(x.prompt) - 1 for x in rollouts])    # first: the prompt's last token
+    scored = pad([torch.arange(len(x.experts)) >= len(x.prompt) - 1 for x in rollouts])    # after the prompt
     experts, other = pad([x.experts.long() for x in rollouts]), torch.zeros_like(scored)   # (B, S - 1, L)
     targets = torch.tensor([token for x in rollouts for token in x.output], device=model.device)
 
@@ -240,7 +240,7 @@ def collect(step, model, level, populations, config):
 
 
 # ---- running ----
-SHOWN = 'reward round_reward level length entropy masked replayed tokens_per_s'.split()                 # in the progress bar
+SHOWN = 'reward round_reward level length entropy masked replayed tokens_per_s'.split()         # in the progress bar
 COLUMNS = ['step', *SHOWN, *'groups generated grad_norm load_entropy lr seconds held_out'.split()]      # log.csv
 
 

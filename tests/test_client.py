@@ -1,5 +1,5 @@
-"""Markovian RSA on a server: `transformers serve` with a tiny random model compared with a local run; then a fake server
-that produces every kind of error."""
+"""Markovian RSA on a server: `transformers serve` with a tiny random model compared with a local run; then a fake
+server that produces every kind of error."""
 import asyncio
 import json
 import os
