@@ -33,10 +33,10 @@ import torch
 import rl
 from tasks.loops import task
 from evaluate import steps
-from evidence.claims import (by_seed, fill_table, picture, print_table, print_verdicts, read_table,
-                             run_experiments)
+from evidence.claims import by_seed, fill_table, picture, print_table, print_verdicts, read_table, run_experiments
 from evidence.quantization import CHANGES, in_few_bits
-from evidence.rsa import BOUNDS, compare_methods, methods, prepare_data, print_methods, score, trained_model
+from evidence.rsa import (BOUNDS, by_length, compare_methods, methods, prepare_data, print_methods, score,
+                          trained_model)
 from rsa import RSASettings, load_policy, markovian_rsa
 from runtime.device import pick_device
 from sample import SamplingOptions
@@ -271,16 +271,14 @@ def replay(config):
 def draw(plt, rows):
     """Plot wrong answers before and after RL against the length of the problem."""
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
-    lengths = list(dict.fromkeys(row['setting'].split(': ')[0] for row in rows))
-    for method, color, mark in (('one unbounded rollout', 'tab:green', '^'), ('C=1', 'tab:orange', 's'),
-                                ('C=4', 'tab:blue', 'o')):
+    lengths = by_length(rows)
+    for method, color, mark in zip(METHODS, ('tab:green', 'tab:orange', 'tab:blue'), '^so'):
         for run, style, fill in ('before', '--', 'none'), ('RL', '-', 'full'):
-            wrong = {i: [max(0.02, 100 - float(row['mean'])) for row in rows
-                         if row['setting'].startswith(f'{length}: {run}: {method}')]
-                     for i, length in enumerate(lengths)}
-            points = [(i, statistics.fmean(values)) for i, values in wrong.items() if values]
-            axis.plot(*zip(*points), mark + style, color=color, fillstyle=fill,
-                      label=f'{method}, {run.replace("RL", "after")} RL')
+            wrong = {i: [max(0.02, 100 - mean) for mean in by_seed(rows, names[f'{run}: {method}'], 'mean')]
+                     for i, names in enumerate(lengths.values()) if f'{run}: {method}' in names}
+            means = list(map(statistics.fmean, wrong.values()))
+            axis.plot(list(wrong), means, mark + style, color=color, fillstyle=fill,
+                      label=f'{method.removesuffix(" each")}, {run.replace("RL", "after")} RL')
             axis.plot(*zip(*[(i, value) for i in wrong for value in wrong[i]]), mark, color=color, markersize=2)
     axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel='steps per problem', yscale='log',
              ylim=(0.015, 110), ylabel='wrong answers, % (0.02: none)')

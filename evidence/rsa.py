@@ -15,6 +15,7 @@ C = 1 as good as C = 4, or training without the examples as good as with them, w
 For seeds 0 to 2 the CSVs hold percentages rounded to 0.1, and tokens and longest prompts over all seeds together.
 """
 import functools
+import itertools
 import os
 import statistics
 from pathlib import Path
@@ -80,30 +81,31 @@ def score(policy, problems, seed, N=16, rows=512, unbounded=False, **settings):
     return {'mean': 100 * row.mean, 'majority': 100 * row.majority, 'tokens': row.tokens, 'longest': row.longest}
 
 
-def print_methods(rows):
-    """Print a line per method and a column per length. Settings are 'length: method' or 'length: method, T=rounds'."""
-    lines, lengths = {}, dict.fromkeys(row['setting'].split(': ')[0] for row in rows)
+def by_length(rows):
+    """Return {length: {method: setting}} of settings 'length: method' and 'length: method, T=rounds'."""
+    found = {}
     for setting in dict.fromkeys(row['setting'] for row in rows):
         length, method = setting.split(', T=')[0].split(': ', 1)
+        found.setdefault(length, {})[method] = setting
+    return found
+
+
+def print_methods(rows):
+    """Print a line per method and a column per length."""
+    def cell(setting):
         mean, majority = (by_seed(rows, setting, column) for column in ('mean', 'majority'))
-        lines.setdefault(method, {})[length] = f'{spread(mean, ".1f")} ({statistics.fmean(majority):.1f})'
+        return f'{spread(mean, ".1f")} ({statistics.fmean(majority):.1f})' if mean else ''
+    lengths = by_length(rows)
     print('mean of 16 outputs (majority vote of 16), % of problems, by the steps per problem\n')
-    print_table(['method', *lengths], [[method, *(line.get(length, '') for length in lengths)]
-                                       for method, line in lines.items()])
+    print_table(['method', *lengths], [[method, *(cell(names.get(method)) for names in lengths.values())]
+                                       for method in dict.fromkeys(itertools.chain(*lengths.values()))])
 
 
 def compare_methods(rows, *pairs, columns=('mean', 'mean')):
     """Return the lines of print_verdicts for each length and each pair (lower, higher) of methods."""
-    verdicts = []
-    for length in dict.fromkeys(row['setting'].split(': ')[0] for row in rows):
-        names = {row['setting'].split(': ', 1)[1].partition(', T=')[0]: row['setting'] for row in rows
-                 if row['setting'].startswith(f'{length}: ')}
-        for pair in pairs:
-            if set(pair) <= set(names):
-                words = [f'{column} of {name}' for column, name in zip(columns, pair)]
-                verdicts.append(below(f'{length} steps: {" below ".join(words)}', *(
-                    by_seed(rows, names[name], column) for column, name in zip(columns, pair)), 'points'))
-    return verdicts
+    return [below(f'{length} steps: {columns[0]} of {a} below {columns[1]} of {b}', by_seed(rows, names[a], columns[0]),
+                  by_seed(rows, names[b], columns[1]), 'points')
+            for length, names in by_length(rows).items() for a, b in pairs if {a, b} <= set(names)]
 
 
 def report_main(rows):
@@ -117,53 +119,53 @@ def report_aggregation(rows):
     print_verdicts(compare_methods(rows, ('without: C=1', 'with: C=1'), ('without: C=4', 'with: C=4')))
 
 
-def main_table(config):
-    data, problems = prepare_data(config), 1 if config.quick else 200
-    settings = methods('easy' if config.quick else 'easy medium hard deep')
+def run_table(name, config, settings, problems):
+    """Fill results/NAME.csv. settings: {setting: (label of the trained model, split, settings of measure)}."""
+    data, problems = prepare_data(config), 1 if config.quick else problems
 
     def one(setting, seed):
-        split, how = settings[setting]
-        return score(trained_model(config, 'with', seed, data)[1], task.test_problems(split, problems), seed, **how)
-    report_main(fill_table('rsa_lengths', config, settings, one))
+        label, split, how = settings[setting]
+        return score(trained_model(config, label, seed, data)[1], task.test_problems(split, problems), seed, **how)
+    return fill_table(name, config, settings, one)
+
+
+def main_table(config):
+    found = methods('easy' if config.quick else 'easy medium hard deep')
+    report_main(run_table('rsa_lengths', config, {name: ('with', *how) for name, how in found.items()}, 200))
     config.quick or picture('rsa_lengths', draw_lengths)
 
 
 def aggregation(config):
-    data, problems = prepare_data(config), 1 if config.quick else 100
-    settings = {setting.replace(': ', f': {label}: ', 1): how for label in ('with', 'without')
-                for setting, how in methods('easy' if config.quick else 'hard').items()}
-
-    def one(setting, seed):
-        (split, how), label = settings[setting], setting.split(': ')[1]
-        return score(trained_model(config, label, seed, data)[1], task.test_problems(split, problems), seed, **how)
-    report_aggregation(fill_table('rsa_aggregation', config, settings, one))
+    settings = {name.replace(': ', f': {label}: ', 1): (label, *how) for label in ('with', 'without')
+                for name, how in methods('easy' if config.quick else 'hard').items()}
+    report_aggregation(run_table('rsa_aggregation', config, settings, 100))
     config.quick or picture('rsa_aggregation', draw_aggregation)
 
 
 def draw_lengths(plt, rows):
     """Plot the mean of 16 outputs against the length of the problem."""
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
-    lengths = list(dict.fromkeys(row['setting'].split(': ')[0] for row in rows))
-    for method, style in ('C=4', 'o-'), ('C=1', 's-'), ('one unbounded rollout', '^--'), ('one bounded rollout', 'v:'):
-        per_length = {length: [float(row['mean']) for row in rows if row['setting'].startswith(f'{length}: {method}')]
-                      for length in lengths}
-        x, y, low, high = zip(*[(i, statistics.fmean(values), min(values), max(values))
-                                for i, values in enumerate(per_length.values()) if values])
-        ranges = [[a - b for a, b in zip(y, low)], [a - b for a, b in zip(high, y)]]
-        axis.errorbar(x, y, ranges, fmt=style, capsize=3, label=method)
+    lengths = by_length(rows)
+    for method, style in (('C=4', 'o-'), ('C=1', 's-'), ('one unbounded rollout each', '^--'),
+                          ('one bounded rollout each', 'v:')):
+        x, values = zip(*[(i, by_seed(rows, names[method], 'mean'))
+                          for i, names in enumerate(lengths.values()) if method in names])
+        y = list(map(statistics.fmean, values))
+        ranges = [[mean - min(v) for mean, v in zip(y, values)], [max(v) - mean for mean, v in zip(y, values)]]
+        axis.errorbar(x, y, ranges, fmt=style, capsize=3, label=method.removesuffix(' each'))
     axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel='steps per problem', ylim=(-3, 103),
              ylabel='correct answers, %')
     figure.legend(loc='outside upper center', ncols=4, frameon=False)
     return figure
 
 
-def bars(plt, rows, groups, kinds, label):
-    """Plot a bar per setting 'group: kind', the mean over seeds, and a dot per seed."""
+def bars(plt, rows, groups, label):
+    """Plot a bar per setting, the mean over seeds, and a dot per seed. groups: {group: {kind: setting}}."""
     figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    kinds = list(next(iter(groups.values())))
     for k, kind in enumerate(kinds):
         x = [g + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for g in range(len(groups))]
-        values = [[float(row['mean']) for row in rows if row['setting'] == f'{group}: {kind}']
-                  for group in groups]
+        values = [by_seed(rows, settings[kind], 'mean') for settings in groups.values()]
         axis.bar(x, list(map(statistics.fmean, values)), 0.75 / len(kinds), label=kind)
         axis.plot(*zip(*[(at, value) for at, found in zip(x, values) for value in found]), 'k.', markersize=3)
     axis.set(xticks=range(len(groups)), xticklabels=groups, xlabel=label, ylim=(0, 103), ylabel='correct answers, %')
@@ -173,10 +175,10 @@ def bars(plt, rows, groups, kinds, label):
 
 def draw_aggregation(plt, rows):
     """Plot the mean of 16 outputs after training with and without aggregation examples."""
-    rows = [row | {'setting': ': '.join(row['setting'].split(', T=')[0].split(': ')[:0:-1])}    # to 'C=4: with'
-            for row in rows]
-    return bars(plt, rows, ['one unbounded rollout each', 'C=1', 'C=4'], ['with', 'without'],
-                'training with and without aggregation examples')
+    names, = by_length(rows).values()
+    groups = {method: {label: names[f'{label}: {method}'] for label in ('with', 'without')}
+              for method in ('one unbounded rollout each', 'C=1', 'C=4')}
+    return bars(plt, rows, groups, 'training with and without aggregation examples')
 
 
 if __name__ == '__main__':

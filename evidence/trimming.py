@@ -15,7 +15,8 @@ For seeds 0 to 2 the CSV holds percentages rounded to 0.1, and tokens and longes
 from tasks.loops import task
 from evaluate import steps
 from evidence.claims import fill_table, print_verdicts, run_claim
-from evidence.rsa import BOUNDS, UNBOUNDED, bars, compare_methods, prepare_data, print_methods, score, trained_model
+from evidence.rsa import (BOUNDS, UNBOUNDED, bars, by_length, compare_methods, prepare_data, print_methods, score,
+                          trained_model)
 
 CONTEXT, RULES = 116, ('ap', 'truncate', 'drop')
 
@@ -51,10 +52,9 @@ def main(config):
 
 def draw(plt, rows):
     """Plot the mean of 16 outputs for each rule, in one rollout and under RSA."""
-    rows = [row | {'setting': f'{length}: {rule}, {way.split(", ")[0]}'} for row in rows
-            for length, rule, way in [row['setting'].split(': ')]]
-    ways = [f'{rule}, {way}' for way in ('one rollout', 'C=4') for rule in RULES]
-    return bars(plt, rows, ['3-7', '14-20', '25-32'], ways, 'steps per problem')
+    groups = {length: {f'{rule}, {way}': names[f'{rule}: {way}'] for way in ('one rollout', 'C=4') for rule in RULES}
+              for length, names in by_length(rows).items()}
+    return bars(plt, rows, groups, 'steps per problem')
 
 
 if __name__ == '__main__':
