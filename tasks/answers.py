@@ -72,6 +72,8 @@ PATTERNS = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r'^([-+]?\d+\.?\d*)[eE]([-+]?\d+)$', r'\1\\cdot 10^{\2}'),
     (r'^ *(-?\d+) +(\d+)/(\d+)$', r'\1\\frac{\2}{\3}'),         # a mixed number: 2 1/2
     (r'(\d+)\.(\d*)\\overline\{(\d+)\}', lambda match: repeating(*match.groups())),
+    (r'(?<![a-zA-Z\\])pi(?![a-zA-Z])', r'\\pi '),
+    (r'= *(\d{1,3}),(\d{3})$', r'=\1\2'),                       # x = 1,000
     (r'(?<=[)\]]) *U *(?=[(\[])', r'\\cup '),                   # (0, 1) U (2, 3)
     (r'^-?\d+(?: -?\d+)+$', lambda match: match[0].replace(' ', ',')),      # 1 2 is a list, 1 000 is 1,000
 ]]
@@ -97,11 +99,13 @@ def equal(gold, answer):
     """Return True if an answer equals the reference answer (gold). The order matters: 7 = 'x=7', but 'x=7' != 'y=7'."""
     if gold.strip() == answer.strip():
         return True
-    gold, answer = normalize(gold), normalize(answer)
-    if gold.casefold() == answer.casefold():
-        return gold != ''
-    if '' in (gold, answer) or max(len(gold), len(answer)) > LENGTH:
+    if max(len(gold), len(answer)) > LENGTH:
         return False
+    gold, answer = normalize(gold), normalize(answer)
+    if not gold or not answer:
+        return False
+    if gold.casefold() == answer.casefold():
+        return True
     if all(re.fullmatch(r"(?=.*[a-zA-Z]{4})[a-zA-Z .'-]+", text) for text in (gold, answer)):
         return False                            # words: math-verify multiplies their letters, so that angle = angel
     bases = [re.findall(r'\d_\{?(\d+)\}?$', text) for text in (gold, answer)]
@@ -120,14 +124,14 @@ _lock, _worker = threading.Lock(), []                           # at most one pr
 
 def start_worker():
     """Return the process of math-verify; start it unless it runs. Raise ValueError if the package is not installed."""
-    if not _worker:
+    if not _worker or _worker[0].poll() is not None:
         process = subprocess.Popen([sys.executable, '-m', 'tasks.answers'], cwd=Path(__file__).resolve().parents[1],
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         status = process.stdout.readline().strip()              # importing SymPy takes a second
         if status != 'ready':
             process.communicate()
             raise ValueError(status or 'the process of math-verify does not start: see python -m tasks.answers')
-        _worker.append(process)
+        _worker[:] = [process]
     return _worker[0]
 
 
@@ -140,17 +144,19 @@ def ask_worker(gold, answer):
         process = start_worker()
         timer = threading.Timer(SECONDS, stop)
         timer.start()
+        reply = ''
         try:
             process.stdin.write(json.dumps([gold, answer]) + '\n')
             process.stdin.flush()
             reply = process.stdout.readline()
         except OSError:                                         # the process has ended
-            reply = ''
-        timer.cancel()
-        timer.join()
-        if not reply:
-            stop()
-            process.communicate()
+            pass
+        finally:
+            timer.cancel()
+            timer.join()
+            if not reply:
+                stop()
+                process.communicate()
         return reply == 'True\n'
 
 
