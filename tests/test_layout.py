@@ -12,7 +12,7 @@ FOLDERS = {'runtime', 'data', 'tasks', 'kernels', 'evidence', 'exercises'}
 # What a folder may import besides itself.
 ALLOWED = {'data': {'configurator', 'validate'}, 'kernels': {'layers', 'cca'},
            'runtime': {'configurator', 'validate', 'data', 'model', 'quantize'},
-           'tasks': {'configurator', 'validate', 'data', 'runtime'}}
+           'tasks': {'configurator', 'validate', 'data', 'runtime', 'decode', 'sample'}}
 
 
 def module_files():
