@@ -1,1 +1,1 @@
-"""Exercises: functions of the project to write anew, see __main__.py."""
+"""Exercises: functions of the project to implement, see __main__.py."""

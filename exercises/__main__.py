@@ -1,11 +1,11 @@
-"""Learn by doing: write the project's functions yourself, one at a time, and let its tests say what is still wrong.
+"""Implement functions of the project yourself, one at a time; its tests check them.
 
-    python -m exercises list                    what there is, in reading order
-    python -m exercises start NAME              a copy of the project in my/NAME, with one function's body missing
-    python -m exercises check NAME              run the tests that decide
-    python -m exercises hint NAME               how one may begin
+    python -m exercises list                    list the exercises, in reading order
+    python -m exercises start NAME              copy the project to my/NAME, without the body of one function
+    python -m exercises check NAME              run the exercise's tests
+    python -m exercises hint NAME               print a first step
 
-Another folder than my/: --folder=FOLDER. Needs pytest and hypothesis (extra `test`).
+--folder=FOLDER replaces my/. Needs pytest and hypothesis (extra `test`).
 """
 import difflib
 import sys
@@ -19,7 +19,7 @@ from exercises.table import EXERCISES
 
 @dataclass
 class Settings:
-    folder: str = 'my'              # where the student's copies are
+    folder: str = 'my'              # of the student's copies
 
 
 def main(arguments):
@@ -29,11 +29,11 @@ def main(arguments):
             print(f'{exercise.name:15}{exercise.function}')
         return
     if len(words) != 2 or words[0] not in ('start', 'check', 'hint'):
-        raise ValueError('say list, start NAME, check NAME or hint NAME')
+        raise ValueError('use list, start NAME, check NAME or hint NAME')
     by_name = {exercise.name: exercise for exercise in EXERCISES}
     if words[1] not in by_name:
         near, = difflib.get_close_matches(words[1], by_name, n=1, cutoff=0)
-        raise ValueError(f'no exercise {words[1]!r}; did you mean {near!r}? python -m exercises list has all')
+        raise ValueError(f'no exercise {words[1]!r}; did you mean {near!r}? python -m exercises list shows all')
     exercise = by_name[words[1]]
     if words[0] == 'hint':
         print(exercise.hint)
@@ -42,5 +42,5 @@ def main(arguments):
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('exercises', when_stopped='the same command begins it anew'):
+    with configurator.one_line_errors('exercises', when_stopped='run the same command again'):
         main(sys.argv[1:])

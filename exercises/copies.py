@@ -1,7 +1,7 @@
-"""A student's copy of the project, with one function's body missing: make it, and judge what was written there.
+"""Create a student's copy of the project without the body of one function, and check what the student wrote.
 
-The function is found by its name in the syntax tree: it may stand anywhere in its file, and the file may be changed as
-one likes. What is right is decided by tests of tests/, whose names are what they claim.
+The function is found by its name in the syntax tree, so the rest of its file may change. The tests in tests/ decide
+whether it is correct; their names are the claims that `check` prints.
 """
 import ast
 import os
@@ -17,21 +17,21 @@ import configurator
 
 ROOT = Path(__file__).parent.parent
 COPIED = ('*.py *.toml README.md config/*.py runtime/*.py data/**/*.py tasks/**/*.py tasks/words/*.txt evidence/*.py '
-          'kernels/*.* tests/*.py').split()
-SECONDS = 600                                                   # after which a check is given up
+          'kernels/*.* tests/*.py tests/*.h').split()
+SECONDS = 600                                                   # time limit of a check
 
 
 # ---- one function of a file ----
 
 def locate(function):
-    """'cca.CCA.forward' -> the file, relative to the project, and the names within it: 'cca.py', ['CCA', 'forward']."""
+    """Return the file of a function and the names in it: 'cca.CCA.forward' -> 'cca.py', ['CCA', 'forward']."""
     parts = function.split('.')
     n = next(n for n in range(1, len(parts)) if ROOT.joinpath(*parts[:n]).with_suffix('.py').is_file())
     return '/'.join(parts[:n]) + '.py', parts[n:]
 
 
 def find(source, names):
-    """The syntax tree's node of a function, by its qualified name. None if the source has none."""
+    """Return the syntax tree node of a function, given by its qualified name, or None."""
     node = ast.parse(source)
     for name in names:
         node = next((child for child in getattr(node, 'body', ()) if getattr(child, 'name', None) == name), None)
@@ -39,7 +39,7 @@ def find(source, names):
 
 
 def blank(source, names, exercise):
-    """The source without that function's body: its head and docstring stay, then the task as a comment."""
+    """Return the source with the function's body, after its docstring, replaced by the task as a comment."""
     node, lines = find(source, names), source.splitlines(keepends=True)
     head = max([node.lineno, *(part.end_lineno for part in ast.walk(node.args) if hasattr(part, 'end_lineno'))])
     first = node.body[0]
@@ -53,15 +53,15 @@ def blank(source, names, exercise):
 # ---- the copy ----
 
 def start(exercise, folder):
-    """Copy the project, with the function blank. Raise ValueError if the copy is there already."""
+    """Copy the project without the body of the function. Raise ValueError if the copy exists."""
     file, names = locate(exercise.function)
     if folder.exists():
-        raise ValueError(f'{folder} is there already: go on in {folder / file}, or remove the folder to begin anew')
+        raise ValueError(f'{folder} exists already: continue in {folder / file}, or remove the folder to restart')
     text = {path: path.read_bytes() for pattern in COPIED for path in ROOT.glob(pattern)}
     source = blank(text[ROOT / file].decode(), names, exercise)
     text[ROOT / file] = source.encode()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:          # the copy is there whole or not at all
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:          # so that a copy is always complete
         for path, content in text.items():
             target = Path(unfinished, 'copy', path.relative_to(ROOT))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,18 +72,18 @@ def start(exercise, folder):
 
 
 def check(exercise, folder):
-    """Run the tests that decide, in the copy. Print what holds and what does not. Raise ValueError if not all do."""
+    """Run the exercise's tests in the copy, and print which claims hold. Raise ValueError if any does not."""
     file, names = locate(exercise.function)
     path = folder / file
     if not path.is_file():
-        raise ValueError(f'{path} is not there: python -m exercises start {exercise.name}')
+        raise ValueError(f'{path} does not exist: run python -m exercises start {exercise.name}')
     try:
         source = path.read_text(encoding='utf-8')
         node = find(source, names)
     except SyntaxError as error:
         raise ValueError(f'{path}, line {error.lineno}: {error.msg}') from None
     if node is None:
-        raise ValueError(f'{path} has no function {".".join(names)} any more: give it its name back')
+        raise ValueError(f'{path} has no function {".".join(names)}: restore its name')
     original = (ROOT / file).read_text(encoding='utf-8')
     if ast.unparse(node) == ast.unparse(find(blank(original, names, exercise), names)):
         raise ValueError(f'{path}, line {node.lineno}: {".".join(names)} is not written yet')
@@ -97,17 +97,17 @@ def check(exercise, folder):
     print(f'{exercise.name} is done. How the project writes it: {file}, {".".join(names)}')
 
 
-def deciding(exercise):
-    """[(test file, test)] of an exercise."""
+def tests_of(exercise):
+    """Return the tests of an exercise: [(test file, test)]."""
     file, _, tests = exercise.tests.partition(': ')
     return [(file, test) for test in tests.split()]
 
 
 def run_tests(exercise, folder, file):
-    """{what a test's name claims: '' if it holds, else one line about what went wrong}, in one process of pytest."""
+    """Run the tests in one pytest process. Return {claim: '' if it holds, else the error in one line}."""
     for package in 'pytest', 'hypothesis':
         configurator.package(package)
-    ids = [f'tests/{module}.py::{test}' for module, test in deciding(exercise)]
+    ids = [f'tests/{module}.py::{test}' for module, test in tests_of(exercise)]
     with tempfile.TemporaryDirectory() as reports:
         report = Path(reports, 'report.xml')
         command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}', *ids]
@@ -115,12 +115,12 @@ def run_tests(exercise, folder, file):
         try:
             said = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
         except subprocess.TimeoutExpired:
-            raise ValueError(f'{exercise.name}: no end after {SECONDS} s: is there a loop that never stops?') from None
+            raise ValueError(f'{exercise.name}: not finished after {SECONDS} s: is there an endless loop?') from None
         cases = ElementTree.parse(report).findall('.//testcase') if report.is_file() else []
     results = {}
     for case in cases:
         claim = case.get('name').partition('[')[0].removeprefix('test_').replace('_', ' ')
-        claim = claim if case.get('classname') else f'{file} can be imported'   # or pytest could read no test
+        claim = claim if case.get('classname') else f'{file} can be imported'   # else the import failed
         bad = next((child for child in case if child.tag in ('failure', 'error', 'skipped')), None)
         problem = '' if bad is None else results.get(claim) or one_line(bad, file)
         results[claim] = results.get(claim) or problem
@@ -131,8 +131,8 @@ def run_tests(exercise, folder, file):
 
 
 def one_line(bad, file):
-    """What a failed test says, in a line: the error, and the line of the student's file that raised it, if one did; or
-    what it asserts."""
+    """Summarize a failed test in one line: the error and the line of the student's file that raised it, or the failed
+    assertion."""
     lines = (bad.text or '').splitlines()
     errors = [line[1:].strip() for line in lines if re.match(r'E\s+\S', line)] or [bad.get('message', '')]
     error = next((line for line in errors if re.match(r'[\w.]+(Error|Exception)\b', line)), errors[0])

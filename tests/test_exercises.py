@@ -1,4 +1,4 @@
-"""Each exercise is decided by its tests: they accept the project's own function, no blank, and no wrong answer."""
+"""The tests of each exercise accept the project's own function, and reject the blank and typical wrong answers."""
 import ast
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ from common import ROOT, run_script
 from exercises import copies
 from exercises.table import EXERCISES
 
-# Typical wrong answers: (what the function's source says, what it says instead).
+# Typical wrong answers: (text in the function's source, its replacement).
 WRONG = {
     'rmsnorm': [(' * upcast(self.weight)', ''), (' / x.shape[-1]', ''), ('mean_square + self.eps', 'mean_square')],
     'residual': [('self.residual_bias * self.residual_scale', 'self.residual_bias'),
@@ -44,34 +44,34 @@ WRONG = {
              ('0.2 * max', '0.2 * min')],
     'trim': [('<= budget', '< budget'), ('in sample[:-1]] + sample[-1:]', 'in sample]'),
              ('cut_last(sample, budget)', 'None')],
-    'rsa': [('rng.sample(everybody, candidates)', 'rng.choices(everybody, k=candidates)'), ('[-tail:]', '[:tail]'),
-            ('final_budget if t == rounds else budget', 'budget')],
+    'rsa': [('{settings.seed} {list(question)}', '{settings.seed}'), ('[-settings.tail:]', '[:settings.tail]'),
+            ('settings.budget if t < settings.rounds else settings.final_budget', 'settings.budget')],
     'vote': [(' if answer is not None', ''), ('max(votes,', 'max(votes[::-1],'), (', default=None', '')],
 }
 
 
 @pytest.fixture(scope='module')
 def load():
-    """A function that gives a test file as a module of its own, whose failing tests do not look for the simplest case:
-    that takes long, and here nobody reads it."""
+    """Return a function that loads a test file as a separate module whose tests do not shrink failing examples, which
+    takes long."""
     modules = {}
 
     def load(name):
         if name not in modules:
-            spec = importlib.util.spec_from_file_location(f'deciding_{name}', ROOT / 'tests' / f'{name}.py')
+            spec = importlib.util.spec_from_file_location(f'exercise_{name}', ROOT / 'tests' / f'{name}.py')
             modules[name] = importlib.util.module_from_spec(spec)
-            hypothesis.settings.load_profile('deciding')
+            hypothesis.settings.load_profile('exercises')
             spec.loader.exec_module(modules[name])
             hypothesis.settings.load_profile('nanozaya')
         return modules[name]
     phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
-    hypothesis.settings.register_profile('deciding', deadline=None, max_examples=15, derandomize=True,
+    hypothesis.settings.register_profile('exercises', deadline=None, max_examples=15, derandomize=True,
                                           phases=phases, report_multiple_bugs=False)
     return load
 
 
 def run(test):
-    """Call a test as pytest does: with all of its parameters, and with monkeypatch if it asks for that."""
+    """Call a test like pytest: with all of its parameters, and with monkeypatch if it has that argument."""
     marks = [mark for mark in getattr(test, 'pytestmark', ()) if mark.name == 'parametrize']
     names = [[name.strip() for name in mark.args[0].split(',')] for mark in marks]
     for values in itertools.product(*(mark.args[1] for mark in marks)):
@@ -83,18 +83,18 @@ def run(test):
             test(**given, **{'monkeypatch': patch} if 'monkeypatch' in inspect.signature(test).parameters else {})
 
 
-def test_the_table_names_functions_and_tests_that_are_there(load):
+def test_the_functions_and_tests_of_the_table_exist(load):
     assert len(EXERCISES) >= 14 and list(WRONG) == [exercise.name for exercise in EXERCISES]
     order = ['layers', 'cache', 'cca', 'router', 'model', 'sample', 'optim', 'data', 'rsa']
     read = [order.index(exercise.function.partition('.')[0]) for exercise in EXERCISES[:-1]]
     assert read[:14] == sorted(read[:14])
     for exercise in EXERCISES:
-        assert all(callable(getattr(load(file), test)) for file, test in copies.deciding(exercise))
+        assert all(callable(getattr(load(file), test)) for file, test in copies.tests_of(exercise))
 
 
 @pytest.mark.parametrize('exercise', EXERCISES, ids=lambda exercise: exercise.name)
 def test_the_original_passes_and_a_blank_and_three_wrong_answers_fail(exercise, load):
-    """In this process: the code of the function itself is replaced, for whoever has imported it."""
+    """Replaces the code of the function in this process, so that all modules that imported it use the new code."""
     file, names = copies.locate(exercise.function)
     source = (ROOT / file).read_text()
     owner = importlib.import_module(file.removesuffix('.py').replace('/', '.'))
@@ -110,7 +110,7 @@ def test_the_original_passes_and_a_blank_and_three_wrong_answers_fail(exercise, 
         exec(compile(ast.Module([node], []), file, 'exec'), space | made, made)
         function.__code__ = made[names[-1]].__code__
         try:
-            for module, test in copies.deciding(exercise):
+            for module, test in copies.tests_of(exercise):
                 run(getattr(load(module), test))
         except (Exception, pytest.fail.Exception):
             return False
@@ -127,8 +127,8 @@ def test_the_original_passes_and_a_blank_and_three_wrong_answers_fail(exercise, 
         assert not passes(source.replace(segment, segment.replace(right, wrong))), f'{right} -> {wrong}'
 
 
-def test_a_student_s_way_from_the_blank_to_the_answer(tmp_path, monkeypatch, capsys):
-    """On the command line. Errors have one line; what was written stays."""
+def test_the_command_line_from_the_blank_to_the_answer(tmp_path, monkeypatch, capsys):
+    """On the command line. Errors have one line, and the student's code is kept."""
     exercises = lambda *words: run_script(monkeypatch, capsys, 'exercises', *words, f'--folder={tmp_path / "my"}')
     file = tmp_path / 'my' / 'norm' / 'cca.py'
     assert 'norm           cca.norm' in exercises('list')[0]
@@ -136,10 +136,10 @@ def test_a_student_s_way_from_the_blank_to_the_answer(tmp_path, monkeypatch, cap
     assert 'start norm' in exercises('check', 'norm')[1]
     assert f'{file}, line ' in exercises('start', 'norm')[0]
     assert 'norm is not written yet' in exercises('check', 'norm')[1]
-    assert 'is there already' in exercises('start', 'norm')[1]
+    assert 'exists already' in exercises('start', 'norm')[1]
     start, line = file.read_text(), "    raise NotImplementedError('norm: not written yet')\n"
     file.write_text(start.replace('def norm', 'def size'))
-    assert 'no function norm any more' in exercises('check', 'norm')[1]
+    assert 'has no function norm' in exercises('check', 'norm')[1]
     file.write_text(start.replace(line, '    return (\n'))
     assert "'(' was never closed" in exercises('check', 'norm')[1]
     file.write_text(start.replace(line, '    return size[:, None, None, None] * x / x.norm(dim=-1, keepdim=True)\n'))
@@ -148,13 +148,13 @@ def test_a_student_s_way_from_the_blank_to_the_answer(tmp_path, monkeypatch, cap
     assert 'not yet   norm of zero is zero\n          assert norm(torch.zeros(' in out
     assert '2 of 4 do not hold yet' in message
     norm, = (exercise for exercise in EXERCISES if exercise.name == 'norm')
-    monkeypatch.setattr(copies, 'run_tests', lambda *args: {'norm of zero is zero': ''})        # as if it were right
+    monkeypatch.setattr(copies, 'run_tests', lambda *args: {'norm of zero is zero': ''})        # as if it were correct
     copies.check(norm, file.parent)
     assert 'norm is done' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('words, message', [
-    ([], 'say list'), (['begin', 'rope'], 'say list'), (['start'], 'say list'),
+    ([], 'use list'), (['begin', 'rope'], 'use list'), (['start'], 'use list'),
     (['start', 'rop'], "did you mean 'rope'"), (['list', '--folders=x'], 'did you mean')])
 def test_bad_arguments_get_one_line(words, message, monkeypatch, capsys):
     assert message in run_script(monkeypatch, capsys, 'exercises', *words)[1]
