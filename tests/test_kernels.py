@@ -398,10 +398,10 @@ def mixers(model):
 def forget():
     """Clear what kernels has cached about a kernel that a test breaks, before and after."""
     kernels.trouble.cache_clear()
-    kernels.say_once.cache_clear()
+    kernels.warn_once.cache_clear()
     yield
     kernels.trouble.cache_clear()
-    kernels.say_once.cache_clear()
+    kernels.warn_once.cache_clear()
 
 
 def test_it_is_used_where_requested_and_available(monkeypatch, forget):
