@@ -1,4 +1,4 @@
-"""train.py --shard=True: in parts on any number of processes, a run is the run of one process, up to rounding."""
+"""train.py --shard=True: sharded over any number of processes, a run equals that of one process up to rounding."""
 import errno
 import glob
 import os
@@ -26,7 +26,7 @@ from test_train import flags, log, run
 from train import TrainConfig
 
 UNEVEN = dict(n_expert=5, grad_accum=4, balancer_lr=0.01, max_steps=20, checkpoint_every=5, log_every=1, eval_every=10,
-              sample_tokens=0)      # neither 2 nor 4 processes hold equally many experts, or rows of some matrices
+              sample_tokens=0)      # uneven shards for 2 and 4 processes: of experts, and of some matrices
 
 
 def torchrun(processes, *arguments, wait=True):
@@ -40,8 +40,8 @@ def torchrun(processes, *arguments, wait=True):
 
 
 @pytest.fixture
-def alone(monkeypatch):
-    """As under torchrun, with one process."""
+def single_process(monkeypatch):
+    """The environment of torchrun with one process."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -71,7 +71,7 @@ def assert_equal_states(one, two):
 
 
 def ranks(out_dir):
-    """{rank: process} of the processes that train into out_dir."""
+    """Return {rank: process id} of the processes that train into out_dir."""
     found = {}
     for path in glob.glob('/proc/[0-9]*/environ'):
         try:
@@ -86,7 +86,7 @@ def ranks(out_dir):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='finds the process to kill in /proc')
-def test_a_sharded_run_of_two_whose_process_was_killed_goes_on_with_four_and_equals_a_run_of_one(dataset, tmp_path):
+def test_a_sharded_run_killed_on_two_processes_resumes_on_four_and_equals_a_run_of_one(dataset, tmp_path):
     run(dataset, tmp_path / 'one', **UNEVEN)
     out, arguments = tmp_path / 'many', ['train.py', *flags(dataset, tmp_path / 'many', shard=True, **UNEVEN)]
     two = torchrun(2, *arguments, wait=False)
@@ -104,18 +104,18 @@ def test_a_sharded_run_of_two_whose_process_was_killed_goes_on_with_four_and_equ
     assert generate(model, [language.encode('def')], 5)
 
 
-def test_a_run_may_be_sharded_and_whole_in_turns(dataset, tmp_path, alone):
-    changes = UNEVEN | dict(checkpoint_every=2, lr=1e-3, min_lr=1e-3)           # the same rate, however long the run
+def test_a_run_may_alternate_between_sharded_and_unsharded(dataset, tmp_path, single_process):
+    changes = UNEVEN | dict(checkpoint_every=2, lr=1e-3, min_lr=1e-3)           # the same rate for any max_steps
     run(dataset, tmp_path / 'one', **changes | dict(max_steps=6))
     for stop, shard in (2, False), (4, True), (6, False):
-        run(dataset, tmp_path / 'turns', shard=shard, recompute=shard, **changes | dict(max_steps=stop))
-    one, two = (load_checkpoint(tmp_path / name, RESUMABLE) for name in ('one', 'turns'))
+        run(dataset, tmp_path / 'alternating', shard=shard, recompute=shard, **changes | dict(max_steps=stop))
+    one, two = (load_checkpoint(tmp_path / name, RESUMABLE) for name in ('one', 'alternating'))
     assert_equal_states(one, two)
     with pytest.raises(ValueError, match='expert_dim is 8, but .* was trained with 16'):
-        run(dataset, tmp_path / 'turns', shard=True, **changes | dict(expert_dim=8))
+        run(dataset, tmp_path / 'alternating', shard=True, **changes | dict(expert_dim=8))
 
 
-def test_weights_of_a_whole_run_begin_a_sharded_one(dataset, tmp_path, alone):
+def test_a_sharded_run_starts_from_the_weights_of_an_unsharded_one(dataset, tmp_path, single_process):
     changes = UNEVEN | dict(max_steps=2)
     run(dataset, tmp_path / 'first', **changes)
     for shard in False, True:
@@ -131,8 +131,8 @@ def state(step):
 
 
 @pytest.fixture
-def sharded(tmp_path, alone):
-    """A run folder whose checkpoint of step 4 is in parts, and that of step 2 before it."""
+def sharded(tmp_path, single_process):
+    """A run folder with sharded checkpoints of steps 2 and 4."""
     torch.distributed.init_process_group('gloo')
     for step in 2, 4:
         save_checkpoint(tmp_path, state(step))
@@ -140,7 +140,7 @@ def sharded(tmp_path, alone):
     return tmp_path
 
 
-def test_a_damaged_part_is_noticed_and_the_checkpoint_before_it_used(sharded, capsys):
+def test_a_damaged_shard_is_detected_and_the_previous_checkpoint_used(sharded, capsys):
     part, = (sharded / 'ckpt.pt').glob('*.safetensors')
     content = bytearray(part.read_bytes())
     content[-5] ^= 1
@@ -156,7 +156,7 @@ def test_a_sharded_checkpoint_holds_nothing_that_could_be_executed(sharded):
         assert path.suffix == '.safetensors' or path.name == 'run.pt'           # which is read with weights_only
 
 
-def test_a_weight_that_is_not_finite_is_not_saved_in_parts(sharded):
+def test_non_finite_sharded_weights_are_not_saved(sharded):
     bad = state(6)
     bad['model']['w'].to_local()[0, 0] = float('nan')
     with pytest.raises(ValueError, match='w is not finite after step 6'):
@@ -164,7 +164,7 @@ def test_a_weight_that_is_not_finite_is_not_saved_in_parts(sharded):
     assert load_checkpoint(sharded)['step'] == 4
 
 
-def test_a_save_stopped_at_any_rename_leaves_a_whole_checkpoint(sharded, monkeypatch):
+def test_a_save_stopped_at_any_rename_leaves_a_complete_checkpoint(sharded, monkeypatch):
     for moment in range(5):
         for step in 2, 4:
             save_checkpoint(sharded, state(step))
@@ -183,11 +183,11 @@ def test_a_save_stopped_at_any_rename_leaves_a_whole_checkpoint(sharded, monkeyp
             save_checkpoint(sharded, state(6))
         assert calls[:moment + 1] == ['remove', 'remove', 'replace', 'remove', 'replace'][:moment + 1]
         assert load_checkpoint(sharded)['step'] == 4
-    save_checkpoint(sharded, state(10))                         # what was left behind is no hindrance
+    save_checkpoint(sharded, state(10))                         # leftover files do not matter
     assert load_checkpoint(sharded)['step'] == 10
 
 
-def test_save_pretrained_writes_large_models_in_several_files_that_are_the_model(tmp_path, monkeypatch):
+def test_save_pretrained_splits_large_models_into_several_files(tmp_path, monkeypatch):
     model = tiny_model(skip_expert=True)
     save_pretrained(model, tmp_path / 'one')
     monkeypatch.setattr(pretrained, 'FILE_BYTES', 20_000)
@@ -197,7 +197,7 @@ def test_save_pretrained_writes_large_models_in_several_files_that_are_the_model
     assert all(one[name].equal(many[name]) for name in one)
 
 
-def test_save_pretrained_of_a_sharded_model_is_that_of_the_whole_one(tmp_path, alone):
+def test_sharded_and_unsharded_models_have_the_same_initial_weights_and_release(tmp_path, single_process):
     torch.distributed.init_process_group('gloo')
     config = tiny_model(skip_expert=True).config
     for shard in False, True:
@@ -207,7 +207,7 @@ def test_save_pretrained_of_a_sharded_model_is_that_of_the_whole_one(tmp_path, a
     assert all(one[name].equal(two[name]) for name in one)
 
 
-def test_the_memory_of_a_process_is_what_the_paper_says_and_falls_with_their_number(alone):
+def test_memory_per_process_is_as_computed_and_proportional_to_1_over_their_number(single_process):
     torch.distributed.init_process_group('gloo')
     held, computed = paper.measure()
     assert held == computed
@@ -221,13 +221,13 @@ def test_the_recipe_of_the_8b_shape_fits_its_gpus():
     assert all(getattr(sizes, key) == getattr(released, key) for key in ('n_layer', 'n_embd', 'n_expert', 'expert_dim'))
     tokens = config.batch_size * sizes.context
     assert config.shard and config.recompute
-    sizes = replace(sizes, vocab_size=50_304)                   # as its comment prepares the data
+    sizes = replace(sizes, vocab_size=50_304)                   # that of the data in the config's comment
     held = paper.memory(sizes, 8, tokens)
     assert sum(held.values()) < 80e9 < sum(paper.memory(sizes, 1).values())
-    assert sum(held.values()) + 7 * held['activations'] < 192e9                 # what its comment says of larger ones
+    assert sum(held.values()) + 7 * held['activations'] < 192e9                 # as its comment says of larger GPUs
 
 
-def test_a_disk_that_is_full_is_one_line_and_costs_no_checkpoint(sharded, monkeypatch):
+def test_a_full_disk_gets_a_one_line_error_and_loses_no_checkpoint(sharded, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(HuggingFaceStorageWriter, 'write_data', full)
@@ -236,7 +236,7 @@ def test_a_disk_that_is_full_is_one_line_and_costs_no_checkpoint(sharded, monkey
     assert load_checkpoint(sharded)['step'] == 4 and not (sharded / 'ckpt.tmp').exists()
 
 
-def test_a_whole_checkpoint_takes_the_place_of_one_in_parts_and_of_what_a_kill_left(sharded):
+def test_an_unsharded_checkpoint_replaces_a_sharded_one_and_leftover_files(sharded):
     (sharded / 'ckpt.tmp').mkdir()
     for step in 6, 8:
         save_checkpoint(sharded, state(step) | {'model': {'w': torch.full((5, 3), float(step))}})
@@ -245,13 +245,13 @@ def test_a_whole_checkpoint_takes_the_place_of_one_in_parts_and_of_what_a_kill_l
     assert load_checkpoint(sharded)['step'] == 10
 
 
-def test_more_processes_than_experts_are_refused(alone):
+def test_more_processes_than_experts_are_refused(single_process):
     torch.distributed.init_process_group('gloo')
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match='at most n_expert processes'):
         patch.setattr('torch.distributed.get_world_size', lambda: 5)
         paper.build(TrainConfig(shard=True), tiny_model().config, torch.device('cpu'))
 
 
-def test_shard_without_torchrun_says_how(dataset, tmp_path):
+def test_shard_without_torchrun_explains_what_to_run(dataset, tmp_path):
     with pytest.raises(ValueError, match='start it by torchrun'):
         run(dataset, tmp_path, shard=True)

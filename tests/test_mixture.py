@@ -35,8 +35,8 @@ def test_a_packed_batch_holds_its_documents_and_scores_only_their_scored_tokens(
     found = []
     for index in range(loader.n_windows):
         x, y, start = (t[0].tolist() for t in loader.batch(index))
-        begins = [t for t in range(16) if start[t]] + [16]
-        found += [(tuple(x[a:b]), tuple(y[a:b])) for a, b in zip(begins, begins[1:])]
+        starts = [t for t in range(16) if start[t]] + [16]
+        found += [(tuple(x[a:b]), tuple(y[a:b])) for a, b in zip(starts, starts[1:])]
     wanted = []
     for tokens, scored in samples:
         targets = [token if counts else -1 for token, counts in zip(tokens[1:], scored[1:])]
@@ -46,15 +46,15 @@ def test_a_packed_batch_holds_its_documents_and_scores_only_their_scored_tokens(
     assert sorted(document for document in found if document not in padding) == sorted(wanted)
 
 
-def test_a_packed_batch_has_the_loss_of_its_documents_alone(folders):
+def test_a_packed_batch_has_the_loss_of_its_separate_documents(folders):
     _, packed, _ = folders
     model = tiny_model(vocab_size=262)
     x, y, start = TokenLoader(packed, 'train', 4, 16, 0).batch(1)
     with torch.no_grad():
         together, total, n = model(x, y, start)[1], 0.0, 0
         for row in range(4):
-            begins = [*start[row].nonzero()[:, 0].tolist(), 16]
-            for a, b in zip(begins, begins[1:]):
+            starts = [*start[row].nonzero()[:, 0].tolist(), 16]
+            for a, b in zip(starts, starts[1:]):
                 scored = int((y[row, a:b] >= 0).sum())
                 if scored:
                     total += model(x[row:row + 1, a:b], y[row:row + 1, a:b])[1] * scored
@@ -115,7 +115,7 @@ def test_sets_with_different_tokenizers_do_not_mix(folders, tmp_path):
 @settings(max_examples=10)
 @given(st.integers(0, 9), st.lists(st.sets(st.integers(1, 11), max_size=5), min_size=1, max_size=3),
        st.lists(st.booleans(), min_size=36, max_size=36))
-def test_packed_windows_have_the_loss_and_the_gradients_of_their_documents_alone(seed, cuts, scored):
+def test_packed_windows_have_the_loss_and_gradients_of_their_separate_documents(seed, cuts, scored):
     model, B = tiny_model(seed, n_layer=2), len(cuts)
     x, y = some_tokens(B, 12, seed=seed), some_tokens(B, 12, seed=seed + 1)
     y[~torch.tensor(scored[:12 * B]).view(B, 12)] = -1
@@ -127,10 +127,10 @@ def test_packed_windows_have_the_loss_and_the_gradients_of_their_documents_alone
         loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     packed = model(x, y, start)[1]
-    alone = sum(model(x[row:row + 1, a:b], y[row:row + 1, a:b])[1] * (y[row, a:b] >= 0).sum() / n
+    separate = sum(model(x[row:row + 1, a:b], y[row:row + 1, a:b])[1] * (y[row, a:b] >= 0).sum() / n
                 for row, of_row in enumerate(cuts) for a, b in itertools.pairwise([0, *sorted(of_row), 12]))
-    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
-    one, other = gradients(packed), gradients(alone)
+    torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-5)
+    one, other = gradients(packed), gradients(separate)
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=1e-4, rtol=1e-3, msg=name)
 

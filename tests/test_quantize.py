@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: what they mean, how far they are off, and that every way to multiply by them is the same."""
+"""int8 and int4 weights: their error bounds, and that all ways to multiply by them agree."""
 import json
 import shutil
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def matrix_of(W, bits, dtype=torch.float32, keep=True):
 
 
 @given(seeds, bits_)
-def test_no_weight_is_off_by_more_than_half_a_step(seed, bits):
+def test_the_error_of_a_weight_is_at_most_half_a_step(seed, bits):
     W = random_matrix(seed)
     q = quantize.quantize(W, bits, spans=[1.0])
     step = q['scale'].float().repeat_interleave(GROUP if bits == 4 else W.shape[1], 1)
@@ -46,7 +46,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(seed, bits):
 
 
 @given(seeds, st.booleans())
-def test_the_best_span_is_nowhere_worse_than_rounding_to_nearest(seed, outlier):
+def test_the_best_range_is_never_worse_than_round_to_nearest(seed, outlier):
     W = random_matrix(seed, outlier=outlier)
     error = lambda **options: (dequantize(**quantize.quantize(W, 4, **options)) - W).unflatten(-1, (-1, GROUP)).square()
     best, nearest = error().sum(-1), error(spans=[1.0]).sum(-1)
@@ -54,7 +54,7 @@ def test_the_best_span_is_nowhere_worse_than_rounding_to_nearest(seed, outlier):
 
 
 @given(seeds)
-def test_codes_that_are_whole_come_back_as_they_are(seed):
+def test_representable_weights_are_exact(seed):
     c = torch.randint(0, 16, (4, 64), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     c[:, ::GROUP], c[:, 1::GROUP] = 0, 15
     assert torch.equal(unpack(c[:, ::2] | c[:, 1::2] << 4), c)
@@ -66,9 +66,9 @@ def test_codes_that_are_whole_come_back_as_they_are(seed):
 @given(seeds, bits_, st.sampled_from([1, 2, 3, 16, 33]), st.sampled_from([torch.float32, torch.bfloat16]),
        st.booleans())
 @settings(max_examples=40)
-def test_the_fast_products_are_those_of_the_dequantized_matrix(seed, bits, rows, dtype, whole_tiles):
+def test_the_fast_products_are_those_of_the_dequantized_matrix(seed, bits, T, dtype, whole_tiles):
     m = matrix_of(random_matrix(seed, 64 if whole_tiles else 50), bits, dtype)
-    x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x = torch.randn(T, 96, generator=torch.Generator().manual_seed(seed)).to(dtype)
     expected = F.linear(x.float(), dequantize(m.codes, m.scale, m.offset))
     error = (m(x).float() - expected).abs().max() / expected.abs().max()
     assert m(x).dtype == dtype and error < (1e-5 if dtype == torch.float32 else 2e-2)
@@ -76,9 +76,9 @@ def test_the_fast_products_are_those_of_the_dequantized_matrix(seed, bits, rows,
 
 @torch.no_grad()
 @given(seeds, bits_)
-def test_the_head_s_rows_keep_the_bits_that_bf16_has_no_room_for(seed, bits):
+def test_the_head_keeps_more_precision_than_a_bf16_input(seed, bits):
     m = matrix_of(random_matrix(seed), bits, torch.bfloat16)
-    x = random_matrix(seed + 1, 16)                                             # float32, as the last norm gives it
+    x = random_matrix(seed + 1, 16)                                             # float32, as from the last norm
     exact = x @ dequantize(m.codes, m.scale, m.offset).T
     error = lambda y: (y.float() - exact).square().mean()
     assert error(m.product(x)) < 0.9 * error(m.product(x.bfloat16()))
@@ -86,7 +86,7 @@ def test_the_head_s_rows_keep_the_bits_that_bf16_has_no_room_for(seed, bits):
 
 @torch.no_grad()
 @given(seeds, bits_)
-def test_joined_matrices_are_one_under_the_other(seed, bits):
+def test_joined_matrices_concatenate_their_outputs(seed, bits):
     parts = [matrix_of(random_matrix(seed + i, out), bits) for i, out in enumerate((32, 64, 10))]
     x = random_matrix(seed, 3)
     torch.testing.assert_close(Matrix.joined(parts)(x), torch.cat([m(x) for m in parts], -1), atol=1e-4, rtol=1e-4)
@@ -102,7 +102,7 @@ def folder(tmp_path_factory):
 
 
 def dequantized(folder, out, bits):
-    """The plain model with the values that the quantized weights mean."""
+    """Return an unquantized model with the dequantized weights, and the quantized model."""
     plain, quantized = from_pretrained(folder), from_pretrained(out)
     with torch.no_grad():
         for layer, q in zip(plain.layers, quantized.layers):
@@ -118,7 +118,7 @@ def dequantized(folder, out, bits):
 
 @torch.no_grad()
 @pytest.mark.parametrize('bits', [4, 8])
-def test_a_quantized_folder_is_the_model_that_its_codes_mean(folder, tmp_path, bits):
+def test_a_quantized_folder_equals_the_model_with_dequantized_weights(folder, tmp_path, bits):
     quantize_folder(folder, tmp_path / 'out', bits)
     plain, quantized = dequantized(folder, tmp_path / 'out', bits)
     idx = tokens(3, 20, vocab_size=320)
@@ -136,7 +136,7 @@ def test_a_quantized_folder_is_the_model_that_its_codes_mean(folder, tmp_path, b
     assert own and all(torch.equal(t, kept[name]) for name, t in own.items())
 
 
-def test_quantized_folders_are_used_like_any(folder, tmp_path, monkeypatch, capsys):
+def test_quantized_folders_are_read_like_any_other(folder, tmp_path, monkeypatch, capsys):
     for bits in 8, 4:
         _, message = run_script(monkeypatch, capsys, 'quantize.py', folder, tmp_path / f'{bits}', f'--bits={bits}')
         assert message is None and not (tmp_path / f'{bits}.unfinished').exists()
@@ -144,10 +144,10 @@ def test_quantized_folders_are_used_like_any(folder, tmp_path, monkeypatch, caps
                                   '--max_new_tokens=5', '--device=cpu')
         assert message is None and out.startswith('What')
     sizes = [sum(path.stat().st_size for path in place.glob('*.safetensors')) for place in (tmp_path / '4', folder)]
-    assert sizes[0] < 0.5 * sizes[1]                            # in so small a model much is not quantized
+    assert sizes[0] < 0.5 * sizes[1]                            # much of a small model is not quantized
 
 
-def test_what_cannot_be_quantized_is_one_line_and_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
+def test_invalid_input_gets_a_one_line_error_and_leaves_no_files(folder, tmp_path, monkeypatch, capsys):
     def message(*arguments):
         _, text = run_script(monkeypatch, capsys, 'quantize.py', *arguments)
         assert text and '\n' not in text and not list(tmp_path.glob('*.unfinished'))

@@ -1,4 +1,4 @@
-"""Training: it learns, it resumes bit for bit after any kill, and what goes wrong gets one clear line."""
+"""Training: it learns, resumes bit for bit after any kill, and reports each error in one line."""
 import contextlib
 import csv
 import dataclasses
@@ -42,7 +42,7 @@ def run(dataset, out_dir, **changes):
 
 
 def log(out_dir):
-    """log.csv as a list of dicts of strings, without what depends on the clock."""
+    """Return log.csv as a list of dicts of strings, without the speed."""
     with open(out_dir / 'log.csv', newline='') as file:
         return [{key: value for key, value in row.items() if key != 'tokens_per_s'} for row in csv.DictReader(file)]
 
@@ -52,7 +52,7 @@ def losses(out_dir):
 
 
 def assert_same_bits(a, b):
-    """Two nested states are equal, tensors to the last bit (NaN would be equal to itself)."""
+    """Two nested states are equal, tensors bit for bit (NaN equals NaN)."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
@@ -69,7 +69,7 @@ def assert_same_bits(a, b):
 
 
 def assert_same_run(a, b):
-    """Logs equal as strings, and all of the last checkpoint but the folder's name equal."""
+    """The logs are equal as strings, and the last checkpoints except for the folder's name."""
     assert log(a) == log(b)
     a, b = load_checkpoint(a), load_checkpoint(b)
     a['config'].pop('out_dir'), b['config'].pop('out_dir')
@@ -77,9 +77,9 @@ def assert_same_run(a, b):
 
 
 def assert_equivalent_runs(a, b):
-    """Equal but for the rounding of sums; the loads are counts, so that the balancing biases are equal exactly."""
+    """Equal up to the rounding of sums. Loads are counts, so the balancing biases are exactly equal."""
     for one, two in zip(log(a), log(b), strict=True):
-        for key in one.keys() - {'val_loss', 'residual_0', 'residual_1'}:       # two batch sizes evaluate other data
+        for key in one.keys() - {'val_loss', 'residual_0', 'residual_1'}:       # evaluated on other data
             assert float(one[key] or 0) == pytest.approx(float(two[key] or 0), rel=1e-4), key
     one, two = load_checkpoint(a)['model'], load_checkpoint(b)['model']
     for name in one:
@@ -91,7 +91,7 @@ def assert_equivalent_runs(a, b):
 
 @pytest.fixture(scope='session')
 def one_batch(tmp_path_factory):
-    """A dataset whose training split is a single batch of TINY_RUN's, seen again in every step."""
+    """A dataset whose training split is a single batch of TINY_RUN, used in every step."""
     folder = tmp_path_factory.mktemp('one_batch')
     prepare([('a', bytes(range(32, 98)))], folder, 262)
     assert TokenLoader(folder, 'train', 4, 16, 0).n_windows == 4
@@ -101,7 +101,7 @@ def one_batch(tmp_path_factory):
 # ---- learning ----
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_a_single_batch_is_learned_by_heart(one_batch, tmp_path, dtype):
+def test_a_single_batch_is_memorized(one_batch, tmp_path, dtype):
     run(one_batch, tmp_path, max_steps=60, lr=0.02, dtype=dtype, eval_every=60)
     first, *_, last = losses(tmp_path)
     assert abs(first - math.log(262)) < 0.5 and last < 0.5
@@ -109,15 +109,15 @@ def test_a_single_batch_is_learned_by_heart(one_batch, tmp_path, dtype):
 
 
 def test_bfloat16_computes_in_bfloat16(dataset, tmp_path):
-    """Near the losses of float32, and not equal to them."""
+    """The losses are close to those of float32, but not equal."""
     for dtype in 'float32', 'bfloat16':
         run(dataset, tmp_path / dtype, dtype=dtype)
     full, half = losses(tmp_path / 'float32'), losses(tmp_path / 'bfloat16')
     assert full != half and max(abs(a - b) for a, b in zip(full, half)) < 0.05
 
 
-def test_a_run_keeps_the_type_it_began_with(dataset, tmp_path):
-    """'auto' measures once: the checkpoint remembers, or a resumed run would not be bit for bit the same."""
+def test_a_resumed_run_keeps_its_dtype(dataset, tmp_path):
+    """'auto' measures once per run: with another dtype, a resumed run would not be bit for bit the same."""
     run(dataset, tmp_path, max_steps=2, dtype='bfloat16')
     run(dataset, tmp_path, max_steps=3, dtype='auto')
     assert load_checkpoint(tmp_path)['config']['dtype'] == 'bfloat16'
@@ -144,7 +144,7 @@ def test_two_micro_batches_equal_one_of_twice_the_size(dataset, tmp_path):
 
 
 class Split:
-    """Windows and their targets, cut into micro-batches: a loader."""
+    """A loader of micro-batches split from given windows and targets."""
     def __init__(self, x, y, sizes):
         self.batches = [(*parts, None) for parts in zip(x.split(sizes), y.split(sizes))]
 
@@ -154,7 +154,7 @@ class Split:
 
 @given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=8, max_size=8), st.data())
 def test_the_loss_is_the_mean_over_scored_targets_for_any_split(scored, data):
-    """Of 8 windows into micro-batches, and of these among processes; also where one, or all, have no target."""
+    """8 windows are split into micro-batches, and these over processes; some or all may have no target."""
     cuts = sorted(data.draw(st.sets(st.integers(1, 7), max_size=7)))
     sizes = [b - a for a, b in zip([0, *cuts], [*cuts, 8])]
     world = data.draw(st.sampled_from([n for n in (1, 2, 3, 4) if len(sizes) % n == 0]))
@@ -205,7 +205,7 @@ schedules = st.builds(TrainConfig, max_steps=st.integers(1, 300), warmup_steps=s
 
 
 @given(schedules)
-def test_learning_rate_is_continuous_and_ends_near_the_smallest(c):
+def test_learning_rate_is_continuous_and_ends_near_min_lr(c):
     rates = [lr_at(step, c) for step in range(c.max_steps + 1)]
     assert all(0 < rate <= c.lr * (1 + 1e-9) for rate in rates[:-1])
     decay = max(1, c.decay_fraction * c.max_steps)
@@ -223,7 +223,7 @@ def test_learning_rate_warms_up_stays_flat_and_decays():
 
 
 def test_the_scheduled_rate_reaches_the_optimizers(one_batch, tmp_path):
-    """A rate of zero leaves all weights as they were initialised; the biases of the routers have their own."""
+    """A rate of zero keeps the initial weights; the balancing biases have a rate of their own."""
     run(one_batch, tmp_path, lr=0, min_lr=0, seed=3)
     state = load_checkpoint(tmp_path)
     torch.manual_seed(3)
@@ -234,7 +234,7 @@ def test_the_scheduled_rate_reaches_the_optimizers(one_batch, tmp_path):
 
 # ---- the log ----
 
-def test_log_holds_all_that_a_plot_needs(dataset, tmp_path):
+def test_log_has_all_columns_in_the_right_steps(dataset, tmp_path):
     run(dataset, tmp_path, max_steps=6, eval_every=3, log_every=2)
     rows = log(tmp_path)
     layers = [f'{kind}_{layer}' for kind in ('entropy', 'residual') for layer in range(2)]
@@ -259,7 +259,7 @@ def test_log_holds_all_that_a_plot_needs(dataset, tmp_path):
     assert [float(rows[-1][f'bias_1_{e}']) for e in range(4)] == biases['layers.1.moe.router.balancing_bias'].tolist()
 
 
-def test_logged_val_loss_is_that_of_the_saved_weights_on_held_out_data(dataset, tmp_path):
+def test_logged_val_loss_and_residual_equal_those_of_the_saved_weights(dataset, tmp_path):
     run(dataset, tmp_path, eval_batches=3)
     state = load_checkpoint(tmp_path)
     model = Zaya(ZayaConfig(**state['model_config']))
@@ -321,11 +321,11 @@ KILLED_RUN = dict(max_steps=24, eval_every=4, checkpoint_every=3)
 
 @pytest.fixture(scope='module')
 def uninterrupted(dataset, tmp_path_factory):
-    """The folder of a run that nothing happened to, made as the killed ones are: by a subprocess."""
+    """The folder of an uninterrupted run, made by a subprocess as the killed ones are."""
     out_dir = tmp_path_factory.mktemp('uninterrupted')
     subprocess.run([sys.executable, 'train.py', *flags(dataset, out_dir, **KILLED_RUN)], cwd=ROOT, env=ENV, check=True,
                    capture_output=True)
-    assert [int(row['step']) for row in log(out_dir)] == list(range(25))        # no step is missing, none is double
+    assert [int(row['step']) for row in log(out_dir)] == list(range(25))        # each step once
     return out_dir
 
 
@@ -340,11 +340,11 @@ def test_a_run_killed_at_random_lines_equals_an_uninterrupted_one(dataset, unint
 
 
 def test_a_run_killed_from_outside_equals_an_uninterrupted_one(dataset, uninterrupted, tmp_path):
-    """Three processes: one gets Ctrl-C and says so, one is killed, the last one ends the run."""
+    """Three processes: one gets Ctrl-C and reports it, one is killed, the last one completes the run."""
     for step, stop in ('step 4:', signal.SIGINT), ('step 12:', signal.SIGKILL), (None, None):
         child = subprocess.Popen([sys.executable, 'train.py', *flags(dataset, tmp_path, **KILLED_RUN)], cwd=ROOT,
                                  env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                 # a shell that starts the tests in the background has them ignore Ctrl-C: not these
+                                 # processes started in the background by a shell ignore SIGINT
                                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         if stop:
             assert any(line.startswith(step) for line in child.stdout)
@@ -355,16 +355,16 @@ def test_a_run_killed_from_outside_equals_an_uninterrupted_one(dataset, uninterr
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_killed_at_any_line_of_a_save_a_whole_checkpoint_is_left(tmp_path):
-    """Also inside torch.save, with none, one, two checkpoints there before, and with a damaged one."""
+def test_a_save_killed_at_any_line_leaves_a_complete_checkpoint(tmp_path):
+    """Also inside torch.save; with zero, one or two existing checkpoints, and with a damaged one."""
     out = subprocess.run([sys.executable, ROOT / 'tests/crash.py', 'save', tmp_path / 'run'], env=ENV,
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert int(out.stdout.split()[-1]) > 100            # kills
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """For a power cut, which no test can make: first all bytes, then fsync of this file, then the names."""
+def test_a_checkpoint_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
+    """Against a power cut: first all bytes, then fsync of this file, then the renames."""
     calls, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, 'fsync', lambda fd: (calls.append(os.fstat(fd)), fsync(fd)))
     monkeypatch.setattr(os, 'replace', lambda a, b: (calls.append(Path(b).name), replace(a, b)))
@@ -376,15 +376,15 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypat
         calls.clear()
 
 
-def test_resuming_goes_on_where_it_stopped(dataset, tmp_path, capsys):
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(dataset, tmp_path, capsys):
     run(dataset, tmp_path / 'whole')
-    run(dataset, tmp_path / 'parts', max_steps=2, decay_fraction=0)         # the whole run does not decay before step 2
+    run(dataset, tmp_path / 'parts', max_steps=2, decay_fraction=0)         # the other does not decay before step 2
     run(dataset, tmp_path / 'parts')
     assert 'continuing' in capsys.readouterr().out
     assert losses(tmp_path / 'whole') == losses(tmp_path / 'parts')
 
 
-def test_changed_settings_are_told_and_take_effect(dataset, tmp_path, monkeypatch, capsys):
+def test_changed_settings_are_reported_and_take_effect(dataset, tmp_path, monkeypatch, capsys):
     run(dataset, tmp_path, max_steps=2, lr=0.003)
     made = {}
     for name in 'make_optimizers', 'Balancer':
@@ -405,7 +405,7 @@ def test_changed_settings_are_told_and_take_effect(dataset, tmp_path, monkeypatc
     assert steps and set(map(int, steps)) == {4}        # the moments were kept
 
 
-def test_a_run_without_a_checkpoint_begins_anew_with_a_new_log(dataset, tmp_path):
+def test_a_run_without_a_checkpoint_restarts_with_a_new_log(dataset, tmp_path):
     for _ in range(2):
         run(dataset, tmp_path, max_steps=2)
         assert [row['step'] for row in log(tmp_path)] == ['0', '1', '2']
@@ -416,7 +416,7 @@ def test_a_run_keeps_its_tokenizer(dataset, one_batch, tmp_path):
     run(dataset, tmp_path / 'a')
     before = (tmp_path / 'a' / 'bpe.json').read_bytes()
     other = tmp_path / 'other'
-    words = [str(n) for n in range(100, 200)]                  # other text, the same size of vocabulary
+    words = [str(n) for n in range(100, 200)]                  # another text, the same vocabulary size
     prepare([(str(i), ' '.join(words[i:]).encode() * 3) for i in range(9)], other, 300)
     for arguments in dict(out_dir=tmp_path / 'a'), dict(out_dir=tmp_path / 'b', init_from=tmp_path / 'a'):
         with pytest.raises(ValueError, match='another tokenizer'):
@@ -424,7 +424,7 @@ def test_a_run_keeps_its_tokenizer(dataset, one_batch, tmp_path):
     assert (tmp_path / 'a' / 'bpe.json').read_bytes() == before
 
 
-def test_a_finished_run_is_left_as_it_is(dataset, tmp_path):
+def test_a_finished_run_is_unchanged(dataset, tmp_path):
     run(dataset, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert run(dataset, tmp_path) == {}
@@ -454,7 +454,7 @@ DAMAGE = {
 
 @pytest.fixture(scope='module')
 def finished(dataset, tmp_path_factory):
-    """The folder of a run of 4 steps; its checkpoints are of the steps 2 and 4."""
+    """The folder of a run of 4 steps, with checkpoints of steps 2 and 4."""
     run(dataset, out_dir := tmp_path_factory.mktemp('finished'))
     return out_dir
 
@@ -472,7 +472,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(finished, tm
     assert '\n' not in str(error.value)
 
 
-def test_a_run_with_a_damaged_checkpoint_ends_as_without(dataset, finished, tmp_path, monkeypatch, capsys):
+def test_a_run_with_a_damaged_checkpoint_ends_like_an_undamaged_one(dataset, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     DAMAGE['flipped in the middle'](tmp_path / 'ckpt.pt')
     _, message = run_script(monkeypatch, capsys, 'train.py', *flags(dataset, tmp_path))
@@ -485,7 +485,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_without(dataset, finished, tmp_
 
 
 @given(st.data())
-def test_a_flipped_bit_is_noticed_or_harmless(tmp_path_factory, data):
+def test_a_flipped_bit_is_detected_or_has_no_effect(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / 'flipped'
     folder.mkdir(exist_ok=True)
     state = {'step': 3, 'model': {'a': torch.arange(50.), 'b': torch.arange(7)},
@@ -521,13 +521,13 @@ def test_code_in_a_checkpoint_is_not_run(dataset, tmp_path, monkeypatch, capsys,
         assert 'every checkpoint is damaged' in message
     with pytest.raises(ValueError):
         load_checkpoint(tmp_path)
-    err = capsys.readouterr().err                       # torch's own words advise to run the code
+    err = capsys.readouterr().err                       # torch's own message advises to run the code
     assert err.count('\n') == 1 and 'weights_only' not in err
     assert not (tmp_path / 'canary').exists()
 
 
 @pytest.mark.parametrize('thing', [{'model': {}, 'iter_num': 3}, [1], torch.zeros(3)])
-def test_a_checkpoint_of_another_program_is_refused_and_kept(dataset, tmp_path, monkeypatch, capsys, thing):
+def test_a_checkpoint_of_another_program_is_refused_and_unchanged(dataset, tmp_path, monkeypatch, capsys, thing):
     torch.save(thing, tmp_path / 'ckpt.pt')
     before = (tmp_path / 'ckpt.pt').read_bytes()
     for script, arguments in (('train.py', flags(dataset, tmp_path)),
@@ -542,19 +542,19 @@ def test_a_checkpoint_of_another_program_is_refused_and_kept(dataset, tmp_path, 
 
 @pytest.fixture
 def limit_files():
-    """limit_files(size): no file can grow beyond that many bytes, which fails as a full disk does."""
+    """limit_files(size): writing more than size bytes to a file fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_save_onto_a_full_disk_changes_nothing(tmp_path, limit_files):
+def test_a_save_to_a_full_disk_changes_nothing(tmp_path, limit_files):
     state = {'weights': [torch.zeros(n) for n in (10, 10_000, 3, 50_000)]}
     save_checkpoint(tmp_path, state | {'step': 1})
     save_checkpoint(tmp_path, state | {'step': 2})
     size = (tmp_path / 'ckpt.pt').stat().st_size
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for limit in 0, 100, 5000, 41_000, 50_000, size - 1000, size - 1:       # torch reports these in different ways
+    for limit in 0, 100, 5000, 41_000, 50_000, size - 1000, size - 1:       # torch raises different errors
         limit_files(limit)
         with pytest.raises(OSError) as error:
             save_checkpoint(tmp_path, state | {'step': 3})
@@ -563,12 +563,12 @@ def test_a_save_onto_a_full_disk_changes_nothing(tmp_path, limit_files):
         assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_a_run_stopped_by_a_full_disk_goes_on_later(dataset, tmp_path):
+def test_a_run_stopped_by_a_full_disk_can_be_resumed(dataset, tmp_path):
     whole, full = tmp_path / 'whole', tmp_path / 'full'
     run(dataset, whole, max_steps=6)
     run(dataset, full, max_steps=4, lr=0.003)
     checkpoint = (full / 'ckpt.pt').read_bytes()
-    small_disk = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # has room for the log only
+    small_disk = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # only the log fits
     out = subprocess.run([sys.executable, 'train.py', *flags(dataset, full, max_steps=6)], cwd=ROOT, env=ENV,
                          preexec_fn=small_disk, capture_output=True, text=True)
     assert out.returncode == 1 and 'Traceback' not in out.stderr
@@ -580,12 +580,12 @@ def test_a_run_stopped_by_a_full_disk_goes_on_later(dataset, tmp_path):
     assert log(full)[-1]['step'] == '6'
 
 
-# ---- steps that are not finite ----
+# ---- non-finite steps ----
 
 @pytest.fixture
 def poison(monkeypatch):
-    """poison(steps, what): in these steps (from 0) the loss or the gradient is NaN or infinite. Returns a list with the
-    model and the optimizers in it once the run is made."""
+    """poison(steps, what, value): in these steps (from 0) the loss or the gradient is NaN or infinite. Returns a list
+    that holds the model and the optimizers once the run is set up."""
     made = []
 
     def poison(steps, what, value):
@@ -609,20 +609,20 @@ def poison(monkeypatch):
 
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
 @pytest.mark.parametrize('value', [math.nan, math.inf])
-def test_a_step_that_is_not_finite_changes_nothing(dataset, tmp_path, poison, capsys, what, value):
+def test_a_non_finite_step_changes_nothing(dataset, tmp_path, poison, capsys, what, value):
     made = poison({0, 1}, what, value)
-    with pytest.raises(ValueError, match='2 steps in a row'):      # all of them: it must not look finished
+    with pytest.raises(ValueError, match='2 steps in a row'):      # all steps: an error, not a finished run
         run(dataset, tmp_path, max_steps=2)
     model, optimizers = made
     torch.manual_seed(0)
-    assert_same_bits(dict(model.state_dict()), dict(Zaya(model.config).state_dict()))       # balancing biases, too
+    assert_same_bits(dict(model.state_dict()), dict(Zaya(model.config).state_dict()))       # with balancing biases
     assert not any(optimizer.state for optimizer in optimizers)
     out = capsys.readouterr().out
     assert 'step 1: loss ' in out and 'step 2: loss ' in out and out.count('not finite, step skipped') == 2
-    assert load_checkpoint(tmp_path) is None            # nothing good to keep
+    assert load_checkpoint(tmp_path) is None            # no finite step
 
 
-def test_training_goes_on_after_nine_bad_steps(dataset, tmp_path, poison):
+def test_training_continues_after_nine_skipped_steps(dataset, tmp_path, poison):
     poison(range(1, 10), 'gradient', math.nan)
     run(dataset, tmp_path, max_steps=30, lr=0.01, checkpoint_every=1, eval_every=100)
     values = losses(tmp_path)
@@ -630,7 +630,7 @@ def test_training_goes_on_after_nine_bad_steps(dataset, tmp_path, poison):
     assert load_checkpoint(tmp_path)['step'] == 30
 
 
-def test_a_run_whose_last_step_was_skipped_leaves_its_last_good_state(dataset, tmp_path, poison):
+def test_a_run_whose_last_step_was_skipped_saves_its_last_good_state(dataset, tmp_path, poison):
     poison({3}, 'loss', math.nan)
     run(dataset, tmp_path / 'skipped', checkpoint_every=10)
     run(dataset, tmp_path / 'three', max_steps=3, decay_fraction=0)         # neither run decays before step 3
@@ -639,7 +639,7 @@ def test_a_run_whose_last_step_was_skipped_leaves_its_last_good_state(dataset, t
     assert_same_bits(one['model'], other['model'])
 
 
-def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, monkeypatch):
+def test_non_finite_weights_are_not_saved(dataset, tmp_path, monkeypatch):
     make = train.make_optimizers
 
     def poisoned(model, *args):
@@ -667,14 +667,14 @@ def test_ten_bad_steps_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(d
 
 # ---- several processes, torch.compile ----
 
-def test_two_processes_equal_one_with_the_same_accumulation(dataset, tmp_path):
+def test_two_processes_equal_one_with_the_same_grad_accum(dataset, tmp_path):
     changes = dict(grad_accum=4, balancer_lr=0.01, max_steps=5)
     run(dataset, tmp_path / 'one', **changes)
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     out = subprocess.run([*torchrun, 'train.py', *flags(dataset, tmp_path / 'two', **changes)], cwd=ROOT, env=ENV,
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    assert out.stdout.count('parameters') == 1 and 'cpu in float32 x 2' in out.stdout       # rank 0 alone speaks
+    assert out.stdout.count('parameters') == 1 and 'cpu in float32 x 2' in out.stdout       # only rank 0 prints
     assert_equivalent_runs(tmp_path / 'one', tmp_path / 'two')
 
 
@@ -692,10 +692,10 @@ def test_compiled_training_equals_eager_training(dataset, tmp_path):
         run(dataset, tmp_path / str(compile), compile=compile, max_steps=3, n_layer=1, n_expert=2)
     assert losses(tmp_path / 'True') == pytest.approx(losses(tmp_path / 'False'), rel=1e-4)
     names = [load_checkpoint(tmp_path / name)['model'].keys() for name in ('True', 'False')]
-    assert names[0] == names[1]                         # either run can go on from the other's checkpoint
+    assert names[0] == names[1]                         # each run can resume from the other's checkpoint
 
 
-# ---- bad input ----
+# ---- invalid input ----
 
 BAD_SETTINGS = {
     '--lr=-1': '--lr=-1: lr is -1.0, it must lie between 0 and 1e+09',
@@ -727,7 +727,7 @@ BAD_SETTINGS = {
 
 
 @pytest.mark.parametrize('flag', BAD_SETTINGS)
-def test_bad_settings_get_one_line(dataset, tmp_path, monkeypatch, capsys, flag):
+def test_invalid_settings_get_a_one_line_error(dataset, tmp_path, monkeypatch, capsys, flag):
     monkeypatch.setitem(sys.modules, 'wandb', None)     # as if it were not installed
     _, message = run_script(monkeypatch, capsys, 'train.py', *flags(dataset, tmp_path / 'run'), flag)
     assert BAD_SETTINGS[flag] in message

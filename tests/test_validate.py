@@ -1,4 +1,4 @@
-"""What comes from outside (validate.py): one line for whatever is not as it should be, and nothing mixed up unseen."""
+"""Validation of files (validate.py): a one-line error for anything invalid, and no silent mix-up of files."""
 import json
 import math
 import os
@@ -26,7 +26,7 @@ from model import ZayaConfig
 from rsa import load_policy
 
 
-# ---- the gate itself ----
+# ---- check and parse_json ----
 
 KIND = {'n': range(1, 9), 'rate': float, 'name?': (None, str), 'list': [{'x': int}],
         'pair': [bool, 2], 'any': {str: int}}
@@ -41,7 +41,7 @@ BAD = {'n is 9, it must be a whole number from 1 to 8': {'n': 9}, 'n is True': {
 
 
 @pytest.mark.parametrize('message', BAD)
-def test_what_is_wrong_is_named_with_where_it_is_and_what_it_should_be(message):
+def test_an_error_names_the_file_the_key_the_value_and_what_it_must_be(message):
     check(GOOD, KIND, 'file')
     with pytest.raises(ValueError) as error:
         check(GOOD | BAD[message], KIND, 'file')
@@ -53,7 +53,7 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats
 
 
 @given(json_values, st.integers(0, 3))
-def test_honest_json_is_read_and_any_other_gets_one_line(value, cut):
+def test_valid_json_is_read_and_any_other_gets_a_one_line_error(value, cut):
     text = json.dumps(value).encode()
     assert parse_json(text, 'file') == value
     try:
@@ -64,7 +64,7 @@ def test_honest_json_is_read_and_any_other_gets_one_line(value, cut):
 
 @pytest.mark.parametrize('text', [b'[' * 200_000, b'{"a":' * 200_000, b'[' * 101 + b']' * 101, b'Infinity',
                                   b'{"a": NaN}', b'"\\ud800"', b'\xff', b'9' * 5000, b'', b'1 2'])
-def test_monstrous_json_gets_one_line(text):
+def test_malicious_json_gets_a_one_line_error(text):
     with pytest.raises(ValueError, match='^file: is not valid') as error:
         parse_json(text, 'file')
     assert len(str(error.value)) < 200
@@ -84,14 +84,14 @@ def finished(dataset, tmp_path_factory):
 
 
 def shuffled(enc, path):
-    """Another tokenizer with the same tokens: text is cut alike, but two tokens have changed places."""
+    """Save a tokenizer with the same tokens, of which two have swapped their ids."""
     tokens = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(enc.special_tokens_set))]
     tokens[97], tokens[98] = tokens[98], tokens[97]
     save_tokenizer(path, make_encoding(enc._pat_str, tokens, sorted(enc.special_tokens_set,
                                                                     key=enc.encode_single_token)))
 
 
-def test_a_tokenizer_of_another_run_is_noticed_before_anything_runs(dataset, finished, tmp_path, monkeypatch, capsys):
+def test_the_tokenizer_of_another_run_is_detected_first(dataset, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / 'run')
     shutil.copytree(dataset, tmp_path / 'data')
     for folder in 'run', 'data':
@@ -140,7 +140,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize('key', SPOILED)
-def test_a_checkpoint_with_a_wrong_part_is_not_taken_up(dataset, finished, tmp_path, monkeypatch, capsys, key):
+def test_a_checkpoint_with_an_invalid_part_is_not_resumed(dataset, finished, tmp_path, monkeypatch, capsys, key):
     state = load_checkpoint(finished)
     for wrong in (None, *SPOILED[key]):
         spoiled = {k: v for k, v in state.items() if k != key} | ({} if wrong is None else {key: wrong})
@@ -160,7 +160,7 @@ def test_momenta_of_other_parameters_are_refused(finished, dataset, tmp_path):
         run(dataset, tmp_path, max_steps=5)
 
 
-def test_a_setting_that_this_version_does_not_know_is_refused(finished, tmp_path):
+def test_an_unknown_setting_is_refused(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     state = load_checkpoint(finished)
     state['model_config']['sparse'] = True
@@ -170,7 +170,7 @@ def test_a_setting_that_this_version_does_not_know_is_refused(finished, tmp_path
 
 
 @pytest.mark.parametrize('content', [b'a,b\n1,2\n', bytes(range(256)) * 10, b'date,step\n1,2\n'])
-def test_a_log_of_something_else_is_left_alone(tmp_path, content):
+def test_the_log_of_another_program_is_unchanged(tmp_path, content):
     (tmp_path / 'log.csv').write_bytes(content)
     with pytest.raises(ValueError, match='log.csv was not written by train.py'):
         write_log(tmp_path, None, ['step', 'loss'], keep_until=-1)
@@ -185,16 +185,16 @@ def test_a_damaged_line_of_a_log_is_left_out(tmp_path, line):
     assert (tmp_path / 'log.csv').read_text().split() == ['step,loss', '1,0.5', '2,0.25']
 
 
-# ---- two at once ----
+# ---- two processes in one folder ----
 
-def test_two_runs_in_one_folder_are_one_too_many(dataset, finished, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(dataset, finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != 'lock'}
     held = pytest.raises(ValueError, match=f'in use by process {os.getpid()} on ')
     with exclusive_lock(tmp_path / 'lock'), held:
         run(dataset, tmp_path, max_steps=8)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != 'lock'}
-    run(dataset, tmp_path, max_steps=8)                         # nobody is there any more
+    run(dataset, tmp_path, max_steps=8)                         # the lock is released
 
 
 # ---- released weights ----
@@ -213,7 +213,7 @@ def edit(folder, change, name='model.safetensors'):
     safetensors.torch.save_file(tensors, folder / name)
 
 
-def test_a_head_that_is_not_the_embedding_is_refused_and_one_that_is_taken(released, tmp_path):
+def test_an_output_head_is_accepted_only_if_it_equals_the_embedding(released, tmp_path):
     edit(released, lambda t: t.update({'lm_head.weight': t['model.embed_tokens.weight'].clone()}))
     from_pretrained(released)
     edit(released, lambda t: t['lm_head.weight'][3, 3].add_(1e-3))
@@ -236,13 +236,13 @@ def test_a_tensor_in_two_shards_is_refused(released):
 
 
 @pytest.mark.parametrize('dtype', [torch.int8, torch.float8_e4m3fn, torch.int64, torch.bool])
-def test_a_dtype_that_weights_cannot_have_is_named(released, dtype):
+def test_an_invalid_dtype_of_weights_is_named(released, dtype):
     edit(released, lambda t: t.update({'model.norm.weight': t['model.norm.weight'].to(dtype)}))
     with pytest.raises(ValueError, match=f'model.norm.weight is {dtype}'):
         from_pretrained(released)
 
 
-def test_mixed_dtypes_are_read_in_the_one_that_holds_all_of_them(released):
+def test_mixed_dtypes_are_read_in_the_widest(released):
     edit(released, lambda t: t.update({name: t[name].bfloat16() for name in t if 'experts' in name}))
     model, x = from_pretrained(released), torch.arange(9)[None]
     assert model.dtype == torch.float32 and {p.dtype for p in model.parameters()} == {torch.float32}
