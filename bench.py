@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 import configurator
-from decode import compiled
+import decode
 from model import Zaya, ZayaConfig, sizes
 from optim import make_optimizers
 from router import Balancer, load_entropy
@@ -149,7 +149,7 @@ def decoding(model, B, S, new, static=False):
     tokens = random_tokens(model.eval(), B, S)
     if isinstance(model, Zaya):
         return lambda: generate(model, tokens.tolist(), new, SamplingOptions(temperature=0),
-                                step=compiled(model) if static else None)
+                                step=decode.compiled(model) if static else None)
     return lambda: model.generate(
         tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new, min_new_tokens=new,
         eos_token_id=model.config.vocab_size - 1, pad_token_id=0,

@@ -1,10 +1,10 @@
-"""What do 8 and 4 bits cost? The loss of the demo model on held-out text, and Markovian RSA of the loops model.
+"""Measure what int8 and int4 weights cost: validation loss of the demo model, Markovian RSA accuracy of the loops model.
 
     make demo && python -m evidence.quantization
 
-Each weight is replaced by what its code means (quantize.py), and the model runs as before: how the product is computed
-does not matter here. 4 bits twice: rounded to nearest, and with the span of least squared error for each group. bf16
-is the precision in which the released model is stored. CSV on the standard output.
+The large matrices are quantized and dequantized (quantize.py), and the model then runs in float32. int4 is measured
+twice: with the range of each group's weights, and with the range of least squared error. bf16 is the precision of the
+released weights. The output is CSV.
 """
 import copy
 import sys
@@ -13,21 +13,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from runtime import checkpoint, pretrained
 import configurator
 import decode
 from data.loader import open_dataset
-from tasks.loops import task
 from evaluate import measure
 from quantize import dequantize, quantize
 from rsa import RSASettings, load_policy
+from runtime import checkpoint, pretrained
+from tasks.loops import task
 
 
 @dataclass
 class QuantizationConfig:
     demo: str = 'runs/demo'
     loops: str = 'runs/loops'
-    batches: int = 20               # of held-out text
+    batches: int = 20               # of validation text
     problems: int = 100             # of 25 to 32 steps
 
     def __post_init__(self):
@@ -35,8 +35,8 @@ class QuantizationConfig:
 
 
 @torch.no_grad()
-def in_few_bits(model, change):
-    """A copy of a Zaya whose large matrices have gone through change(W), matrix by matrix."""
+def with_changed_matrices(model, change):
+    """Return a copy of a Zaya in which each large matrix W is replaced by change(W)."""
     model = copy.deepcopy(model)
     for layer in model.layers:
         linears = [module for module in layer.attn.children() if isinstance(module, nn.Linear)]
@@ -74,9 +74,9 @@ def main(config):
     print('weights,val_loss,more_than_float32,rsa_mean,ci95')
     first = None
     for name, change in CHANGES.items():
-        loss = val_loss(in_few_bits(demo, change), loader, config.batches)
+        loss = val_loss(with_changed_matrices(demo, change), loader, config.batches)
         first = first or loss
-        model = in_few_bits(policy.model, change)
+        model = with_changed_matrices(policy.model, change)
         row = measure(replace(policy, model=model, step=decode.folded(model)), problems, rsa, name=name)
         print(f'{name!r},{loss:.4f},{loss - first:+.4f},{100 * row.mean:.1f},{100 * row.half:.1f}', flush=True)
 

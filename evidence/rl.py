@@ -34,7 +34,7 @@ import rl
 from tasks.loops import task
 from evaluate import steps
 from evidence.claims import by_seed, fill_table, picture, print_table, print_verdicts, read_table, run_experiments
-from evidence.quantization import CHANGES, in_few_bits
+from evidence.quantization import CHANGES, with_changed_matrices
 from evidence.rsa import (BOUNDS, by_length, compare_methods, methods, prepare_data, print_methods, score,
                           trained_model)
 from rsa import RSASettings, load_policy, markovian_rsa
@@ -248,7 +248,7 @@ def replay(config):
     estimated by the mean of p/q - 1 - ln(p/q), which is never negative, over tokens sampled from q."""
     learner, rng = load_policy(MODEL, torch.device('cpu')).model, random.Random(0)
     generators = {'float32': lambda: learner, 'bf16': lambda: rl.generator_of(learner, 'bfloat16'),
-                  'int8': lambda: in_few_bits(learner, CHANGES['int8'])}
+                  'int8': lambda: with_changed_matrices(learner, CHANGES['int8'])}
     rollouts_of = functools.cache(lambda name: rl.roll_out(generators[name](), prompts, 170, seed=0))
     prompts = [task.build_prompt(task.ENC.encode_ordinary(task.draw_problem(rng, 25, 32, 'train').question), [])
                for _ in range(2 if config.quick else 128)]

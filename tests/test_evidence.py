@@ -1,4 +1,4 @@
-"""The scripts of evidence/ run; no figure that they print is a test. Pictures come from committed tables alone."""
+"""The scripts of evidence/ run (their figures are not tested), and pictures depend only on committed tables."""
 import pytest
 import torch
 
@@ -32,7 +32,7 @@ def test_bad_arguments_get_one_line(monkeypatch, capsys, argument):
 
 
 def test_the_committed_pictures_are_those_of_the_committed_tables(tmp_path, monkeypatch):
-    """Drawn anew, from the tables alone. (Their bytes may differ with the version of matplotlib.)"""
+    """Names are compared: the bytes depend on the version of matplotlib."""
     pytest.importorskip('matplotlib')
     committed = {path.name for path in claims.RESULTS.glob('*.svg')}
     for name in claims.RESULTS.glob('*.csv'):

@@ -1,4 +1,4 @@
-"""The window into a run shows what the model did, is one page that needs nothing else, and lets no text become code."""
+"""The page of evidence/view.py shows what the model computed, needs no other file, and never runs text as code."""
 import base64
 import csv
 import html
@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 
 import router
-from runtime.checkpoint import save_checkpoint
-from runtime.pretrained import load, save_pretrained
 from common import run_script, tiny_model, tokens
-from tasks.loops import task
 from data.tokenizer import SPECIAL_TOKENS, make_encoding, save_tokenizer
 from evidence import view
 from evidence.rl import state
+from runtime.checkpoint import save_checkpoint
+from runtime.pretrained import load, save_pretrained
+from sample import SamplingOptions
+from tasks import policy
+from tasks.loops import task
 from test_language import write_language
 
 QUESTION = '4x:a-2b*7c+3=5'
@@ -42,17 +44,17 @@ def loops_run(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def text_run(tmp_path_factory):
-    bytes_alone = make_encoding(r'[\s\S]', [bytes([b]) for b in range(256)], SPECIAL_TOKENS)
-    return make_run(tmp_path_factory.mktemp('text'), bytes_alone)
+    byte_encoding = make_encoding(r'[\s\S]', [bytes([b]) for b in range(256)], SPECIAL_TOKENS)
+    return make_run(tmp_path_factory.mktemp('text'), byte_encoding)
 
 
 @pytest.fixture
 def experts_err(monkeypatch):
-    """In place of the model's, outputs of experts who go on from what they read, and err now and then. Returns them:
-    [(tails, output)] of each round."""
+    """Replace the model's outputs by simulated candidates that continue the tails they read, with occasional errors.
+    Return them: [(tails, output)] per round."""
     rng, said = random.Random(0), []
 
-    def speak(prompts, limit):
+    def generate(prompts, limit):
         said.append([])
         for prompt in prompts:
             question, *tails = re.findall(r'(?<=<\|user\|>)[^[<]*|(?<=\[)[^]]*(?=\])', task.ENC.decode(prompt))
@@ -64,17 +66,17 @@ def experts_err(monkeypatch):
                 output += [task.CLOSE, *task.ENC.encode_ordinary(str(chain[-1][1])), task.END]
             said[-1].append(([task.ENC.encode(tail, allowed_special='all') for tail in tails], output[:limit]))
         return [output for _, output in said[-1]]
-    monkeypatch.setattr(view, 'sampler', lambda *_: speak)
+    monkeypatch.setattr(policy.Policy, 'sampler', lambda *_: generate)
     return said
 
 
 def read(page):
-    """What a page was made to show, as a browser would read it."""
+    """Return the JSON of a page, as a browser would parse it."""
     return json.loads(re.search(r'<script type="application/json" id="shown">(.*?)</script', page, re.S)[1])
 
 
 def attention_in(text, n_layer, n_head):
-    """Undo the packing of text_of -> (L, H, S, S)."""
+    """Undo the packing of show_text -> (L, H, S, S)."""
     S = len(text['tokens'])
     weights = torch.zeros(n_layer, n_head, S, S)
     for t, row in enumerate(text['attention']):
@@ -112,7 +114,7 @@ def test_what_is_shown_of_a_text_is_what_the_model_did():
     for layer in model.layers:
         layer.moe.router.register_forward_hook(lambda module, args, out: chosen.append((out[0][0], out[1][0])))
         layer.register_forward_hook(lambda module, args, out: stream.append(out[0][0].square().mean(-1).sqrt()))
-    found = view.text_of(model, lambda t: str(t), text, 3)
+    found = view.show_text(model, lambda t: str(t), text, 3)
     assert found['tokens'] == [str([t]) for t in text] and found['n_prompt'] == 3
     assert found['expert'] == [expert.tolist() for expert, _ in chosen] and {2} == set(found['expert'][1])
     probs = torch.tensor(found['probs']) / 1000                                 # (L, S, M)
@@ -126,10 +128,10 @@ def test_what_is_shown_of_a_text_is_what_the_model_did():
         attended.append((v, attention(q, k, v, **settings)))
         return attended[-1][1]
     with view.replaced(F, scaled_dot_product_attention=attend):
-        weights = view.look(model, text)[2]                     # (L, H, S, S)
+        weights = view.observe(model, text)[2]                     # (L, H, S, S)
     assert torch.equal(weights, weights.tril())
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 20))
-    for layer, (v, y) in enumerate(attended):                   # these weights make what the layer goes on with
+    for layer, (v, y) in enumerate(attended):                   # these weights give the attention output
         torch.testing.assert_close(weights[layer] @ v[0].repeat_interleave(2, 0), y[0], atol=1e-5, rtol=1e-4)
     packed = attention_in(found, 3, 4)
     torch.testing.assert_close(packed, weights, atol=1 / 255, rtol=0)
@@ -138,16 +140,16 @@ def test_what_is_shown_of_a_text_is_what_the_model_did():
     assert not model.layers[0]._forward_pre_hooks and not model.layers[0].attn_residual._forward_hooks
 
 
-def test_a_model_of_text_writes_on_after_a_prompt_and_thinks_in_no_rounds(text_run):
+def test_a_text_model_continues_a_prompt_without_rounds(text_run):
     shown = view.view(view.ViewConfig(str(text_run), 'def f(', seed=3))
     model, language = load(text_run)
-    output, = view.generate(model, [language.encode('def f(')], view.NEW, stop=language.stop, seed=3)
+    output, = view.generate(model, [language.encode('def f(')], view.NEW, SamplingOptions(seed=3), stop=language.stop)
     text, = shown['texts']
     assert text['tokens'] == [language.decode([t]) for t in [*language.encode('def f('), *output]]
     assert text['n_prompt'] == 6 and shown['rsa'] is None and shown['training'] == {}
 
 
-def test_a_released_folder_is_looked_into(tmp_path):
+def test_a_released_folder_is_shown(tmp_path):
     pytest.importorskip('safetensors')
     model = tiny_model(vocab_size=300, context=64, skip_expert=True)
     model.released_config = {'eos_token_id': 2}
@@ -158,7 +160,7 @@ def test_a_released_folder_is_looked_into(tmp_path):
 
 # ---- the population ----
 
-def test_who_is_right_is_what_the_verifier_says_and_all_that_was_read_is_shown(loops_run, experts_err):
+def test_correct_is_what_the_verifier_says_and_all_sampled_tails_are_shown(loops_run, experts_err):
     shown = view.view(view.ViewConfig(str(loops_run), QUESTION))
     rounds = shown['rsa']['rounds']
     assert len(rounds) == len(experts_err) == 1 + task.rounds_needed(12, 41)
@@ -167,12 +169,12 @@ def test_who_is_right_is_what_the_verifier_says_and_all_that_was_read_is_shown(l
         assert [not one['wrong'] for one in now] == right and 0 < sum(right)
         assert [''.join(piece for piece, _ in one['pieces']) for one in now] == [
             task.ENC.decode(output) for _, output in said]
-        for one in now:                                         # whoever is wrong went wrong somewhere, and once
+        for one in now:                                         # a wrong candidate has exactly one first error
             assert [mark for _, mark in one['pieces']].count('wrong') == bool(one['wrong'])
     assert not all(not one['wrong'] for now in rounds for one in now)
     for before, now, said in zip(rounds, rounds[1:], experts_err[1:]):
         for one, (tails, _) in zip(now, said):
-            assert [before[j]['tail'] for j in one['reads']] == [task.ENC.decode(tail) for tail in tails]
+            assert [before[j]['tail'] for j in one['sampled']] == [task.ENC.decode(tail) for tail in tails]
 
 
 @pytest.mark.parametrize('text, places, marks', [
@@ -185,26 +187,25 @@ def test_who_is_right_is_what_the_verifier_says_and_all_that_was_read_is_shown(l
     ('21c+3=5</think>5<|end|>', {11}, ' 2| 1c+3=5| </think>5| <|end|>'),
     ('21c+3=5</think>6<|end|>', {11}, ' 2| 1c+3=5|!</think>6|-<|end|>'),
     ('5</think>5<|end|>', {12}, ' 5| </think>5| <|end|>'),
-    ('69b*7=2', {0}, '!6|-9b*7=2'), ('54z-2=3', {0, None}, ' 5|!4z-2=3'),       # no steps of the program
+    ('69b*7=2', {0}, '!6|-9b*7=2'), ('54z-2=3', {0, None}, ' 5|!4z-2=3'),       # not a step of the program
     ('4a-2=3', {0}, '!4a-2=3'), ('hello', {0}, '!hello'), ('<|user|>', {0}, '!<|-|user|>')])
 def test_a_step_is_marked_where_it_first_goes_wrong(text, places, marks):
-    pieces = view.marked(task.parse(QUESTION), text, places)
+    pieces = view.mark_errors(task.parse(QUESTION), text, places)
     assert '|'.join({'': ' ', 'wrong': '!', 'after': '-'}[mark] + piece for piece, mark in pieces) == marks
 
 
-def test_the_texts_looked_into_are_an_error_and_one_who_outvoted_it():
-    end = lambda right: {'right': right}
-    rounds = [[{'wrong': None, 'reads': [], 'end': end(True)}, {'wrong': 'computed', 'reads': [], 'end': end(False)}],
-              [{'wrong': None, 'reads': [0], 'end': end(True)}, {'wrong': None, 'reads': [0, 1], 'end': end(True)}]]
-    assert view.telling(rounds) == [(1, 1), (0, 1)]
-    rounds[0][1]['wrong'], rounds[0][1]['end'] = None, end(True)
-    assert view.telling(rounds) == [(1, 1)]
+def test_the_notable_candidates_are_an_error_and_one_that_outvoted_it():
+    cell = lambda wrong, sampled: {'wrong': wrong, 'sampled': sampled, 'end': {'right': not wrong}}
+    rounds = [[cell(None, []), cell('computed', [])], [cell(None, [0]), cell(None, [0, 1])]]
+    assert view.notable(rounds) == [(1, 1), (0, 1)]
+    rounds[0][1] = cell(None, [])
+    assert view.notable(rounds) == [(1, 1)]
 
 
 # ---- training ----
 
 def write_log(folder, rows, *extra):
-    """A made-up log of 2 layers and 2 experts."""
+    """Write a log of 2 layers and 2 experts."""
     columns = ['step', 'loss', 'val_loss', 'lr', 'grad_norm', 'tokens_per_s', 'residual_0', 'residual_1', 'entropy_0',
                'entropy_1', *(f'{kind}_{layer}_{expert}' for kind in extra for layer in (0, 1) for expert in (0, 1))]
     with open(folder / 'log.csv', 'w', newline='') as file:
@@ -215,21 +216,21 @@ def write_log(folder, rows, *extra):
             writer.writerow({'step': step} | {name: step + i / 8 for i, name in enumerate(columns[1:])})
 
 
-def test_load_and_bias_of_each_expert_are_drawn_if_they_were_logged_and_said_to_be_missing_if_not(tmp_path):
+def test_load_and_bias_per_expert_are_shown_only_if_they_were_logged(tmp_path):
     write_log(tmp_path, 3)
-    assert view.training(tmp_path).keys() == {'entropy'} and len(view.training(tmp_path)['entropy']) == 2
+    assert view.training_curves(tmp_path).keys() == {'entropy'} and len(view.training_curves(tmp_path)['entropy']) == 2
     write_log(tmp_path, 3, 'load', 'bias')
-    found = view.training(tmp_path)
+    found = view.training_curves(tmp_path)
     assert found.keys() == {'load', 'bias', 'entropy'}
     assert found['load'][0] == [[[1, 2, 3], [2.125, 3.125, 4.125]], [[1, 2, 3], [2.25, 3.25, 4.25]]]
     assert found['bias'][1][1] == [[1, 2, 3], [3.0, 4.0, 5.0]]
-    assert view.training(tmp_path / 'nowhere') == {}
+    assert view.training_curves(tmp_path / 'nowhere') == {}
 
 
-def test_of_a_long_curve_few_points_are_kept_and_the_last():
-    steps, values = view.thinned(list(range(1000)), [float(x) for x in range(999)] + [float('nan')], 90)
+def test_a_long_curve_keeps_few_points_and_the_last():
+    steps, values = view.thin_out(list(range(1000)), [float(x) for x in range(999)] + [float('nan')], 90)
     assert len(steps) == len(values) <= 90 and steps[-1] == 999 and values[-1] is None and values[:-1] == steps[:-1]
-    assert view.thinned([1, 2], [1.0, 2.0], 90) == [[1, 2], [1.0, 2.0]]
+    assert view.thin_out([1, 2], [1.0, 2.0], 90) == [[1, 2], [1.0, 2.0]]
 
 
 # ---- the command ----
@@ -304,11 +305,11 @@ CLICK = """<script>
 </script>"""
 PHONE = """<iframe src="page.html" width="390" height="900" style="border: 0"></iframe><script>
   addEventListener('message', event => document.body.dataset.found = event.data)
-</script>"""                                                    # a window of chromium is never narrower than 500
+</script>"""                                                    # chromium windows are at least 500 wide
 
 
 def browse(shown, folder):
-    """Open a page at a phone's width and click through it. Return what CLICK found, or skip without a browser."""
+    """Open a page at the width of a phone and click through it. Return what CLICK found; skip without Chromium."""
     if not CHROMIUM:
         pytest.skip('no chromium here: apt-get install chromium')
     page = view.page(shown).replace('<head>', f'<head>{WATCH}').replace('</body>', f'{CLICK}</body>')
@@ -327,10 +328,10 @@ def browse(shown, folder):
 def test_a_browser_clicks_through_a_population(loops_run, experts_err, tmp_path):
     shown = view.view(view.ViewConfig(str(loops_run), QUESTION))
     found, rounds = browse(shown, tmp_path), shown['rsa']['rounds']
-    readers = [sum(i in one['reads'] for one in rounds[1]) for i in range(16)]
+    readers = [sum(i in one['sampled'] for one in rounds[1]) for i in range(16)]
     assert found['lines'] == readers + [4] * 16
     assert found['heads'] == [f'round {t}{sum(not one["wrong"] for one in now)}/16' for t, now in enumerate(rounds)]
-    assert found['said'] == [f'Candidate {i} in round {t}: ' + ('✗ wrong' if one['wrong'] else '✓ right')
+    assert found['said'] == [f'Candidate {i} in round {t}: ' + ('✗ wrong' if one['wrong'] else '✓ correct')
                              for t, now in enumerate(rounds) for i, one in enumerate(now)]
     assert (found['moved'], found['slid']) == ('1 3', '0 3')
     assert found['texts'] == [str(len(text['tokens']) - 1) for text in shown['texts']]
@@ -344,9 +345,9 @@ def test_a_browser_clicks_through_a_population(loops_run, experts_err, tmp_path)
 def test_a_browser_shows_hostile_text_as_text(text_run, tmp_path):
     write_log(tmp_path, 20, 'load', 'bias')
     shown = view.view(view.ViewConfig(str(text_run), HOSTILE)) | {
-        'folder': HOSTILE, 'training': view.training(tmp_path)}
+        'folder': HOSTILE, 'training': view.training_curves(tmp_path)}
     found = browse(shown, tmp_path)
     assert found['title'] == f'A window into {HOSTILE}' and found['text'].startswith('</script><script>document.title')
     assert found['charts'] == [2, 2, 2, 2, 1, 1] and 'did not log' not in found['words']
     shown['training'].pop('load')
-    assert 'This run did not log the load of each expert.' in browse(shown, tmp_path)['words']
+    assert 'This run did not log the load per expert.' in browse(shown, tmp_path)['words']
