@@ -1,4 +1,4 @@
-"""Measure what int8 and int4 weights cost: validation loss of the demo model, Markovian RSA accuracy of the loops model.
+"""Measure what int8 and int4 weights cost: validation loss of the demo model, RSA accuracy of the loops model.
 
     make demo && python -m evidence.quantization
 

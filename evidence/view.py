@@ -8,7 +8,7 @@ each candidate sampled, where outputs go wrong, and how errors are outvoted. The
 does; a released folder works in the same way. Both show texts token by token (router, attention, residual stream) and,
 if the run has a log.csv, the expert load during training. docs/run.html is an example, after `make demo`:
 
-    python -m evidence.view --ckpt=runs/loops --out=docs/run.html
+    python -m evidence.view --ckpt=runs/loops --question=4x:a-5b-3c+2d+2=2 --out=docs/run.html
 
 The model is observed from outside, by forward hooks and by wrappers of the functions that it calls. Texts are stored as
 JSON in which each `<` is written \\u003c, so that no text can close the script element; view.html inserts them as text.
