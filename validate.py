@@ -12,6 +12,7 @@ found, and what it must be. A schema is written as data of the shape that it des
     {'key': schema, 'other?': schema}     an object with these keys; those with '?' are optional, others are ignored
     {str: schema}                         an object with any such keys, and only such values
 """
+import codecs
 import contextlib
 import itertools
 import json
@@ -19,6 +20,9 @@ import os
 import re
 
 MAX_BYTES, MAX_DEPTH = 2 ** 28, 100     # of a JSON file, and of its nested brackets: limits against malicious files
+# Byte order marks; that of UTF-16 is the start of that of UTF-32.
+BOMS = {codecs.BOM_UTF8: 'utf-8', codecs.BOM_UTF32_LE: 'utf-32-le', codecs.BOM_UTF32_BE: 'utf-32-be',
+        codecs.BOM_UTF16_LE: 'utf-16-le', codecs.BOM_UTF16_BE: 'utf-16-be'}
 
 
 def check(value, schema, where, key=''):
@@ -122,6 +126,23 @@ def read_bytes(path):
             return file.read()
     except OSError as error:
         raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
+
+
+def to_utf8(data):
+    """Return the bytes of a text as UTF-8 without a byte order mark (BOM), which tells UTF-8, UTF-16 and UTF-32. Bytes
+    without a BOM are returned unchanged. Raise UnicodeDecodeError if UTF-16 or UTF-32 is damaged."""
+    for bom, encoding in BOMS.items():
+        if data.startswith(bom):
+            rest = data[len(bom):]
+            return rest if encoding == 'utf-8' else rest.decode(encoding).encode()
+    return data
+
+
+def read_text(path):
+    """Return the text of a file in UTF-8, or in UTF-16 or UTF-32 with a BOM. Raise ValueError naming the file."""
+    data = read_bytes(path)
+    with reading(path):
+        return to_utf8(data).decode()
 
 
 def read_json(path, schema={str: object}):
