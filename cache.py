@@ -36,7 +36,7 @@ class Cache:
 
     def reserve(self, S, n_new=None, whole=False):
         """Prepare for S new tokens per sequence, of which the first n_new[b] are real (None: all). Return their
-        positions, (B, S) int64, and the attention mask, (B, 1, S, P) bool, or None if plain causal attention does.
+        positions, (B, S) int64, and the attention mask, (B, 1, S, P) bool, or None if plain causal attention suffices.
         whole: P is the capacity, so that shapes are the same in every step (decode.compiled).
         Raises ValueError if a sequence would exceed the capacity."""
         self.n_new = [S] * len(self.lengths) if n_new is None else list(n_new)
@@ -44,12 +44,12 @@ class Cache:
         if needed > self.capacity:
             raise ValueError(f'the cache holds {self.capacity} positions, this forward needs {needed}: '
                              'make it with a larger capacity')
-        empty = S > 1 and not any(self.lengths)                 # the new tokens attend to each other only
+        empty = S > 1 and not any(self.lengths)                 # plain causal attention among the new tokens
         self.P = None if empty else self.capacity if whole else needed
         self.rows = torch.arange(len(self.lengths), device=self.device)[:, None]               # (B, 1), b for indexing
         t = torch.arange(S, device=self.device)
         positions = torch.tensor(self.lengths, device=self.device)[:, None] + t                # (B, S)
-        self.target, self.newest = positions, None              # where update stores k and v; where it finds the state
+        self.target, self.newest = positions, None              # where update writes k, v; where the new state is
         if n_new is not None:
             n = torch.tensor(self.n_new, device=self.device)[:, None]                          # (B, 1)
             self.target = torch.where(t < n, positions, self.capacity)                         # padding: last position
@@ -60,8 +60,8 @@ class Cache:
 
     def update(self, layer, qk, v_delayed, k, v):
         """Store a layer's new tokens. Return the keys and values to attend to, (B, Hk, P, d) each.
-        k, v (B, Hk, S, d): new tokens only. qk (B, S + 2, C), v_delayed (B, S + 1, Hk d / 2): the state, then the new
-        tokens, so that the state after n_new[b] tokens is at n_new[b]."""
+        k, v (B, Hk, S, d): new tokens only. qk (B, S + 2, C), v_delayed (B, S + 1, Hk d / 2): the old state, then the
+        new tokens: after n_new[b] of them, the new state starts at index n_new[b]."""
         if self.newest is None:                                 # no padding: the state is at the end
             qk, v_delayed = qk[:, -2:], v_delayed[:, -1:]
         else:

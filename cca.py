@@ -2,7 +2,7 @@
 
 The idea. Multi-head attention projects each token of width E to full-width queries, keys and values. CCA projects to
 smaller latents (8B model: E = 2048, query latent 1024, key and value latents 256 each), attends in them, and projects
-back to E at the end. Parameters, attention FLOPs and the KV cache shrink by the compression factor. Two small causal
+back to E at the end. Parameters and attention FLOPs shrink, and the KV cache is 8 times smaller. Two small causal
 convolutions, a query-key mean and a value shift recover the expressiveness that the compression loses.
 
 For a token x_t, after RMSNorm (CCA paper, arXiv 2510.04476, II-B and listing A.1):
@@ -11,7 +11,7 @@ For a token x_t, after RMSNorm (CCA paper, arXiv 2510.04476, II-B and listing A.
     2. convolve       [q; k] = conv_grouped(conv_depthwise([q~; k~]))      both causal, kernel 2
     3. QK-mean        m_q = (q~ + k~ of the head's KV group) / 2,  m_k = mean of m_q over the group's query heads
                       q += m_q,  k += m_k
-    4. norm           q <- sqrt(d) q / |q|,   k <- T sqrt(d) k / |k|       T: learned, one scalar per KV head
+    4. norm           q <- sqrt(d) q / |q|,   k <- T sqrt(d) k / |k|       T: learned scale, one per KV head
     5. RoPE           rotate the first half of each head's dims by the position
     6. value shift    v_t = [W_V1 x_t ; W_V2 x_{t-1}]                      x_{-1} = 0
     7. attend         softmax(q k^T / sqrt(d)) v, causal, then W_O back to width E
@@ -20,7 +20,7 @@ The keys are scaled by T, not by exp(T) as in the paper: attention logits then g
 arXiv 2605.05365, App. C). Steps 2 to 5 are one function, `mix`, which a fused kernel can replace (kernels/).
 
 Legend:  B batch   S sequence (new tokens)   P positions attended to   E residual width
-         Hq, Hk query / KV heads   H = Hq + Hk   G = Hq / Hk query heads per KV head   d head dim   C = H d channels
+         Hq, Hk query / KV heads   H = Hq + Hk   G = Hq / Hk   d head dim   n rotated pairs   C = H d channels
 """
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def merge_convolutions(w1, b1, w2, b2):
         y_t = W_0 a_{t-1} + W_1 a_t + b2                            within the d channels of a head
             = W_0 w_0 x_{t-2} + (W_0 w_1 + W_1 w_0) x_{t-1} + W_1 w_1 x_t  +  (W_0 + W_1) b1 + b2"""
     C, d, _ = w2.shape
-    w1, b1, w2, b2 = map(upcast, (w1, b1, w2, b2))              # products of weights, which the caller rounds
+    w1, b1, w2, b2 = map(upcast, (w1, b1, w2, b2))              # merge in float32; the caller casts the result
     w_0, w_1 = w1.view(C // d, 1, d, 2).unbind(-1)                  # (H, 1, d): one factor per input channel
     W_0, W_1 = w2.view(C // d, d, d, 2).unbind(-1)                  # (H, d, d)
     weight = torch.cat([W_0 * w_0, W_0 * w_1 + W_1 * w_0, W_1 * w_1], -1)
@@ -90,11 +90,11 @@ def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
     """Return the queries (B, Hq, S, d) and keys (B, Hk, S, d), in qk's dtype. qk (B, S, C): the projections [q~; k~].
 
     past (B, 2, C): qk of the two tokens before; None at the start of a sequence. w1 to b2: see merge_convolutions.
-    temperature (Hk): T. cos, sin (B or 1, S, n): of rope_table. start (B, S) bool or None: see CCA.forward."""
+    temperature (Hk): T. cos, sin (B or 1, S, n): from rope_table. start (B, S) bool or None: see CCA.forward."""
     (B, S, C), d, Hk = qk.shape, w2.shape[1], len(temperature)
     H, Hq = C // d, C // d - Hk
-    # 2. The merged kernel of 3 reads two past tokens. At the start of a sequence qk is padded with zeros, so that the
-    # input of the second convolution is b1 there, not zero.
+    # 2. The merged kernel of 3 reads two past tokens. At the start of a sequence qk is padded with zeros: before the
+    # first token, the second convolution then reads b1, not zero.
     x = F.pad(qk, (0, 0, 2, 0)) if past is None else torch.cat([past, qk], 1)   # (B, S + 2, C)
     x = x.unflatten(-1, (H, d)).permute(2, 0, 1, 3)                         # (H, B, S + 2, d), heads first from here
     taps = [x[:, :, :-2], x[:, :, 1:-1], x[:, :, 2:]]                           # x_{t-2}, x_{t-1}, x_t
@@ -130,9 +130,9 @@ class CCA(nn.Module):
         self.temperature = nn.Parameter(torch.empty(self.Hk))                   # T
 
     def forward(self, x, cos, sin, mask=None, start=None, cache=None):
-        """x (B, S, E) -> (B, S, E). cos, sin (B or 1, S, n): of rope_table.
+        """x (B, S, E) -> (B, S, E). cos, sin (B or 1, S, n): from rope_table.
         mask (B or 1, 1, S, P) bool: True where a token may attend; None: plain causal attention.
-        start (B, S) bool: True at the first token of a document (packed windows). Convolutions and value shift do not
+        start (B, S) bool: True at the first token of a document (packed sequences). Convolutions and value shift do not
             read tokens of earlier documents; mask must do the same for attention.
         cache: a Cache after its reserve()."""
         B, S, _ = x.shape
@@ -157,6 +157,6 @@ class CCA(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, torch.cat([past, qk], 1), v_delayed, k, v)  # (B, Hk, P, d)
         if v.device.type == 'cpu' and bf16_inside():
-            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()                  # faster than float32 with bf16 products
+            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()                  # faster here than float32 attention
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(-2).to(qk.dtype))           # (B, S, Hq d) -> (B, S, E)

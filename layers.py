@@ -5,7 +5,7 @@
 
 Residual scaling (ZAYA1-8B report, arXiv 2605.05365, eq. 6) replaces the plain residual connection x + f, where x is the
 residual stream and f the output of a sublayer (attention or experts). It is initialized to x + f: a = 1, b = 0. The
-learned scales can damp the stream and each sublayer's output, which keeps the residual norm bounded over 40 layers.
+learned scales can damp the stream and each sublayer's output, to keep the residual norm bounded over 40 layers.
 
 Legend:  E residual width   ... any leading dims
 """
@@ -22,17 +22,18 @@ def upcast(x):
 
 @torch.compiler.assume_constant_result
 def matmul_precision():
+    """Return torch's precision of float32 matmuls, a constant for torch.compile."""
     return torch.get_float32_matmul_precision()
 
 
 def bf16_inside():
-    """Return whether products of float32 tensors may round their inputs to bf16 (runtime/device.py, products_in)."""
+    """Return whether float32 matmuls may round their inputs to bf16 (set by products_in, runtime/device.py)."""
     return matmul_precision() != 'highest'
 
 
 @contextlib.contextmanager
 def float32_products():
-    """Compute products of float32 tensors in float32, whatever products_in has set."""
+    """Compute float32 matmuls in full precision, whatever products_in has set."""
     before = matmul_precision()
     torch.set_float32_matmul_precision('highest')
     try:

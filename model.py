@@ -7,7 +7,7 @@
     logits = embedding^T RMSNorm(x)
 
     expert(x) = W_down (silu(gate) * up)   with   [gate; up] = W_gate_up x                      (SwiGLU)
-    loss      = mean over the scored tokens of -log softmax(logits)[target]
+    loss      = mean over the targets (-1 is ignored) of -log softmax(logits)[target]
 
 Source: ZAYA1-8B report (arXiv 2605.05365), II and Table I. runtime/pretrained.py maps the released parameter names.
 
@@ -64,14 +64,14 @@ class ZayaConfig:
 
     @classmethod
     def zaya1_8b(cls):
-        """Return the config of the released model: 8.4B parameters, 0.76B active (report, Table I; see sizes)."""
+        """Return the config of the released model (report, Table I; `sizes` relates its counts to 8.4B and 0.76B)."""
         return cls(vocab_size=262_272, context=131_072, n_layer=40, n_embd=2048, n_head=8, n_kv_head=2, head_dim=128,
                    n_expert=16, expert_dim=2048, router_dim=256, skip_expert=True, rope_base=5_000_000.0)
 
 
 def logits(x, W):
     """Return x W^T in float32 (report, IV-D). x (..., E) float32, W (V, E) of any dtype -> (..., V).
-    Other dtypes are upcast in pieces that fit in the processor's cache, so that W is never held in float32."""
+    Unless compiled, other dtypes are upcast in pieces (4 MiB on CPUs, 512 MiB on GPUs): no float32 copy of all of W."""
     with float32_products():
         if W.dtype == x.dtype or torch.compiler.is_compiling():
             return F.linear(x, W.to(x.dtype))
@@ -86,14 +86,14 @@ def swiglu(gate_up):
 
 
 # x (T, in), W (N, in, out), offs (N) int32 -> (T, out): tokens offs[e - 1] : offs[e] are multiplied by W[e].
-grouped_mm = torch.compiler.disable(F.grouped_mm)               # torch.compile supports bf16 only
+grouped_mm = torch.compiler.disable(F.grouped_mm)               # torch.compile supports it in bf16 only
 
 
-def sort_by_expert(expert, N, R):
-    """Sort tokens by expert, skipped ones (expert N) last, each expert's slice padded to a multiple of R tokens. Return
-    the place of each token in the sorted order, (T) int64, and the ends of the slices, (N) int32. expert (T) int64."""
+def sort_by_expert(expert, N, multiple):
+    """Sort tokens by expert (T) int64, skipped ones (expert N) last, each slice padded to a `multiple` of tokens.
+    Return the place of each token in the sorted order, (T) int64, and the ends of the slices, (N) int32."""
     count = F.one_hot(expert, N + 1).sum(0)                     # (N + 1): tokens per expert, then skipped tokens
-    padded = (count + (R - 1)) // R * R
+    padded = (count + (multiple - 1)) // multiple * multiple
     ends = padded.cumsum(0)
     order = expert.sort(stable=True).indices                    # (T): place -> token
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))    # inverse
@@ -102,7 +102,7 @@ def sort_by_expert(expert, N, R):
 
 
 class Experts(nn.Module):
-    """N SwiGLU experts. forward: x (T, E), expert (T) int64, weight (T) -> weight expert(x), (T, E); 0 for expert N."""
+    """N SwiGLU experts. forward: x (T, E), expert (T) int64, weight (T) -> (T, E), weight * expert(x); 0 for N."""
 
     def __init__(self, config):
         super().__init__()
@@ -114,14 +114,14 @@ class Experts(nn.Module):
         """Sort the tokens by expert, multiply each expert's contiguous slice by its matrices, restore the order."""
         T, N, device = len(x), len(self.down), x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        # oneDNN JIT-compiles a bf16 kernel per shape: pad slices to multiples of R tokens, less than T / 4 in total.
+        # oneDNN JIT-compiles a bf16 kernel per shape: pad slices to a power of two <= T / 4N, 64 at most; adds < T / 4.
         bf16_on_cpu = device == 'cpu' and (dtype == torch.bfloat16 or bf16_inside())
-        R = min(64, 1 << max(1, T // (4 * N)).bit_length() - 1) if bf16_on_cpu else 1
-        place, ends = sort_by_expert(expert, N, R)
+        multiple = min(64, 1 << max(1, T // (4 * N)).bit_length() - 1) if bf16_on_cpu else 1
+        place, ends = sort_by_expert(expert, N, multiple)
         # grouped_mm leaves results and gradients after the last slice undefined: set both to zero for skipped tokens.
         skipped = (expert == N)[:, None]
         x = x.to(dtype).masked_fill(skipped, 0)
-        x = x.new_zeros(T + N * (R - 1), x.shape[1]).index_copy(0, place, x)            # sorted and padded
+        x = x.new_zeros(T + N * (multiple - 1), x.shape[1]).index_copy(0, place, x)     # sorted and padded
         h = swiglu(grouped_mm(x, self.gate_up.to(dtype).mT, offs=ends))
         y = grouped_mm(h, self.down.to(dtype).mT, offs=ends).index_select(0, place)     # (T, E), in the order of x
         return y.masked_fill(skipped, 0) * weight[:, None].to(dtype)
@@ -163,8 +163,8 @@ class Block(nn.Module):
 def initial_value(name, shape, config, seed):
     """Return the initial value, float32 on the CPU, of the tensor `name` of Zaya.state_dict(): normal(0, init_std) for
     matrices and convolutions, 0 for biases, 1 for all other vectors. Router matrices are normal(0, 1 / sqrt(fan-in)):
-    with init_std, all tokens would be routed alike. The balancing bias of 'skip' is -1, so that no token chooses it.
-    The generator is seeded with `seed` and the name: any process can compute any tensor (train.py, sharded)."""
+    with init_std, all tokens would be routed alike. The balancing bias of 'skip' is -1: at first none chooses it. The
+    generator is seeded with `seed` and the name: any process can compute any tensor (train.py, sharded)."""
     value = torch.zeros(shape, device='cpu')
     if name.endswith('balancing_bias'):
         value[config.n_expert:] = -1.0
@@ -194,10 +194,10 @@ class Zaya(nn.Module):
 
     def forward(self, tokens, targets=None, start=None, cache=None, n_new=None, last_only=False):
         """tokens (B, S) int64 -> (logits (B, S, V) float32, None), or with targets (None, loss), a float32 scalar.
-        targets (B, S) int64: the next tokens; -1 is not scored. The loss is the mean cross entropy over the scored ones
-            in nats. It does not hold the logits of all tokens in memory.
-        start (B, S) bool: True at the first token of a document, for windows packed with several. Documents do not
-            attend to each other: attention, RoPE positions, convolutions and value shift restart. Not with a cache.
+        targets (B, S) int64: the next tokens; -1 is ignored. The loss is the mean cross entropy over the others, in
+            nats. It does not hold the logits of all tokens in memory.
+        start (B, S) bool: True at the first token of a document, for sequences packed with several. Documents do
+            not attend to each other: attention, RoPE positions, convolutions and value shift restart. Not with a cache.
         cache: a Cache. Each sequence continues after its cached tokens, and the new tokens are stored.
         n_new: list of B ints, only with a cache: the first n_new[b] tokens of sequence b are real, the rest is padding
             (any tokens), which has no effect and whose logits are meaningless.
@@ -263,15 +263,15 @@ class Zaya(nn.Module):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Mean over the scored targets (not -1) of -log softmax(x W^T)[target], in nats. x (T, E), W (V, E), targets (T).
+    """Mean over the targets, but -1, of -log softmax(x W^T)[target], in nats. x (T, E), W (V, E), targets (T).
 
     The logits of all tokens could be the largest tensor of a training step (8B: 1 MB per token). So forward computes
-    them for one piece of the tokens at a time, and the gradients at once, which are all that backward needs:
-    dlogits = (softmax - one-hot) / n,  dx = dlogits W,  dW = dlogits^T x, where n is the number of scored targets."""
+    them for one piece of the tokens at a time, and their gradients right away, all that backward needs:
+    dlogits = (softmax - one-hot) / n,  dx = dlogits W,  dW = dlogits^T x, n the number of targets that count."""
 
     @staticmethod
     def forward(ctx, x, W, targets):
-        n, size = (targets >= 0).sum().clamp_min(1), max(512, 2 ** 19 // len(W))    # tokens per piece: 2 MiB of logits
+        n, size = (targets >= 0).sum().clamp_min(1), max(512, 2 ** 19 // len(W))    # size: tokens per piece
         loss, dx, dW = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(W)
         for x_piece, target, dx_piece in zip(x.split(size), targets.split(size), dx.split(size)):
             scored, target = (target >= 0)[:, None], target.clamp_min(0)[:, None]               # (size, 1) each
@@ -291,11 +291,11 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def sizes(config):
-    """Count parameters, bytes and FLOPs without allocating the model. total: parameters; the 8B model has 8,840,488,784
-    with the (tied) embedding, 8,303,355,728 without it; the report rounds to 8.4B. active: parameters used per token,
-    without the embedding (8B: 753,608,528). kv_bytes: KV cache per token, bf16, all layers; mha_kv_bytes: the same for
-    full multi-head attention. train_flops: per token, 6 (2 forward, 4 backward) per parameter, active ones and output
-    head, and 12 per query dim and position attended to, half the context on average."""
+    """Count parameters, bytes and FLOPs without allocating the model. total: parameters. active: those used per token,
+    without the embedding. The report says 8.4B and 0.76B for the 8B model; this counts 8,840,488,784 with the (tied)
+    embedding, 8,303,355,728 without it, and 753,608,528 active. kv_bytes: KV cache per token, bf16, all layers;
+    mha_kv_bytes: the same for full multi-head attention. train_flops: per token, 6 (2 forward, 4 backward) per active
+    parameter and per one of the output head, and 12 per query dim and position, context / 2 positions on average."""
     with torch.device('meta'):
         model = Zaya(config)
     total = sum(p.numel() for p in model.parameters())

@@ -2,22 +2,22 @@
 
 The idea. A gradient matrix G = U S V^T usually has a few large singular values and many small ones, so that a gradient
 step changes the weights in few directions. Muon steps along U V^T, the nearest orthogonal matrix, which weights all
-directions equally (K. Jordan, kellerjordan.github.io/posts/muon). It needs no SVD: the odd polynomial
+directions equally (K. Jordan, kellerjordan.github.io/posts/muon). It needs no SVD: the Newton-Schulz iteration
 
     X <- a X + b (X X^T) X + c (X X^T)^2 X
 
-maps each singular value s to a s + b s^3 + c s^5 and keeps the singular vectors; a few iterations map (0, 1] near 1.
-An orthogonal m x n matrix has RMS 1 / sqrt(max(m, n)), an AdamW update about 0.2. So Muon's update is multiplied by
-0.2 sqrt(max(m, n)) (arXiv 2502.16982), and both optimizers share one learning rate and weight decay.
+maps each singular value s to a s + b s^3 + c s^5 and keeps the singular vectors; a few bring all but tiny s near 1. The
+elements of an orthogonal m x n matrix have RMS 1 / sqrt(max(m, n)), those of an AdamW update about 0.2. So Muon's
+is scaled by 0.2 sqrt(max(m, n)) (arXiv 2502.16982), and both optimizers share one learning rate and weight decay.
 
-Legend:  m, n matrix rows and columns   N experts (each expert's matrix is orthogonalized separately)
+Legend:  m, n matrix rows and columns   N experts (orthogonalized separately; gate and up as one matrix)
 """
 import torch
 
 A, B, C = 3.4445, -4.7750, 2.0315       # Jordan's coefficients: steep at 0; singular values end between 0.7 and 1.2
 
 
-def orthogonalize(G, rounds=5):
+def orthogonalize(G, iterations=5):
     """Return the matrices of G (..., m, n) with the same singular vectors and singular values near 1, in G's dtype.
     Computed in bf16 on GPUs, where it is fast and precise enough, in float32 on CPUs."""
     X = G.reshape(-1, *G.shape[-2:]).to(torch.bfloat16 if G.is_cuda else torch.float32)
@@ -25,9 +25,9 @@ def orthogonalize(G, rounds=5):
     if tall:                                                    # the smaller of X X^T and X^T X
         X = X.mT
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)          # Frobenius >= spectral norm: all s in [0, 1]
-    for _ in range(rounds):
-        S = X @ X.mT
-        P = torch.baddbmm(S, S, S, beta=B, alpha=C)             # B S + C S S
+    for _ in range(iterations):
+        XXt = X @ X.mT
+        P = torch.baddbmm(XXt, XXt, XXt, beta=B, alpha=C)       # B XXt + C XXt XXt
         X = torch.baddbmm(X, P, X, beta=A)                      # A X + P X
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
@@ -66,12 +66,13 @@ def make_optimizers(model, lr, weight_decay=0.1):
 
     A group's 'lr_scale' multiplies the scheduled learning rate. It is 0.1 for vectors, which have no weight decay. At
     the full rate the biases outgrow a fresh embedding (std 0.02) within some 20 steps; the routers, which then see
-    almost equal tokens, send all to one expert. With width 128 and lr 3e-3, val loss and load entropy after 120 steps
-    are 6.54 and 0.42 at the full rate, 6.29 and 0.78 at a tenth."""
+    almost equal tokens, send all tokens to one expert. With width 128 and lr 3e-3, val loss and load entropy after 120
+    steps are 6.54 and 0.42 at the full rate, 6.29 and 0.78 at a tenth."""
     muon, others, vectors = [], [], []
     for name, p in model.named_parameters():
         is_matrix = (p.ndim == 2 and 'embedding' not in name) or 'experts' in name
-        (muon if is_matrix else others if p.ndim > 1 else vectors).append(p)
+        group = muon if is_matrix else others if p.ndim > 1 else vectors
+        group.append(p)
     return [Muon([{'params': muon, 'lr_scale': 1.0}], lr, weight_decay=weight_decay),
             torch.optim.AdamW([{'params': others, 'weight_decay': weight_decay, 'lr_scale': 1.0},
                                {'params': vectors, 'weight_decay': 0.0, 'lr_scale': 0.1}], lr, betas=(0.9, 0.95),

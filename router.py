@@ -4,7 +4,7 @@ The idea. Most mixture-of-experts models route with a single linear layer. ZAYA1
 that is averaged over depth, so that a layer's choice depends on the router states of the layers below (ZAYA1-8B report,
 arXiv 2605.05365, II-A2, eqs. 1-5):
 
-    r_l = W_down h_l + b_down + gamma_l * r_{l-1}            Exponential Depth Averaging; h normed x, gamma_0 = 0
+    r_l = W_down x_l + b_down + gamma_l * r_{l-1}            Exponential Depth Averaging; x_l normed, gamma_0 = 0
     s_l = softmax(MLP(RMSNorm(r_l)))                         MLP: linear, GELU, linear, GELU, linear (no bias)
     e   = argmax(s_l + b_l)                                  top-1; the balancing bias b_l affects the choice only
     w   = s_l[e]                                             the expert's output is weighted by its unbiased probability
@@ -45,7 +45,7 @@ class Router(nn.Module):
         self.out_proj = nn.Linear(R, M, bias=False)
         self.choose = choose                                    # rl.py replaces it, to replay recorded choices
         self.register_buffer('balancing_bias', torch.zeros(M))  # b_l: saved, but no parameter, so without gradient
-        self.register_buffer('load', torch.zeros(M, dtype=torch.int64), persistent=False)   # tokens since Balancer.step
+        self.register_buffer('load', torch.zeros(M, dtype=torch.int64), persistent=False)   # tokens per class
 
     def forward(self, x, r_below=None):
         """x (B, S, E), r_below (B, S, R), None in layer 0 -> expert (B, S) int64, weight (B, S) float32 and the router
@@ -70,9 +70,9 @@ def load_entropy(fractions):
 class Balancer:
     """Moves the balancing biases of all routers once per optimizer step, by the expert load of the GLOBAL batch.
 
-    The error of expert e is p_e - 1/N, where p_e is the fraction of tokens routed to it. Three rules:
-        'pid'   ZAYA1: AdamW steps on b_l with the error as its gradient. PID-inspired: the error is the proportional
-                term, AdamW's first moment integrates it, its second moment damps oscillations.
+    The error of expert e is p_e - 1/N, where p_e is its fraction of the tokens that are not skipped. Three rules:
+        'pid'   ZAYA1: AdamW (no decay) steps on b_l with the error as gradient. PID-inspired: the error is the
+                proportional term, AdamW's first moment integrates it, its second moment damps oscillations.
         'sign'  DeepSeek's rule, for comparison: a step of fixed size against the sign of the error.
         'none'  no balancing, to show the collapse.
     Any other raises ValueError. Create it after the model is on its device: it holds views of the routers' buffers."""
@@ -88,14 +88,14 @@ class Balancer:
     @torch.no_grad()
     def step(self, update=True):
         """Move the biases, unless `update` is False (a skipped step), and clear the loads. Return the load fractions,
-        tokens per expert / tokens over all ranks, (layers, N) float32."""
+        tokens per expert / tokens not skipped, over all ranks, (layers, N) float32."""
         loads = torch.stack([router.load[:router.n_expert] for router in self.routers])
         if dist.is_initialized():
             dist.all_reduce(loads)
         for router in self.routers:
             router.load.zero_()
         fractions = loads / loads.sum(-1, keepdim=True).clamp_min(1)
-        error = fractions - loads.any(-1, keepdim=True) / loads.shape[-1]       # (layers, N); without tokens, 0
+        error = fractions - loads.any(-1, keepdim=True) / loads.shape[-1]       # (layers, N); 0 if no token came
         if update and self.rule == 'pid':
             for bias, e in zip(self.biases, error):
                 bias.grad = e

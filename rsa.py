@@ -1,9 +1,9 @@
-"""Markovian RSA: a population reasons in rounds of bounded length and aggregates its candidates between the rounds.
+"""Markovian RSA (recursive self-aggregation): a population reasons in rounds of bounded length, each reading the last.
 
-An output has at most `budget` tokens, and only its last `tail` tokens are kept. In the next round each candidate reads
-the question and C of these tails, sampled uniformly without replacement, and continues from what most of them agree on:
+An output has at most beta tokens, and only its last tau tokens, its tail, are kept. In the next round each candidate
+reads the question and C of these tails, sampled uniformly without replacement, and should use the best of them:
 
-    round 0      output_i = generate(question)                                      i = 1..N
+    round 0      output_i = generate(question), at most beta tokens                 i = 1..N
     round 1..T   output_i = generate(question, C tails of the previous round)
     always       tail_i   = last tau tokens of output_i
     result       the N outputs of round T; their score is their mean accuracy, not that of the best one
@@ -12,7 +12,7 @@ T = 0 is parallel sampling. tau = beta is full-chain RSA. C = 1, where each cand
 Delethink. A prompt holds the question and C tails, whatever beta and T are: longer reasoning needs no longer context.
 The cost is the total number of generated tokens; prompts do not count.
 
-Source: ZAYA1-8B report (arXiv 2605.05365), section VI. Delethink, Markovian thinking: Aghajohari et al., 2510.06557.
+Source: ZAYA1-8B report (arXiv 2605.05365), section VI; RSA: 2509.26626; Delethink, Markovian thinking: 2510.06557.
 Legend: N population   C candidates   T rounds after round 0   beta budget   tau tail
 Use: `python rsa.py --ckpt=FOLDER --question=...`; without one, a loops model gets the first held-out 'hard' problem.
 """
@@ -33,11 +33,11 @@ from tasks.policy import load_policy
 class RSASettings:
     population: int = 16            # N
     candidates: int = 4             # C
-    rounds: int = -1                # T; -1: 2, or as many as a loops problem needs
+    rounds: int = -1                # T, without round 0; -1: 2, or what a problem of tasks/loops needs
     budget: int = 0                 # beta; 0: 16K, or 41 for loops (a value and 8 steps)
     tail: int = 0                   # tau; 0: 4K, or 10 for loops (the last 2 steps)
     final_budget: int = 0           # budget of round T; 0: the budget, or 40K if that is 0 too
-    compact: str = 'tail'           # 'answer': the tail of a finished candidate is cut from its answer
+    compact: str = 'tail'           # 'answer': a finished candidate passes on its answer, not its reasoning
     seed: int = 0                   # of the sampled candidates
 
     def __post_init__(self):
@@ -54,7 +54,7 @@ class RSASettings:
 @dataclass
 class Candidate:
     sampled: list                   # indices of the candidates of the previous round whose tails its prompt holds
-    prompt: list                    # None: it had finished before, and was not generated again
+    prompt: list                    # None: finished in an earlier round, carried over
     output: list = None
     answer: list = None             # None: the output holds no complete answer
     tail: list = None
@@ -67,7 +67,7 @@ class Round:
 
 
 def markovian_rsa(*args, **options):
-    """Run all rounds of rounds_of, which has the same arguments. Return a list of T + 1 Rounds per question."""
+    """Run rounds_of to the end (same arguments). Return a list of T + 1 Rounds per question."""
     return [list(rounds) for rounds in zip(*rounds_of(*args, **options))]
 
 
@@ -89,7 +89,7 @@ def rounds_of(questions, generate, policy, settings, done=()):
     rngs = [random.Random(f'{settings.seed} {list(question)}') for question in questions]
     previous = [Round([]) for _ in questions]
     for t in range(settings.rounds + 1):
-        sampled = [sample_candidates(rng, t, settings) for rng in rngs]         # also if the round is done
+        sampled = [sample_candidates(rng, t, settings) for rng in rngs]         # also for done rounds, to advance rngs
         if t < len(done):
             previous = done[t]
             continue
@@ -121,7 +121,7 @@ def sample_candidates(rng, t, settings):
 
 
 def new_candidate(question, previous, sampled, policy):
-    """Return a Candidate without output, or one that had finished as it was. previous: candidates, [] in round 0."""
+    """Return a Candidate without output, or a copy of a finished one. previous: candidates, [] in round 0."""
     if len(sampled) == 1 and previous[sampled[0]].answer is not None:
         return replace(previous[sampled[0]], sampled=sampled, prompt=None)
     return Candidate(sampled, policy.build_prompt(question, [previous[j].tail for j in sampled]))
@@ -142,7 +142,7 @@ def answer_question(policy, config, settings, options):
         question = question if question != '-' else task.test_problems('hard', 1)[0].question
         steps, extras = task.parse(question).steps, (task.judge, task.spaced)
         print(f'{question}   {steps} steps, the answer is {task.solve(question)}')
-        settings = settings.resolved(task.rounds_needed(steps, settings.budget or 41), 41, 10, 41)
+        settings = settings.resolved(task.rounds_needed(steps, settings.budget or 41), 41, 10, 41)      # as trained
     elif question == '-':
         raise ValueError('this model needs a --question or a file of --problems')
     settings = settings.resolved()
@@ -159,7 +159,7 @@ def solve_file(policy, listed, path, settings, options, **header):
         for k, (problem, answer) in enumerate(listed):
             done = [[Round([Candidate([], None, *fields) for fields in problems.outputs_of(row)])]
                     for row in results.rows[k]]
-            generate = policy.sampler(options, results.stream, 1000 * k + len(done))
+            generate = policy.sampler(options, results.stream, 1000 * k + len(done))        # new random numbers
             question = policy.encode(problem + problems.INSTRUCTION)
             for now, in rounds_of([question], generate, policy, settings, done):
                 results.add(k, answer, now, policy.decode)

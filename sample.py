@@ -2,7 +2,7 @@
 
 Generation has two phases. Prefill: one forward pass over all prompts fills the KV cache (cache.py); equal prompts are
 computed once. Decode: each step is a forward pass over one token per sequence (decode.py), which the cache makes equal
-to a forward pass over the whole sequence. A finished sequence leaves the batch, unless the step has static shapes.
+to a forward pass over the whole sequence. A finished sequence leaves the batch, unless decoding is compiled.
 
 Tokens are sampled from softmax(logits / temperature) by the inverse-CDF method: sort the tokens by probability, and
 take the first one whose cumulative probability exceeds a uniform number u. Every sequence has its own random generator.
@@ -28,8 +28,8 @@ class SamplingOptions:
     temperature: float = 1.0        # below 1: more likely tokens; above 1: more random; 0: always the likeliest token
     top_k: int = 0                  # keep only the top_k likeliest tokens; 0: all
     top_p: float = 1.0              # keep the likeliest tokens up to this total probability
-    min_p: float = 0.0              # drop tokens below min_p times the largest probability; 1e-5 reduced gibberish in
-    seed: int = 0                   # ZAYA1's replies from 19.9 to 0.1 % (report, App. E)
+    min_p: float = 0.0              # drop tokens below min_p times the largest; 1e-5 cuts gibberish (report, App. E)
+    seed: int = 0                   # of the random numbers
 
     def __post_init__(self):
         configurator.check_ranges(self, temperature=(0, 1e9), top_k=(0, 10**9), top_p=(0, 1), min_p=(0, 1))
@@ -55,12 +55,12 @@ def sample_from_logits(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
 
 
 def prefill(model, prompts, capacity, cache=None):
-    """Compute the prompts, B lists of tokens. Return their Cache, of the given capacity, and the logits (B, V) of each
-    prompt's last token. cache: holds the tokens before the prompts, if there are any."""
+    """Run the model on the prompts, B lists of tokens. Return their Cache, of the given capacity, and the logits (B, V)
+    of each prompt's last token. cache: holds the tokens before the prompts, if there are any."""
     unique = prompts if cache else list(dict.fromkeys(map(tuple, prompts)))
     lengths = [len(prompt) for prompt in unique]
     padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in unique]
-    cache = cache or model.make_cache(len(unique), 0)
+    cache = cache or model.make_cache(len(unique), 0)           # then room for the prompts and what follows
     cache.grow(capacity)
     logits, _ = model(torch.tensor(padded, device=model.device), cache=cache, n_new=lengths, last_only=True)
     if len(unique) < len(prompts):
@@ -78,8 +78,8 @@ def generate(model, prompts, max_new_tokens, options=SamplingOptions(), *, stop=
     A sequence ends after max_new_tokens or with its first token in `stop`. Up to rounding, its tokens do not depend on
     the other sequences of the batch. stream(i, token) is called with every new token of prompt i; watch(active, logits,
     tokens) once per step with the prompt indices of the batch, their logits (B, V) and sampled tokens (B). step: the
-    decode step, by default decode.folded(model). cache: a Cache that holds the tokens before the prompts. Raises
-    ValueError for prompts that check_prompts refuses, and for logits that are not finite.
+    decode step, by default the uncompiled decode.folded(model). cache: a Cache that holds the tokens before the
+    prompts. Raises ValueError for prompts that check_prompts refuses, and for logits that are not finite.
     """
     held = cache.lengths if cache else [0] * len(prompts)
     check_prompts(model.config, prompts, max_new_tokens, held)
@@ -97,7 +97,7 @@ def generate(model, prompts, max_new_tokens, options=SamplingOptions(), *, stop=
         u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((options.seed, i))))
                          for i in range(len(prompts))]).to(model.device)                        # (B, max_new_tokens)
         cache, logits = prefill(model, prompts, capacity, cache)                                # logits (B, V)
-        active = unfinished = list(range(len(prompts)))         # prompts in the batch; batch indices that still grow
+        active = unfinished = list(range(len(prompts)))         # prompts in the batch; unfinished: indices into it
         for t in range(max_new_tokens):
             tokens = sample_from_logits(logits, u[active, t], options.temperature, options.top_k, options.top_p,
                                         options.min_p)                                          # (B)

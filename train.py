@@ -4,8 +4,8 @@ One optimizer step: forward and backward passes of `grad_accum` micro-batches; c
 (optim.py); update every router's balancing bias from the expert load of the global batch (Balancer in router.py).
 ZAYA1 needs nothing else: there is no auxiliary loss, no capacity limit, no dropped token.
 
-The run folder `out_dir` holds ckpt.pt, ckpt_previous.pt, log.csv (one row every `log_every` steps) and the tokenizer.
-The same command resumes an interrupted run; on a CPU, its losses are bit for bit those of an uninterrupted run.
+The run folder `out_dir` holds the last two checkpoints (ckpt.pt, ckpt_previous.pt), the tokenizer, and log.csv, one row
+every `log_every` steps. The same command resumes a run; on a CPU its losses are bit for bit those without interruption.
 
 On several GPUs: `torchrun --nproc_per_node=8 train.py config/NAME.py`. Every process runs this file on its share of the
 micro-batches; only rank 0 logs and saves. --shard=True splits a model that does not fit on one GPU (FSDP2).
@@ -44,12 +44,12 @@ class TrainConfig:
     dataset: str = 'data/stdlib'    # a folder written by data/*/prepare.py, or several: 'data/stdlib:0.3 data/chat:0.7'
     init_from: str = ''             # a run folder whose weights to start from, for example to extend the context
     batch_size: int = 16            # sequences per micro-batch; a step has batch_size * context * grad_accum tokens
-    grad_accum: int = 1             # micro-batches per step, over all processes; the loss is the mean over all targets
+    grad_accum: int = 1             # micro-batches per step over all processes, a multiple of their number
     max_steps: int = 1000
     lr: float = 6e-3                # peak, for Muon and AdamW; vectors use a tenth of it (see optim.py)
     min_lr: float = 6e-4
     warmup_steps: int = 50          # of linear warm-up
-    decay_fraction: float = 0.5     # fraction of the steps, at the end, over which the rate decays linearly to min_lr
+    decay_fraction: float = 0.5     # fraction of the steps, the last ones, of linear decay to min_lr
     weight_decay: float = 0.1
     grad_clip: float = 1.0          # maximum norm of the gradient of all parameters; 0: no clipping
     balancer: str = 'pid'           # 'pid' (ZAYA1), 'sign' (DeepSeek's), 'none': see router.py
@@ -99,7 +99,7 @@ class Run:
     loader: object                  # training data (data/loader.py)
     val_loader: object = None       # held-out data
     tokenizer: object = None
-    autocast: object = contextlib.nullcontext()                 # around every forward pass
+    autocast: object = contextlib.nullcontext()                 # around forward passes of training and evaluation
     rank: int = 0
     world: int = 1                  # number of processes
     peak: float | None = None       # tokens/s at the devices' peak FLOP/s, if known
@@ -135,7 +135,7 @@ def set_up(config, model_config, device, loader, val_loader, tokenizer):
     """Build the model and its optimizers, load the checkpoint if there is one, and return the Run."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = build(config, model_config, device)
-    for layer in model.layers if config.recompute else ():      # routers then count each token twice: same fractions
+    for layer in model.layers if config.recompute else ():      # recomputing counts tokens again: same load fractions
         layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     if config.shard:
@@ -185,7 +185,7 @@ def save(run):
 
 def train_step(run):
     """Take one optimizer step. Return the loss, the norm of the gradient, whether both are finite (if not, the step is
-    skipped and nothing changes), and the load fractions (layers, N)."""
+    skipped: no weight or bias changes), and the load fractions (layers, N)."""
     config, device, world = run.config, run.model.device, run.world
     # The data is a function of the step: there is no loader state to save, and ranks read different batches.
     first = run.step * config.grad_accum
@@ -196,12 +196,12 @@ def train_step(run):
     if world > 1:
         dist.all_reduce(n)
     for micro, (x, y, start) in enumerate(batches):
-        last = micro == len(batches) - 1        # DDP averages the gradient over ranks in the last backward, FSDP in all
+        last = micro == len(batches) - 1        # DDP averages over ranks in the last backward only, FSDP in each
         with contextlib.nullcontext() if last or world == 1 or config.shard else run.forward.no_sync():
             with run.autocast:
                 _, micro_loss = run.forward(x, y, start)
             weight = scored[micro] / n.clamp_min(1)             # the loss is the mean over all targets of the step
-            (micro_loss * weight * world).backward()
+            (micro_loss * weight * world).backward()            # * world: DDP and FSDP average over ranks
         loss += micro_loss.detach() * weight
     if world > 1:
         dist.all_reduce(loss)
@@ -221,12 +221,12 @@ def train_step(run):
 def evaluate(run):
     """Return log columns: the mean loss on held-out data, the residual RMS after each layer. Print a sample of text."""
     config, model, loader = run.config, run.model, run.val_loader
-    n = min(config.eval_batches, max(1, loader.n_windows // loader.batch_size))            # no window twice
+    n = min(config.eval_batches, max(1, loader.n_windows // loader.batch_size))            # no sequence twice
     losses, scored, squares = [], [], []                        # squares: mean squares of layer 0, 1, ... per batch
     hooks = [layer.register_forward_hook(lambda module, args, out: squares.append(out[0].float().square().mean()))
              for layer in model.layers]
     model.eval()
-    # Not compiled: evaluation and its shapes would need graphs of their own.
+    # Eager: evaluation would compile extra graphs.
     with torch.compiler.set_stance('force_eager') if config.compile else contextlib.nullcontext():
         for index in range(n):
             x, y, start = (None if t is None else t.to(model.device) for t in loader.batch(index))
@@ -247,7 +247,7 @@ def evaluate(run):
 
 
 def take_steps(run):
-    """Train until max_steps. Return the losses that were logged as {step: loss}."""
+    """Train until max_steps. Return the logged losses, {step: loss}."""
     config, columns, history, skipped, steps, seconds = run.config, log_columns(run.model.config), {}, 0, 0, 0.0
     if run.step == 0:                                           # before any training: val loss is near ln(vocab_size)
         log(run, evaluate(run))
@@ -276,15 +276,15 @@ def take_steps(run):
                 bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tok/s, load entropy {entropy.mean():.3f}')
                 history[run.step], steps, seconds = loss, 0, 0.0
             bar.update()
-            # Not after a skipped step, except the last: a resumed run counts skipped steps from 0.
+            # After a skipped step only at the end: resuming resets the count of skipped steps.
             if (run.step % config.checkpoint_every == 0 and finite or done) and (run.rank == 0 or config.shard):
                 save(run)
     return history
 
 
 def train(config, model_config):
-    """Train `model_config` (ZayaConfig) as `config` (TrainConfig) says, or resume that run. Return the losses that were
-    logged as {step: loss}. Raise ValueError for settings, data or checkpoints that do not fit."""
+    """Train `model_config` (ZayaConfig) as `config` (TrainConfig) says, or resume that run. Return the logged losses,
+    {step: loss}. Raise ValueError for settings, data or checkpoints that do not fit."""
     device = start_processes(config)
     loader, val_loader, tokenizer, model_config = open_data(config, model_config)
     os.makedirs(config.out_dir, exist_ok=True)

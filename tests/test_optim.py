@@ -14,7 +14,7 @@ def random(*shape, seed=0):
 
 @given(shapes, st.integers(0, 10**6))
 def test_the_update_has_singular_values_near_1(shape, seed):
-    s = torch.linalg.svdvals(orthogonalize(random(*shape, seed=seed), rounds=10))
+    s = torch.linalg.svdvals(orthogonalize(random(*shape, seed=seed), iterations=10))
     assert s.min() > 0.6 and s.max() < 1.3
 
 
