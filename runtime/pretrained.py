@@ -1,7 +1,7 @@
-"""Released folders: config.json, *.safetensors and tokenizer.json in the layout of ZAYA1-8B.
+"""Released folders: config.json, *.safetensors and tokenizer.json in the layout of ZAYA1-8B, or the legacy one.
 
-`load(folder)` reads such a folder or a run of train.py. Reading a file never executes code. A file that cannot be used
-raises a ValueError that names it.
+`load(folder)` reads such a folder or a run of train.py; `save_pretrained` writes the layout of ZAYA1-8B. Reading a
+file never executes code. A file that cannot be used raises a ValueError that names it.
 """
 import contextlib
 import functools
@@ -18,8 +18,10 @@ from configurator import package
 from model import Zaya, ZayaConfig
 from runtime.checkpoint import SIZES, config_of, load_run
 from runtime.distributed import gather_full, is_rank0
+from runtime.export import write_tokenizer
+from runtime.legacy import is_legacy, legacy_names, released_config
 from runtime.language import released_language
-from validate import read_json, reading
+from validate import check, read_json, reading
 
 HEAD, EMBEDDING = 'lm_head.weight', 'model.embed_tokens.weight'
 
@@ -48,15 +50,17 @@ CONFIG_FIXED = {                 # keys whose other values are variants that are
     'model_type': 'zaya', 'hidden_act': 'silu', 'num_experts_per_tok': 1, 'tie_word_embeddings': True,
     'attention_bias': False, 'lm_head_bias': False, 'cca_time0': 2, 'cca_time1': 2, 'sliding_window': None,
 }
+UNSUPPORTED = {'rope_scaling': (None, False), 'quantization_config': None}     # keys that would change the model
 
 # The schema of config.json (see validate.py): every key may be missing.
 optional = lambda schema: {f'{key}?': kind for key, kind in schema.items()}
 types = lambda names: {theirs: SIZES[ours] for ours, theirs in names.items()}
-CONFIG = optional(CONFIG_FIXED | types(CONFIG_NAMES) | {
+CONFIG = optional(CONFIG_FIXED | UNSUPPORTED | types(CONFIG_NAMES) | {
     'rope_parameters': (None, {'hybrid': optional({'rope_type': 'default'} | types(ROPE_NAMES))}),
     'layer_types': (None, ['hybrid']), 'dtype': (None, str), 'nanozaya_quantization': {'bits': (4, 8)}})
 
 FILE_BYTES = 5 * 2 ** 30         # maximum size of one weights file that save_pretrained writes
+CODES = '.codes', '.scale', '.offset'                           # of a quantized matrix
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -73,33 +77,15 @@ def from_pretrained(folder, device='cpu', dtype=None):
     The model is built on 'meta' and filled tensor by tensor: peak memory is the model plus one tensor. Raise
     ValueError, naming the tensor or file, if the folder does not hold exactly this model.
     """
-    safetensors, config_path = package('safetensors'), os.path.join(folder, 'config.json')
-    released_config = read_json(config_path, CONFIG)
-    with torch.device('meta'):
-        model = Zaya(config_from_json(folder))
-        if quantized := released_config.get('nanozaya_quantization'):           # by quantize.py
-            with reading(config_path):
-                quantize.replace(model, quantized['bits'])
-    own, state = {released_name(name): (name, tensor) for name, tensor in model.state_dict().items()}, {}
-    for path in weight_files(folder):
-        with reading(path), safetensors.safe_open(path, 'pt') as file:
-            for name in file.keys():
-                if name == HEAD:                                # tied: the embedding again
-                    continue
-                if name not in own:
-                    raise ValueError(f'unknown tensor {name}')
-                (our_name, like), tensor = own.pop(name), file.get_tensor(name)
-                if tensor.shape != like.shape:
-                    raise ValueError(f'{name} has shape {list(tensor.shape)}, config.json asks for {list(like.shape)}')
-                codes = name.endswith(('.codes', '.scale', '.offset'))          # of a quantized matrix
-                if tensor.dtype not in ([like.dtype] if codes else FLOATS):
-                    raise ValueError(f'{name} is {tensor.dtype}, which is none of nanoZAYA\'s')
-                keeps_dtype = codes or name.endswith('balancing_biases')
-                # Without a copy, the memory-mapped file stays open. quantize.pack copies the int4 experts below.
-                copy = bool(quantized) and quantized['bits'] == 4 and '.experts.' not in our_name
-                state[our_name] = tensor.to(device, like.dtype if keeps_dtype else dtype or tensor.dtype, copy=copy)
-    if own:
-        raise ValueError(f'{folder}: {len(own)} tensors are missing, the first is {min(own)}')
+    content = read_config(folder)
+    quantized = content.get('nanozaya_quantization')            # by quantize.py
+    model, wanted = empty_model(folder, content)
+    names, state = {released_name(name): name for name in model.state_dict()}, {}
+    for name, tensor in read_tensors(folder, wanted):
+        keeps_dtype = name.endswith((*CODES, 'balancing_biases'))
+        # Without a copy, the memory-mapped file stays open. quantize.pack copies the int4 experts below.
+        copy = bool(quantized) and quantized['bits'] == 4 and '.experts.' not in name
+        state[names[name]] = tensor.to(device, wanted[name].dtype if keeps_dtype else dtype or tensor.dtype, copy=copy)
     weights = [name for name, _ in model.named_parameters()]
     widest = functools.reduce(torch.promote_types, {state[name].dtype for name in weights})
     for name in weights:                                        # of mixed dtypes, the widest holds all values exactly
@@ -108,15 +94,81 @@ def from_pretrained(folder, device='cpu', dtype=None):
     del state, tensor
     for router in model.routers:                                # load counters are not stored
         router.load = torch.zeros_like(router.load, device=device)
-    model.released_config = released_config                     # with the end-of-text token and other keys
+    model.released_config = content                             # with the end-of-text token and other keys
     if quantized:
         quantize.pack(model)
     return model.eval()
 
 
-def save_pretrained(model, folder):
+def read_config(folder):
+    """Return the content of config.json, that of a legacy folder in the released layout. Raise ValueError if it is in
+    neither layout, or of a variant that is not implemented here."""
+    path = os.path.join(folder, 'config.json')
+    content = read_json(path)
+    if is_legacy(content):
+        content = released_config(content, path)
+    elif not {'layer_types', 'moe_intermediate_size'} & content.keys():
+        raise ValueError(f'{path}: is in neither layout of ZAYA1: moe_intermediate_size is missing, and so is cca')
+    check(content, CONFIG, path)
+    return {key: value for key, value in content.items() if key not in UNSUPPORTED}    # `transformers` refuses false
+
+
+def empty_model(folder, content):
+    """Return the model on 'meta' that config.json describes, and {released name: tensor} that its files must hold."""
+    path = os.path.join(folder, 'config.json')
+    with torch.device('meta'):
+        model = Zaya(config_from_json(content, path))
+        if quantized := content.get('nanozaya_quantization'):
+            with reading(path):
+                quantize.replace(model, quantized['bits'])
+    return model, {released_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def read_tensors(folder, wanted):
+    """Yield (released name, tensor) from the files of a folder in either layout. wanted: {released name: tensor on
+    'meta'}. Legacy experts are stacked when the last one of a layer has been read, maybe from another file. Raise
+    ValueError, naming the tensor and the file, unless the folder holds exactly the tensors wanted."""
+    safetensors, places = package('safetensors'), {name: (name, None) for name in wanted}
+    if is_legacy(read_json(os.path.join(folder, 'config.json'))):
+        n_layer, n_expert = (1 + max(int(name.split('.')[2]) for name in wanted if name.startswith('model.layers.')),
+                             next(len(t) for name, t in wanted.items() if name.endswith('gate_up_proj')))
+        places = {legacy: (name, e) for name in wanted for legacy, e in legacy_names(name, n_layer, n_expert)}
+    stacks = {}                                                 # released name -> {expert: tensor}
+    for path in weight_files(folder):
+        with safetensors.safe_open(path, 'pt') as file:
+            for key in file.keys():
+                if key == HEAD:                                 # tied: the embedding again
+                    continue
+                with reading(path):
+                    if key not in places:
+                        raise ValueError(f'unknown tensor {key}')
+                    name, expert = places.pop(key)
+                    tensor = file.get_tensor(key)
+                    compare_tensors(key, tensor, wanted[name] if expert is None else wanted[name][expert])
+                if expert is not None:
+                    stack = stacks.setdefault(name, {})
+                    stack[expert] = tensor
+                    if len(stack) < len(wanted[name]):
+                        continue
+                    tensor = torch.stack([stack[e] for e in range(len(stack))])
+                    del stacks[name]
+                yield name, tensor
+    if places:
+        raise ValueError(f'{folder}: {len(places)} tensors are missing, the first is {min(places)}')
+
+
+def compare_tensors(name, tensor, like):
+    """Raise ValueError unless a tensor has the shape and a dtype that the model has."""
+    if tensor.shape != like.shape:
+        raise ValueError(f'{name} has shape {list(tensor.shape)}, config.json asks for {list(like.shape)}')
+    if tensor.dtype not in ([like.dtype] if name.endswith(CODES) else FLOATS):
+        raise ValueError(f'{name} is {tensor.dtype}, which is none of nanoZAYA\'s')
+
+
+def save_pretrained(model, folder, run=None):
     """Write a Zaya as config.json and model.safetensors in the released layout, a large model as several files with an
-    index. Other keys of the config.json it was read from are kept. All ranks call this for a sharded model, and rank 0
+    index. Other keys of the config.json it was read from are kept. run: the folder of the run that trained the model,
+    whose tokenizer, chat template and stop tokens are also written. All ranks call this for a sharded model, and rank 0
     writes. Raise ValueError for a model without the skip class."""
     config, safetensors = config_to_json(model.config), package('safetensors.torch')
     files, size, weight_map, tensors = [[]], 0, {}, model.state_dict()          # files: the names in each
@@ -136,7 +188,9 @@ def save_pretrained(model, folder):
             safetensors.save_file(full, os.path.join(folder, file), metadata={'format': 'pt'})
     dtype = {'dtype': str(model.dtype).removeprefix('torch.')}
     if writes:
-        write_json(folder, getattr(model, 'released_config', {}) | config | dtype, weight_map if files[1:] else None)
+        tokens = write_tokenizer(run, folder) if run else {}
+        write_json(folder, getattr(model, 'released_config', {}) | config | dtype | tokens,
+                   weight_map if files[1:] else None)
 
 
 def write_json(folder, config, weight_map=None):
@@ -149,13 +203,11 @@ def write_json(folder, config, weight_map=None):
             json.dump(content, file, indent=2, sort_keys=True)
 
 
-def config_from_json(folder):
-    """Return the ZayaConfig of a released folder. Raise ValueError for a variant that is not implemented here."""
-    path = os.path.join(folder, 'config.json')
-    given = read_json(path, CONFIG)
-    rope = (given.get('rope_parameters') or {'hybrid': {}})['hybrid']
+def config_from_json(content, path):
+    """Return the ZayaConfig of the content of config.json. path: of the file, for error messages."""
+    rope = (content.get('rope_parameters') or {'hybrid': {}})['hybrid']
     sizes, released = {}, ZayaConfig.zaya1_8b()                 # the values of missing keys
-    for names, values in (CONFIG_NAMES, given), (ROPE_NAMES, rope):
+    for names, values in (CONFIG_NAMES, content), (ROPE_NAMES, rope):
         for ours, theirs in names.items():
             sizes[ours] = values.get(theirs, getattr(released, ours))
     return config_of(sizes | {'skip_expert': True}, path)
@@ -204,36 +256,38 @@ def bytes_of(tensor):
 
 
 def copy_folder(folder, out, change, settings, share):
-    """Copy a released folder, completely or not at all, with at most half a GiB of tensors in memory.
+    """Copy a released folder in the released layout, completely or not at all, with little more than half a GiB of
+    tensors in memory.
 
     change(name, tensor) returns [(name, tensor), ...], which replace the tensor. settings are added to config.json.
-    share: the size of the new weights divided by that of the old. Raise ValueError if the folder is incomplete, `out`
-    exists, or the disk is too small.
+    share: the size of the new weights divided by that of the old. Raise ValueError if the folder is incomplete or is
+    quantized already, a weight is not finite, `out` exists, or the disk is too small.
     """
-    safetensors, save_file = package('safetensors'), package('safetensors.torch').save_file
-    config, paths = read_json(os.path.join(folder, 'config.json')), weight_files(folder)
+    safetensors, out, content = package('safetensors'), os.path.normpath(out), read_config(folder)
+    if 'nanozaya_quantization' in content:
+        raise ValueError(f'{folder}: is quantized already: name the folder that it was made of')
     if os.path.exists(out):
         raise ValueError(f'{out} is already there: name another folder, or remove it')
-    needed = share * sum(map(os.path.getsize, paths)) / 2 ** 30
+    needed = share * sum(map(os.path.getsize, weight_files(folder))) / 2 ** 30
     free = shutil.disk_usage(os.path.dirname(os.path.abspath(out))).free / 2 ** 30
     if free < needed:
         raise ValueError(f'{out} needs {needed:.1f} GiB, the disk has {free:.1f} GiB left')
+    _, wanted = empty_model(folder, content)
+    progress = lambda words: tqdm(read_tensors(folder, wanted), words, len(wanted), unit='tensor', dynamic_ncols=True)
+    for name, tensor in progress('checking'):
+        if not tensor.isfinite().all():
+            raise ValueError(f'{folder}: {name} is not finite')
     unfinished, weight_map, batch = f'{out}.unfinished', {}, {}
     shutil.rmtree(unfinished, ignore_errors=True)
-    os.makedirs(unfinished)
     try:
-        for path in paths:
-            with safetensors.safe_open(path, 'pt') as file:
-                names = [name for name in file.keys() if name != HEAD]
-                for name in tqdm(names, desc=os.path.basename(path), unit='tensor', dynamic_ncols=True):
-                    with reading(path):                         # change may raise, as for an odd shape
-                        batch |= {key: value.contiguous() for key, value in change(name, file.get_tensor(name))}
-                    full = sum(value.nbytes for value in batch.values()) > 2 ** 29
-                    if full or (path, name) == (paths[-1], names[-1]):
-                        shard = f'model-{len(set(weight_map.values())):05}.safetensors'
-                        save_file(batch, os.path.join(unfinished, shard), metadata={'format': 'pt'})
-                        weight_map, batch = weight_map | dict.fromkeys(batch, shard), {}
-        write_json(unfinished, config | settings, weight_map)
+        os.makedirs(unfinished)
+        for name, tensor in progress('writing'):
+            with reading(folder):                               # change may raise, as for an odd shape
+                batch |= {key: value.contiguous() for key, value in change(name, tensor)}
+            if sum(value.nbytes for value in batch.values()) > 2 ** 29:
+                weight_map, batch = weight_map | write_shard(unfinished, weight_map, batch), {}
+        weight_map |= write_shard(unfinished, weight_map, batch)
+        write_json(unfinished, content | settings, weight_map)
         for name in os.listdir(folder):                         # tokenizer, chat template, ...
             if name.endswith(('.json', '.jinja', '.model', '.txt')) and name not in os.listdir(unfinished):
                 shutil.copy(os.path.join(folder, name), unfinished)
@@ -242,6 +296,13 @@ def copy_folder(folder, out, change, settings, share):
         raise ValueError(f'{out} could not be written: {error}') from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_shard(folder, weight_map, tensors):
+    """Write tensors as the next weights file. Return {name: file name}. weight_map: that of the files so far."""
+    name = f'model-{len(set(weight_map.values())):05}.safetensors'
+    package('safetensors.torch').save_file(tensors, os.path.join(folder, name), metadata={'format': 'pt'})
+    return dict.fromkeys(tensors, name)
 
 
 def load(folder, device='cpu'):

@@ -1,0 +1,18 @@
+"""`python -m runtime.convert FOLDER OUT`: write a run or a released folder in the layout of ZAYA1-8B."""
+import os
+import sys
+
+import configurator
+from runtime.pretrained import copy_folder, load, save_pretrained
+
+if __name__ == '__main__':
+    with configurator.one_line_errors('runtime.convert'):
+        if len(sys.argv) != 3 or sys.argv[1].startswith('-') or sys.argv[2].startswith('-'):
+            raise ValueError('name a folder and the folder to write: python -m runtime.convert FOLDER OUT')
+        folder, out = sys.argv[1:]
+        if os.path.exists(out):
+            raise ValueError(f'{out} is already there: name another folder, or remove it')
+        if os.path.exists(os.path.join(folder, 'config.json')):
+            copy_folder(folder, out, lambda *tensor: [tensor], {}, share=1)
+        else:
+            save_pretrained(load(folder)[0], out, run=folder)
