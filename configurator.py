@@ -9,9 +9,14 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
+import itertools
 import operator
 import re
+import shlex
 import sys
+
+from validate import read_text
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
@@ -38,11 +43,9 @@ def evaluate_literal(node):
 
 def assignments(path):
     """Return [(key, value, 'path, line n'), ...] of a config file. Raise ValueError naming the file and the line."""
-    found, place, key = [], path, ''
+    found, place, key, text = [], path, '', read_text(path)
     try:
-        with open(path, encoding='utf-8') as file:
-            lines = ast.parse(file.read()).body
-        for line in lines:
+        for line in ast.parse(text).body:
             place, key = f'{path}, line {line.lineno}', ''
             match line:
                 case ast.Assign(targets=[ast.Name(id=name)], value=node):
@@ -53,8 +56,6 @@ def assignments(path):
                 case _:
                     code = ast.unparse(line).splitlines()[0][:60]
                     raise ValueError(f'only `key = value` lines are read, this is `{code}`')
-    except OSError as error:
-        raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
     except SyntaxError as error:
         raise ValueError(f'{path}, line {error.lineno or 1}: {error.msg}') from None
     except NOT_A_VALUE as error:
@@ -64,24 +65,48 @@ def assignments(path):
 
 def parse_flag(flag, types):
     """Return (key, value, flag) of --key=value. The value stays text if the key has type str or it is not a literal."""
-    key, equals, value = flag[2:].partition('=')                # at the first '=': the value may contain others
-    if not equals:
-        raise ValueError(f'{flag}: write --key=value')
+    key, _, value = flag[2:].partition('=')                     # at the first '=': the value may contain others
     if types.get(key) is not str:
         with contextlib.suppress(*NOT_A_VALUE):
             value = evaluate_literal(ast.parse(value.strip(), mode='eval').body)
     return key, value, flag
 
 
+def check_flags(arguments, classes):
+    """Print the settings and exit for -h and --help. Raise ValueError for the first flag that is not --key=value."""
+    if {'-h', '--help'} & set(arguments):
+        print_settings(classes)
+        sys.exit()
+    switches = {field.name for cls in classes for field in dataclasses.fields(cls) if type(field.default) is bool}
+    for flag, after in itertools.pairwise([*arguments, '']):
+        key, equals, value = flag.lstrip('-').partition('=')
+        if flag.startswith('-') and not (flag.startswith('--') and equals):
+            value = value or ('True' if key in switches and after not in ('True', 'False') else after.lstrip('='))
+            shown = f'{flag} {after}' if value and value == after else flag
+            raise ValueError(f'{shown}: write --key=value' + (f', here --{key}={shlex.quote(value)}' if value else ''))
+
+
+def print_settings(classes):
+    """Print the start of the program's docstring, then each setting with its default and its comment in the source."""
+    first, *others = (inspect.getdoc(sys.modules['__main__']) or '').split('\n\n')
+    print('\n\n'.join([first, *(paragraph for paragraph in others if 'python ' in paragraph)]), end='\n\n')
+    for cls in classes:
+        source = ''.join(map(inspect.getsource, cls.__mro__[-2::-1]))           # inherited fields first
+        comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', source, re.M))
+        for field in dataclasses.fields(cls):
+            print(f'{f"--{field.name}={shlex.quote(str(field.default))}":<32} {comments.get(field.name, "")}'.rstrip())
+
+
 def read(arguments, *classes, **defaults):
     """Return one instance per dataclass in `classes` for the command line [config/NAME.py] [--key=value ...].
 
     Flags override files, in any order. defaults: override those of the classes. A key belongs to the class that has the
-    field. The types int, float, str and bool are checked; an int is accepted for a float.
+    field. The types int, float, str and bool are checked; an int is accepted for a float. -h prints the settings.
     Raise ValueError, one line that names the key and where it was set, also for what the classes' own checks refuse.
     """
     types = {field.name: type(field.default) for cls in classes for field in dataclasses.fields(cls)}
     found, values, made = [], defaults, []
+    check_flags(arguments, classes)
     for argument in sorted(arguments, key=lambda argument: argument.startswith('--')):          # a stable sort
         if re.search('[\ud800-\udfff]', argument):             # how Python represents invalid bytes
             raise ValueError(f'{argument!r}: is not valid UTF-8')
@@ -89,7 +114,8 @@ def read(arguments, *classes, **defaults):
     for key, value, where in found:
         if key not in types:
             near = difflib.get_close_matches(key, types, n=1, cutoff=0)
-            raise ValueError(f'{where}: unknown key {key!r}; did you mean {near[0]!r}?')
+            hint = f'did you mean {near[0]!r}?' if near else 'this program has no settings'
+            raise ValueError(f'{where}: unknown key {key!r}; {hint}')
         values[key] = float(value) if types[key] is float and type(value) is int else value
         if type(values[key]) is not types[key]:
             raise ValueError(f'{where}: {key} must be {types[key].__name__}, got {value!r}')
@@ -105,6 +131,7 @@ def read(arguments, *classes, **defaults):
 
 def read_with_files(arguments, *classes):
     """Split arguments into file names and flags. Return [names, *settings], one instance per dataclass in `classes`."""
+    check_flags(arguments, classes)
     files = [argument for argument in arguments if not argument.startswith('--')]
     return [files, *read([argument for argument in arguments if argument.startswith('--')], *classes)]
 
@@ -127,6 +154,13 @@ def check_ranges(settings, **allowed):
             raise ValueError(f'{key} is {value!r}, it must {wanted}')
 
 
+def refuse_unused(settings, keys, when):
+    """Raise ValueError if one of `keys`, separated by spaces, is not at its default: it has no effect `when`."""
+    for field in dataclasses.fields(settings):
+        if field.name in keys.split() and getattr(settings, field.name) != field.default:
+            raise ValueError(f'{field.name} has no effect {when}: leave it out')
+
+
 def package(name):
     """Import and return an optional package. Raise ValueError with the command that installs it."""
     try:
@@ -141,7 +175,11 @@ def one_line_errors(program, when_full='', when_stopped=''):
     """Wrap a program's main function: exit with code 1 and a one-line message for errors that the user can fix.
 
     when_full, when_stopped: hints for the messages of an out-of-memory error and of Ctrl-C.
+    Also, characters that the encoding of standard output or error does not have are replaced in all of its output.
     """
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, 'reconfigure'):                      # not if it was replaced by a StringIO
+            stream.reconfigure(errors='replace')
     try:
         yield
     except (ValueError, OSError) as error:

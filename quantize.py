@@ -188,4 +188,4 @@ def pack(model):
 
 
 if __name__ == '__main__':      # the command's module imports this file, so this file cannot import it
-    runpy.run_module('runtime.quantize_folder', run_name='__main__')
+    runpy.run_module('runtime.quantize_folder', run_name='__main__', alter_sys=True)

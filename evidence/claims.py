@@ -1,10 +1,9 @@
 """Shared code of the claim scripts: runs over seeds, a table of measurements that can be resumed, and verdicts.
 
-Each script tests one published claim. It measures every setting with several seeds and appends each measurement to
-results/NAME.csv as (setting, seed, values); running it again measures only what is missing. Runs are those of train.py
-or rl.py; a baseline or an ablation replaces a step of the model from outside, with `replaced`. Two settings are
-compared seed by seed: runs of one seed see the same data in the same order and start from the same weights where their
-shapes agree. With n seeds and paired differences d_i,
+Each script appends its measurements to results/NAME.csv as (setting, seed, values) and measures only what is missing.
+Runs are those of train.py or rl.py; a baseline or an ablation replaces a step of the model from outside, with
+`replaced`. Two settings are compared seed by seed: runs of one seed see the same data in the same order and start from
+the same weights where their shapes agree. With n seeds and paired differences d_i,
 
     d ± t s / sqrt(n)           d, s: mean and standard deviation of d_i; t: 97.5 % point of Student's t, n - 1 degrees
 
@@ -160,13 +159,19 @@ def print_verdicts(verdicts):
 
 
 def picture(name, draw):
-    """Write results/NAME.svg, the figure draw(plt, rows) of results/NAME.csv. The file depends on the table only."""
+    """Write results/NAME.svg: draw(figure, rows) plots results/NAME.csv, and a legend of all labels is added. The file
+    depends on the table only."""
     configurator.package('matplotlib').use('svg')
     plt, path = configurator.package('matplotlib.pyplot'), RESULTS / f'{name}.svg'
     plt.rcParams.update({'svg.hashsalt': 'nanozaya', 'svg.fonttype': 'none'})
-    draw(plt, read_table(RESULTS / f'{name}.csv')).savefig(path, metadata=dict.fromkeys(
-        ('Date', 'Creator', 'Format', 'Type')))
-    plt.close()
+    figure = plt.figure(figsize=(7, 3.2), layout='constrained')
+    draw(figure, read_table(RESULTS / f'{name}.csv'))
+    handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    if n := len(handles):                                       # more than 4 entries take two lines
+        figure.legend(handles.values(), handles, loc='outside upper center', frameon=False,
+                      ncols=n if n <= 4 else -(-n // 2))
+    figure.savefig(path, metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
+    plt.close(figure)
     text = re.sub(r'\d+\.\d{4,}', lambda number: f'{float(number[0]):.4g}', path.read_text())  # short coordinates
     path.write_text(re.sub(r' \n(?=[MLQCz"])', ' ', text))                                      # one line per path
     print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
@@ -181,9 +186,10 @@ def one_line_errors(name):
 def run_experiments(name, experiments):
     """Run the experiment that the first argument names. experiments: {name: function of the ClaimConfig}."""
     with one_line_errors(name):
-        if len(sys.argv) < 2 or sys.argv[1] not in experiments:
+        names, config = configurator.read_with_files(sys.argv[1:], ClaimConfig)
+        if len(names) != 1 or names[0] not in experiments:
             raise ValueError(f'name an experiment: {", ".join(experiments)}')
-        experiments[sys.argv[1]](*configurator.read(sys.argv[2:], ClaimConfig))
+        experiments[names[0]](config)
 
 
 def run_claim(name, main, draw):

@@ -6,13 +6,16 @@ results/NAME.svg is drawn from results/NAME.csv by the script that measures it. 
 
 Needs matplotlib (extra `plot`).
 """
+import sys
+
+import configurator
 from evidence import attention, balancer, cca_parts, kv_cache, residual, rl, router, rsa, rsa_cost, trimming
 from evidence.claims import one_line_errors, picture
 
 
-def training(plt, rows):
+def training(figure, rows):
     """Plot loss and load entropy over the steps of the demo."""
-    figure, left = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    left = figure.subplots()
     right = left.twinx()
     for axis, column, label, color, style in ((left, 'loss', 'training loss', 'tab:blue', '-'),
                                               (left, 'val_loss', 'validation loss', 'black', 'o'),
@@ -21,8 +24,6 @@ def training(plt, rows):
         axis.plot(*zip(*points), style, color=color, label=label)
     left.set(xlabel='step', ylabel='nats per token')
     right.set(ylabel='load entropy (1: even)', ylim=(0, 1.02))
-    figure.legend(loc='outside upper center', ncols=3, frameon=False)
-    return figure
 
 
 PICTURES = {'training': training, 'rsa_lengths': rsa.draw_lengths, 'rsa_aggregation': rsa.draw_aggregation,
@@ -34,6 +35,7 @@ PICTURES = {'training': training, 'rsa_lengths': rsa.draw_lengths, 'rsa_aggregat
 
 def main():
     with one_line_errors('pictures'):
+        configurator.read(sys.argv[1:])                         # it has no settings
         for name, draw in PICTURES.items():
             picture(name, draw)
 

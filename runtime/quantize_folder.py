@@ -39,9 +39,7 @@ def quantize_folder(folder, out, bits):
 
 if __name__ == '__main__':
     with configurator.one_line_errors('quantize.py'):
-        flags = [argument for argument in sys.argv[1:] if argument.startswith('--')]
-        folders = [argument for argument in sys.argv[1:] if argument not in flags]
-        config, = configurator.read(flags, QuantizeConfig)
+        folders, config = configurator.read_with_files(sys.argv[1:], QuantizeConfig)
         if len(folders) != 2:
             raise ValueError('name a released folder and the folder to write: python quantize.py FOLDER OUT --bits=4')
         quantize_folder(*folders, config.bits)
