@@ -94,16 +94,15 @@ def main(config):
     report(fill_table('attention', config, list(chosen.values()), partial(measure, config)), chosen)
 
 
-def draw(plt, rows):
+def draw(figure, rows):
     """Plot the loss of each kind of attention at equal parameters, one dot per seed."""
-    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    axis = figure.subplots()
     for x, (name, setting) in enumerate(best(rows).items()):
         losses = by_seed(rows, setting, 'val_loss')
         axis.plot([x] * len(losses), losses, 'o', color='tab:blue' if name == 'CCGQA' else 'tab:gray', markersize=5)
         axis.plot([x - 0.2, x + 0.2], [statistics.fmean(losses)] * 2, color='black')
     labels = [f'{name}\ncache {2 * sizes.n_kv_head * sizes.head_dim}' for name, (_, sizes) in MODELS.items()]
     axis.set(xticks=range(len(MODELS)), xticklabels=labels, ylabel='validation loss, nats per token')
-    return figure
 
 
 if __name__ == '__main__':

@@ -133,15 +133,13 @@ def main(config):
     report(rows)
 
 
-def draw(plt, rows):
+def draw(figure, rows):
     """Plot the load entropy of each rule; at the dotted line the text changes from code to prose."""
-    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
-    for setting, color in zip(dict.fromkeys(row['setting'] for row in rows), plt.cm.tab10.colors):
-        entropies(axis, rows, setting, color=color, label=setting)
+    axis = figure.subplots()
+    for i, setting in enumerate(SETTINGS):
+        entropies(axis, rows, setting, color=f'C{i}', label=setting)
     axis.axvline(CHANGE, color='black', linestyle=':', linewidth=1)
     axis.set(xlabel='step', ylabel='load entropy (1: even)', ylim=(0, 1.02))
-    figure.legend(loc='outside upper center', ncols=3, frameon=False)
-    return figure
 
 
 if __name__ == '__main__':

@@ -84,15 +84,14 @@ def main(config):
     print_verdicts(compare(rows, 'val_loss', 'nats', *zip(list(ABLATIONS)[1:], ABLATIONS), ('+ QK-mean', 'none')))
 
 
-def draw(plt, rows):
+def draw(figure, rows):
     """Plot the loss as parts are added, one line per seed."""
-    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    axis = figure.subplots()
     per_seed = list(zip(*(by_seed(rows, setting, 'val_loss') for setting in ABLATIONS)))
     for losses in per_seed:
         axis.plot(losses, 'o-', color='tab:blue', alpha=0.4, linewidth=1, markersize=4)
     axis.plot([statistics.fmean(losses) for losses in zip(*per_seed)], '_', color='black', markersize=30)
     axis.set(xticks=range(len(ABLATIONS)), xticklabels=ABLATIONS, ylabel='validation loss, nats per token')
-    return figure
 
 
 if __name__ == '__main__':

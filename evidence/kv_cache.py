@@ -114,9 +114,9 @@ def main(config):
                     verdicts[-1]])
 
 
-def draw(plt, rows):
+def draw(figure, rows):
     """Plot the time of a decoding step and the size of the cache against the context length."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.2), layout='constrained')
+    left, right = figure.subplots(1, 2)
     for kind, label, color in ('mha', 'multi-head attention', 'tab:gray'), ('cca', 'CCA', 'tab:blue'):
         ms = [statistics.median(by_seed(rows, f'step {P}', f'{kind}_ms')) for P in CONTEXTS]
         mib = [by_seed(rows, f'step {P}', f'{kind}_bytes')[0] / 2 ** 20 for P in CONTEXTS]
@@ -126,8 +126,6 @@ def draw(plt, rows):
         axis.set(xscale='log', yscale='log', xticks=CONTEXTS, xlabel='context, tokens', ylabel=label,
                  xticklabels=[f'{P // 1024}K' for P in CONTEXTS])
         axis.minorticks_off()
-    figure.legend(loc='outside upper center', ncols=2, frameon=False)
-    return figure
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import configurator
 import train
 from evidence.attention import SETTINGS
 from evidence.claims import compare, fill_table, print_settings, print_verdicts, replaced, run_claim, train_run
@@ -93,19 +94,17 @@ def main(config):
                    for line in compare(rows, column, unit, ('residual scaling', 'plain sum')))
 
 
-def draw(plt, rows):
+def draw(figure, rows):
     """Plot residual RMS and gradient norm per layer: at the start of training (light), halfway, at the end (dark)."""
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.4), layout='constrained')
-    for axis, kind, label in zip(axes, ('rms', 'gradient'), ('RMS of the residual stream', 'gradient norm')):
-        for setting, colors in ('plain sum', plt.cm.Greys), ('residual scaling', plt.cm.Blues):
+    figure.set_figheight(3.4)
+    colormaps = configurator.package('matplotlib').colormaps
+    for axis, kind, label in zip(figure.subplots(1, 2), ('rms', 'gradient'), ('RMS of the residual stream', 'gradient norm')):
+        for setting, colors in ('plain sum', 'Greys'), ('residual scaling', 'Blues'):
             for part in range(0, PARTS + 1, 2):
                 per_seed = [map(float, row[f'{kind}_{part}'].split()) for row in rows if row['setting'] == setting]
                 axis.plot([statistics.fmean(values) for values in zip(*per_seed)], linewidth=1.2,
-                          color=colors(0.35 + 0.6 * part / PARTS), label=setting if part == PARTS else None)
+                          color=colormaps[colors](0.35 + 0.6 * part / PARTS), label=setting if part == PARTS else None)
         axis.set(xlabel='layer', ylabel=label, yscale='log')
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside upper center', ncols=2, frameon=False)
-    return figure
 
 
 if __name__ == '__main__':

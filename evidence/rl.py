@@ -268,9 +268,9 @@ def replay(config):
     config.quick or picture('rl_replay', draw_replay)
 
 
-def draw(plt, rows):
+def draw(figure, rows):
     """Plot wrong answers before and after RL against the length of the problem."""
-    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    axis = figure.subplots()
     lengths = by_length(rows)
     for method, color, mark in zip(METHODS, ('tab:green', 'tab:orange', 'tab:blue'), '^so'):
         for run, style, fill in ('before', '--', 'none'), ('RL', '-', 'full'):
@@ -282,33 +282,29 @@ def draw(plt, rows):
             axis.plot(*zip(*[(i, value) for i in wrong for value in wrong[i]]), mark, color=color, markersize=2)
     axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel='steps per problem', yscale='log',
              ylim=(0.015, 110), ylabel='wrong answers, % (0.02: none)')
-    figure.legend(loc='outside upper center', ncols=3, frameon=False)
-    return figure
 
 
-def draw_long(plt, rows):
+def draw_long(figure, rows):
     """Plot wrong answers on problems longer than those in training, on a linear scale."""
-    figure = draw(plt, rows)
+    draw(figure, rows)
     figure.axes[0].set(yscale='linear', ylim=(-3, 103), ylabel='wrong answers, %')
-    return figure
 
 
-def draw_rewards(plt, rows):
+def draw_rewards(figure, rows):
     """Plot the rewards of problems, which become longer, and of rounds per step: means over seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), sharey=True, layout='constrained')
+    figure.set_figheight(3.6)
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, key, label in zip(axes, ('reward', 'round_reward'), ('problems', 'rounds')):
-        for run, color in zip(VARIANTS, plt.cm.tab10.colors):
+        for run in VARIANTS:
             per_seed = [map(float, row[key].split()) for row in rows if row['setting'] == run]
             means = list(map(statistics.fmean, zip(*per_seed)))
-            axis.plot(range(1, len(means) + 1), means, color=color, linewidth=1.2, label=run.replace('_', ' '))
+            axis.plot(range(1, len(means) + 1), means, linewidth=1.2, label=run.replace('_', ' '))
         axis.set(xlabel='step', ylabel=f'correct rollouts of {label}, fraction', ylim=(0.6, 1.01))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4, frameon=False)
-    return figure
 
 
-def draw_replay(plt, rows):
+def draw_replay(figure, rows):
     """Plot the 40 tokens whose probability differs most between generator and learner, with and without replay."""
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharey=True, layout='constrained')
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, name in zip(axes, ('bf16', 'int8')):
         for on, color in ('off', 'tab:orange'), ('on', 'tab:blue'):
             text, = [row['furthest'] for row in rows if row['setting'] == f'{name}, {on}']
@@ -316,8 +312,6 @@ def draw_replay(plt, rows):
             axis.plot(q, [b - a for a, b in zip(q, p)], '.', color=color, markersize=4, label=f'replay {on}')
         axis.set(xlabel=f'probability q of the {name} generator', xlim=(-0.03, 1.03))
     axes[0].set(ylabel='p - q, p of the learner')
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=2, frameon=False)
-    return figure
 
 
 if __name__ == '__main__':

@@ -140,16 +140,14 @@ def entropies(axis, rows, setting, **style):
     axis.fill_between(x, list(map(min, y)), list(map(max, y)), color=style['color'], alpha=0.15, linewidth=0)
 
 
-def draw(plt, rows):
+def draw(figure, rows):
     """Plot the load entropy of each router, with the balancer and without it."""
-    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    axis = figure.subplots()
     for form, color in ('linear', 'tab:orange'), ('mlp', 'tab:green'), ('mlp + eda', 'tab:blue'):
         for rule, style in ('pid', '-'), ('none', '--'):
             entropies(axis, rows, f'{form}, {rule}', color=color, linestyle=style,
                       label=f'{form}, {"with balancer" if rule == "pid" else "without"}')
     axis.set(xlabel='step', ylabel='load entropy (1: even)', ylim=(0, 1.02))
-    figure.legend(loc='outside upper center', ncols=3, frameon=False)
-    return figure
 
 
 if __name__ == '__main__':

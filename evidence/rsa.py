@@ -142,9 +142,9 @@ def aggregation(config):
     config.quick or picture('rsa_aggregation', draw_aggregation)
 
 
-def draw_lengths(plt, rows):
+def draw_lengths(figure, rows):
     """Plot the mean of 16 outputs against the length of the problem."""
-    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    axis = figure.subplots()
     lengths = by_length(rows)
     for method, style in (('C=4', 'o-'), ('C=1', 's-'), ('one unbounded rollout each', '^--'),
                           ('one bounded rollout each', 'v:')):
@@ -155,13 +155,11 @@ def draw_lengths(plt, rows):
         axis.errorbar(x, y, ranges, fmt=style, capsize=3, label=method.removesuffix(' each'))
     axis.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel='steps per problem', ylim=(-3, 103),
              ylabel='correct answers, %')
-    figure.legend(loc='outside upper center', ncols=4, frameon=False)
-    return figure
 
 
-def bars(plt, rows, groups, label):
+def bars(figure, rows, groups, label):
     """Plot a bar per setting, the mean over seeds, and a dot per seed. groups: {group: {kind: setting}}."""
-    figure, axis = plt.subplots(figsize=(7, 3.2), layout='constrained')
+    axis = figure.subplots()
     kinds = list(next(iter(groups.values())))
     for k, kind in enumerate(kinds):
         x = [g + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for g in range(len(groups))]
@@ -169,16 +167,14 @@ def bars(plt, rows, groups, label):
         axis.bar(x, list(map(statistics.fmean, values)), 0.75 / len(kinds), label=kind)
         axis.plot(*zip(*[(at, value) for at, found in zip(x, values) for value in found]), 'k.', markersize=3)
     axis.set(xticks=range(len(groups)), xticklabels=groups, xlabel=label, ylim=(0, 103), ylabel='correct answers, %')
-    figure.legend(loc='outside upper center', ncols=3, frameon=False)
-    return figure
 
 
-def draw_aggregation(plt, rows):
+def draw_aggregation(figure, rows):
     """Plot the mean of 16 outputs after training with and without aggregation examples."""
     names, = by_length(rows).values()
     groups = {method: {label: names[f'{label}: {method}'] for label in ('with', 'without')}
               for method in ('one unbounded rollout each', 'C=1', 'C=4')}
-    return bars(plt, rows, groups, 'training with and without aggregation examples')
+    bars(figure, rows, groups, 'training with and without aggregation examples')
 
 
 if __name__ == '__main__':

@@ -70,9 +70,10 @@ def main(config):
     report(fill_table('rsa_cost', config, SETTINGS, measure))
 
 
-def draw(plt, rows):
+def draw(figure, rows):
     """Plot the mean of N outputs against each setting; dashed: one long rollout."""
-    figure, axes = plt.subplots(1, 4, figsize=(7, 2.6), sharey=True, layout='constrained')
+    figure.set_figheight(2.6)
+    axes = figure.subplots(1, 4, sharey=True)
     long = statistics.fmean(by_seed(rows, LONG, 'mean'))
     changed = dict(C=(1, 2, 4, 8), N=(4, 8, 16), T=(2, 3, 4, 6), tau=(5, 10, 20, 41))
     for axis, (key, values) in zip(axes, changed.items()):
@@ -85,7 +86,6 @@ def draw(plt, rows):
         axis.axhline(long, color='tab:orange', linestyle='--', linewidth=1)
         axis.set(xlabel=key, xticks=values, ylim=(-3, 103))
     axes[0].set(ylabel='correct answers, %')
-    return figure
 
 
 if __name__ == '__main__':

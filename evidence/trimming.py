@@ -50,11 +50,11 @@ def main(config):
     report(fill_table('trimming', config, settings, one))
 
 
-def draw(plt, rows):
+def draw(figure, rows):
     """Plot the mean of 16 outputs for each rule, in one rollout and under RSA."""
     groups = {length: {f'{rule}, {way}': names[f'{rule}: {way}'] for way in ('one rollout', 'C=4') for rule in RULES}
               for length, names in by_length(rows).items()}
-    return bars(plt, rows, groups, 'steps per problem')
+    bars(figure, rows, groups, 'steps per problem')
 
 
 if __name__ == '__main__':
