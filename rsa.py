@@ -1,11 +1,11 @@
-"""Markovian RSA (recursive self-aggregation): a population reasons in rounds of bounded length, each reading the last.
+"""Markovian RSA (recursive self-aggregation): a population reasons in rounds of bounded length.
 
-An output has at most beta tokens, and only its last tau tokens, its tail, are kept. In the next round each candidate
-reads the question and C of these tails, sampled uniformly without replacement, and should use the best of them:
+An output has at most beta tokens, and only the last tau tokens of its reasoning, its tail, are kept. In the next round
+each candidate reads the question and C tails, sampled uniformly without replacement, and should use the best of them:
 
     round 0      output_i = generate(question), at most beta tokens                 i = 1..N
     round 1..T   output_i = generate(question, C tails of the previous round)
-    always       tail_i   = last tau tokens of output_i
+    always       tail_i   = last tau tokens of the reasoning in output_i
     result       the N outputs of round T; their score is their mean accuracy, not that of the best one
 
 T = 0 is parallel sampling. tau = beta is full-chain RSA. C = 1, where each candidate continues its own tail, is
@@ -13,7 +13,8 @@ Delethink. A prompt holds the question and C tails, whatever beta and T are: lon
 The cost is the total number of generated tokens; prompts do not count.
 
 Source: ZAYA1-8B report (arXiv 2605.05365), section VI; RSA: 2509.26626; Delethink, Markovian thinking: 2510.06557.
-Legend: N population   C candidates   T rounds after round 0   beta budget   tau tail
+Legend: N population   C candidates read per prompt   T rounds after round 0   tau tail
+        beta budget (in round T: final_budget)
 Use: `python rsa.py --ckpt=FOLDER --question=...`; without one, a loops model gets the first held-out 'hard' problem.
 """
 import contextlib
@@ -36,7 +37,7 @@ class RSASettings:
     rounds: int = -1                # T, without round 0; -1: 2, or what a problem of tasks/loops needs
     budget: int = 0                 # beta; 0: 16K, or 41 for loops (a value and 8 steps)
     tail: int = 0                   # tau; 0: 4K, or 10 for loops (the last 2 steps)
-    final_budget: int = 0           # budget of round T; 0: the budget, or 40K if that is 0 too
+    final_budget: int = 0           # budget of round T; 0: the budget if given, else 40K
     compact: str = 'tail'           # 'answer': a finished candidate passes on its answer, not its reasoning
     seed: int = 0                   # of the sampled candidates
 
@@ -46,7 +47,7 @@ class RSASettings:
             tail=(0, self.budget or None), final_budget=(0, None), compact=('tail', 'answer'))
 
     def resolved(self, rounds=2, budget=16_384, tail=4096, final_budget=40_960):
-        """Return the settings with these values, by default the report's, for those that are not given."""
+        """Fill in the settings that were not given; defaults: the report's."""
         return replace(self, rounds=self.rounds if self.rounds >= 0 else rounds, budget=self.budget or budget,
                        tail=self.tail or tail, final_budget=self.final_budget or self.budget or final_budget)
 
@@ -54,7 +55,7 @@ class RSASettings:
 @dataclass
 class Candidate:
     sampled: list                   # indices of the candidates of the previous round whose tails its prompt holds
-    prompt: list                    # None: finished in an earlier round, carried over
+    prompt: list                    # None: carried over, or read from a file
     output: list = None
     answer: list = None             # None: the output holds no complete answer
     tail: list = None
@@ -80,7 +81,7 @@ def rounds_of(questions, generate, policy, settings, done=()):
     policy.answer_of(output) -> the answer in it, a list of tokens, or None. A candidate with an answer has finished: if
     C = 1 it is not generated again; if C > 1 it is, since its next prompt holds other tails.
     policy.thought_of(output) -> the part of an output that tails are cut from.
-    done: the first rounds, if they are known; only the rounds after them are run.
+    done: rounds that were run before, each a list of one Round per question; only later rounds are run.
     Which candidates are sampled depends on the seed and the question, not on other questions or on T.
     """
     settings = settings.resolved()
@@ -138,7 +139,7 @@ class RSAConfig:                    # more flags: RSASettings, SamplingOptions, 
 def answer_question(policy, config, settings, options):
     """Run RSA on one question, and print the answers."""
     question, extras = config.question, ()
-    if policy.build_prompt is task.build_prompt:
+    if policy.build_prompt is task.build_prompt:                # a model of the loops task
         question = question if question != '-' else task.test_problems('hard', 1)[0].question
         steps, extras = task.parse(question).steps, (task.judge, task.spaced)
         print(f'{question}   {steps} steps, the answer is {task.solve(question)}')
@@ -159,7 +160,7 @@ def solve_file(policy, listed, path, settings, options, **header):
         for k, (problem, answer) in enumerate(listed):
             done = [[Round([Candidate([], None, *fields) for fields in problems.outputs_of(row)])]
                     for row in results.rows[k]]
-            generate = policy.sampler(options, results.stream, 1000 * k + len(done))        # new random numbers
+            generate = policy.sampler(options, results.stream, 1000 * k + len(done))        # a seed per round
             question = policy.encode(problem + problems.INSTRUCTION)
             for now, in rounds_of([question], generate, policy, settings, done):
                 results.add(k, answer, now, policy.decode)
@@ -167,6 +168,8 @@ def solve_file(policy, listed, path, settings, options, **header):
 
 
 def main(config, settings, options, server, file):
+    configurator.refuse_unused(config, 'question show' if file.problems else '', 'with --problems')
+    configurator.refuse_unused(config, 'device' if server.server else '', 'with --server')
     words = problems.read_words(file.aggregation_prompt) if file.aggregation_prompt else None
     listed = problems.read_problems(file.problems) if file.problems else []
     if server.server:

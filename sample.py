@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from configurator import check_ranges, one_line_errors, read, refuse_unused
 from runtime import pretrained
-import configurator
 import decode
 import kernels
 from runtime.chat import Conversation, chat_loop, complete_prompts
@@ -27,12 +27,12 @@ from runtime.device import pick_device
 class SamplingOptions:
     temperature: float = 1.0        # below 1: more likely tokens; above 1: more random; 0: always the likeliest token
     top_k: int = 0                  # keep only the top_k likeliest tokens; 0: all
-    top_p: float = 1.0              # keep the likeliest tokens up to this total probability
-    min_p: float = 0.0              # drop tokens below min_p times the largest; 1e-5 cuts gibberish (report, App. E)
+    top_p: float = 1.0              # keep the fewest likeliest tokens with this total probability
+    min_p: float = 0.0              # drop tokens below min_p times the largest probability (report, App. E: 1e-5)
     seed: int = 0                   # of the random numbers
 
     def __post_init__(self):
-        configurator.check_ranges(self, temperature=(0, 1e9), top_k=(0, 10**9), top_p=(0, 1), min_p=(0, 1))
+        check_ranges(self, temperature=(0, 1e9), top_k=(0, 10**9), top_p=(0, 1), min_p=(0, 1))
 
 
 def sample_from_logits(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -60,7 +60,7 @@ def prefill(model, prompts, capacity, cache=None):
     unique = prompts if cache else list(dict.fromkeys(map(tuple, prompts)))
     lengths = [len(prompt) for prompt in unique]
     padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in unique]
-    cache = cache or model.make_cache(len(unique), 0)           # then room for the prompts and what follows
+    cache = cache or model.make_cache(len(unique), 0)           # grown in the next line
     cache.grow(capacity)
     logits, _ = model(torch.tensor(padded, device=model.device), cache=cache, n_new=lengths, last_only=True)
     if len(unique) < len(prompts):
@@ -93,11 +93,11 @@ def generate(model, prompts, max_new_tokens, options=SamplingOptions(), *, stop=
         limit = capacity = min(model.config.context, 1 << (limit - 1).bit_length())
     model.eval()
     try:
-        # Sequence i has its own generator, seeded by (options.seed, i). The hash of a tuple of integers is constant.
+        # Sequence i has its own generator, seeded by (options.seed, i). The hash of integers is the same everywhere.
         u = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(hash((options.seed, i))))
                          for i in range(len(prompts))]).to(model.device)                        # (B, max_new_tokens)
         cache, logits = prefill(model, prompts, capacity, cache)                                # logits (B, V)
-        active = unfinished = list(range(len(prompts)))         # prompts in the batch; unfinished: indices into it
+        active = unfinished = list(range(len(prompts)))         # prompt of each batch entry; entries not ended
         for t in range(max_new_tokens):
             tokens = sample_from_logits(logits, u[active, t], options.temperature, options.top_k, options.top_p,
                                         options.min_p)                                          # (B)
@@ -135,7 +135,7 @@ def check_prompts(config, prompts, max_new_tokens, held):
 
 
 # The report's sampling (Table VII): mathematics, knowledge and instructions; code, agents and style.
-PRESETS = {'math': dict(temperature=1.0, top_p=0.95, top_k=0), 'code': dict(temperature=0.6, top_p=0.95, top_k=20)}
+PRESETS = {'': {}, 'math': dict(temperature=1.0, top_p=0.95), 'code': dict(temperature=0.6, top_p=0.95, top_k=20)}
 
 
 @dataclass
@@ -153,14 +153,14 @@ class SampleConfig:                 # these flags and those of SamplingOptions
     device: str = 'auto'
 
     def __post_init__(self):
-        configurator.check_ranges(self, max_new_tokens=(0, 10**9), num_samples=(1, 10**6), preset=('', *PRESETS),
-                                  kernel=('torch', 'hip', 'auto'))
+        check_ranges(self, max_new_tokens=(0, 10**9), num_samples=(1, 10**6), preset=[*PRESETS], kernel=kernels.KERNELS)
+        unused = ('num_samples', 'with --chat=True') if self.chat else ('think show_think', 'without --chat=True')
+        refuse_unused(self, *unused)
 
 
 def main(arguments):
-    config, options = configurator.read(arguments, SampleConfig, SamplingOptions)
-    if config.preset:
-        config, options = configurator.read(arguments, SampleConfig, SamplingOptions, **PRESETS[config.preset])
+    config, _ = read(arguments, SampleConfig, SamplingOptions)
+    config, options = read(arguments, SampleConfig, SamplingOptions, **PRESETS[config.preset])
     model, language = pretrained.load(config.ckpt, pick_device(config.device))
     kernels.use(model, config.kernel, model.dtype)
     step = decode.compiled(model) if config.compile else decode.folded(model)
@@ -173,5 +173,5 @@ def main(arguments):
 
 
 if __name__ == '__main__':
-    with configurator.one_line_errors('sample.py', 'try fewer or shorter samples, or --device=cpu'):
+    with one_line_errors('sample.py', 'try fewer or shorter samples, or --device=cpu'):
         main(sys.argv[1:])

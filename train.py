@@ -5,7 +5,7 @@ One optimizer step: forward and backward passes of `grad_accum` micro-batches; c
 ZAYA1 needs nothing else: there is no auxiliary loss, no capacity limit, no dropped token.
 
 The run folder `out_dir` holds the last two checkpoints (ckpt.pt, ckpt_previous.pt), the tokenizer, and log.csv, one row
-every `log_every` steps. The same command resumes a run; on a CPU its losses are bit for bit those without interruption.
+every `log_every` steps. The same command resumes a run; on a CPU its losses equal an uninterrupted run's bit for bit.
 
 On several GPUs: `torchrun --nproc_per_node=8 train.py config/NAME.py`. Every process runs this file on its share of the
 micro-batches; only rank 0 logs and saves. --shard=True splits a model that does not fit on one GPU (FSDP2).
@@ -45,21 +45,21 @@ class TrainConfig:
     init_from: str = ''             # a run folder whose weights to start from, for example to extend the context
     batch_size: int = 16            # sequences per micro-batch; a step has batch_size * context * grad_accum tokens
     grad_accum: int = 1             # micro-batches per step over all processes, a multiple of their number
-    max_steps: int = 1000
+    max_steps: int = 1000           # optimizer steps of the run, over all its starts
     lr: float = 6e-3                # peak, for Muon and AdamW; vectors use a tenth of it (see optim.py)
-    min_lr: float = 6e-4
+    min_lr: float = 6e-4            # at the end of the decay
     warmup_steps: int = 50          # of linear warm-up
-    decay_fraction: float = 0.5     # fraction of the steps, the last ones, of linear decay to min_lr
-    weight_decay: float = 0.1
+    decay_fraction: float = 0.5     # last fraction of the steps: linear decay to min_lr
+    weight_decay: float = 0.1       # of matrices, decoupled from the gradient
     grad_clip: float = 1.0          # maximum norm of the gradient of all parameters; 0: no clipping
     balancer: str = 'pid'           # 'pid' (ZAYA1), 'sign' (DeepSeek's), 'none': see router.py
-    balancer_lr: float = 3e-2
+    balancer_lr: float = 3e-2       # step size of the balancing biases; not used by 'none'
     eval_every: int = 100           # steps between evaluations, each with a sample of text
     eval_batches: int = 20          # micro-batches of held-out data per evaluation, always the same ones
-    sample_tokens: int = 100        # length of that sample; 0: no sample
+    sample_tokens: int = 100        # length of that sample; 0: no sample, which --shard=True always has
     checkpoint_every: int = 100     # steps
     log_every: int = 10             # steps between rows of log.csv
-    seed: int = 0
+    seed: int = 0                   # of the initial weights and of the order of the data
     device: str = 'auto'            # 'auto': cuda (also AMD's ROCm), else mps, else cpu
     dtype: str = 'auto'             # of matrix products; 'auto': bfloat16 where it is faster, else float32
     compile: bool = False           # torch.compile: adds half a minute at the start, faster steps
@@ -135,7 +135,7 @@ def set_up(config, model_config, device, loader, val_loader, tokenizer):
     """Build the model and its optimizers, load the checkpoint if there is one, and return the Run."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = build(config, model_config, device)
-    for layer in model.layers if config.recompute else ():      # recomputing counts tokens again: same load fractions
+    for layer in model.layers if config.recompute else ():      # routers count tokens twice: same fractions
         layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     if config.shard:
@@ -266,7 +266,7 @@ def take_steps(run):
             done = run.step == config.max_steps
             row = evaluate(run) if run.step % config.eval_every == 0 or done else {}
             if run.step % config.log_every == 0 or row:
-                entropy, speed = load_entropy(load), steps * run.tokens_per_step / seconds     # without evaluations
+                entropy, speed = load_entropy(load), steps * run.tokens_per_step / seconds     # evaluations excluded
                 by_expert = torch.cat([load.flatten(), *run.balancer.biases]).tolist()
                 log(run, row | {
                     'loss': loss, 'grad_norm': norm, 'lr': lr_at(run.step - 1, config), 'tokens_per_s': round(speed),
@@ -276,7 +276,7 @@ def take_steps(run):
                 bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tok/s, load entropy {entropy.mean():.3f}')
                 history[run.step], steps, seconds = loss, 0, 0.0
             bar.update()
-            # After a skipped step only at the end: resuming resets the count of skipped steps.
+            # No checkpoint after a skipped step (resuming resets their count), except at the end.
             if (run.step % config.checkpoint_every == 0 and finite or done) and (run.rank == 0 or config.shard):
                 save(run)
     return history

@@ -1,5 +1,6 @@
 """Batches of training sequences from token files: every token is a target once per epoch, in shuffled order."""
-
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -147,21 +148,32 @@ def stack_sequences(loader, index):
 def dataset_folders(dataset):
     """Return [(folder, weight), ...] of a string: 'data/stdlib', or 'data/stdlib:0.3 data/chat:0.7' for a mixture.
 
-    Raise ValueError for a weight that is not a positive number, and for a string without a folder.
+    Folders are separated by spaces; the name of an existing folder may contain spaces and colons. Raise ValueError for
+    a weight that is not a positive number, and for a string without a folder.
     """
-    found = []
-    for part in dataset.split():
-        folder, colon, weight = part.rpartition(':')
-        try:
-            folder, weight = (folder, float(weight)) if colon else (part, 1.0)
-        except ValueError:
-            weight = -1
+    words, found = re.split(r'\s', dataset), []
+    while words:
+        parts = {n: ' '.join(words[:n]) for n in range(len(words), 0, -1)}
+        n = next((n for n, part in parts.items() if os.path.isdir(folder_and_weight(part)[0])), 1)
+        folder, weight = folder_and_weight(parts[n])
         if not 0 < weight < float('inf'):
-            raise ValueError(f'dataset: {part!r} should be FOLDER or FOLDER:WEIGHT with a positive weight')
-        found.append((folder, weight))
+            raise ValueError(f'dataset: {parts[n]!r} should be FOLDER or FOLDER:WEIGHT with a positive weight')
+        found += [(folder, weight)] * bool(folder)              # two spaces have an empty word between them
+        words = words[n:]
     if not found:
         raise ValueError('dataset names no folder')
     return found
+
+
+def folder_and_weight(text):
+    """Return the folder and the number after the last colon: 1.0 if there is no colon, NaN if it is not a number."""
+    folder, colon, weight = text.rpartition(':')
+    if not colon or os.path.isdir(text) or re.search(r'[/\\]', weight):        # the colon of C:/data is part of it
+        return text, 1.0
+    try:
+        return folder, float(weight)
+    except ValueError:
+        return text, float('nan')
 
 
 def open_dataset(dataset, split, batch_size, context, seed):

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from configurator import check_ranges, package
+from configurator import check_ranges, package, refuse_unused
 from validate import parse_json, read_bytes
 from runtime.language import released_language
 from tasks.problems import append_line, message
@@ -49,6 +49,8 @@ class ServerConfig:
 
     def __post_init__(self):
         check_ranges(self, parallel=(1, 1024))
+        if not self.server:
+            refuse_unused(self, 'model parallel', 'without --server')
 
 
 @dataclass

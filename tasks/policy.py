@@ -41,6 +41,8 @@ def load_policy(folder, device, words=None, compact='tail'):
     holds no model."""
     model, language = pretrained.load(folder, device)
     if language.digest == task.DIGEST:
+        if words:
+            raise ValueError('aggregation_prompt has no effect on a model trained on the loops task: leave it out')
         prompt_format = task.build_prompt, task.answer_of, list
     else:
         prompt = lambda question, tails: language.prompt(

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from configurator import refuse_unused
 from validate import parse_json, read_bytes, reading
 
 INSTRUCTION = '\n\nReason step by step, and put the final answer into \\boxed{}.'
@@ -76,6 +77,8 @@ class FileConfig:
     aggregation_prompt: str = ''    # a file with another aggregation prompt, which contains {problem} and {candidates}
 
     def __post_init__(self):
+        if not self.problems:
+            refuse_unused(self, 'out dry_run', 'without --problems')
         self.out = self.problems and (self.out or self.problems.removesuffix('.jsonl') + '.rsa.jsonl')
 
 

@@ -1,6 +1,7 @@
 """Packed sets in the loader, and mixtures of sets (data/loader.py)."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +105,19 @@ def test_a_mixture_is_a_pure_function_of_the_index(folders):
 def test_bad_mixtures_are_refused(bad):
     with pytest.raises(ValueError, match='dataset'):
         dataset_folders(bad)
+
+
+@pytest.mark.parametrize('dataset, expected', [
+    ('C:/data', [('C:/data', 1)]), (r'C:\data:0.5', [(r'C:\data', 0.5)]), ('C:/a:2  D:/b', [('C:/a', 2), ('D:/b', 1)]),
+    ('My Drive/data', [('My Drive/data', 1)]), ('My Drive/data:0.3 a', [('My Drive/data', 0.3), ('a', 1)]),
+    ('a:2 My Drive/data', [('a', 2), ('My Drive/data', 1)]), ('b:7', [('b:7', 1)]), ('b:7:3', [('b:7', 3)]),
+    ('b:x', [('b:x', 1)]), ('a My Drive/none', [('a', 1), ('My', 1), ('Drive/none', 1)]), ('s:0.3', [('s', 0.3)])])
+def test_a_weight_is_a_number_after_the_last_colon_and_an_existing_folder_is_taken_whole(
+        tmp_path, monkeypatch, dataset, expected):
+    monkeypatch.chdir(tmp_path)
+    for folder in 'My Drive/data', 'a', 'b:7', 'b:x':
+        Path(folder).mkdir(parents=True)
+    assert dataset_folders(dataset) == expected
 
 
 def test_sets_with_different_tokenizers_do_not_mix(folders, tmp_path):
