@@ -1,26 +1,16 @@
 """Compare CCA with other attention at equal parameters: `python -m evidence.attention [--seeds=N] [--quick=True]`.
 
-Claim. At equal parameters and equal cache, attention in the latent with grouped heads (CCGQA: ZAYA1's, and cca.py's) is
-better than GQA and MLA and about as good as full multi-head attention, at lower cost (CCA paper, arXiv 2510.04476).
-Published: loss of 1B dense models, CCGQA 2.286, MHA 2.297, GQA 2.297, CCA 2.307, MLA 2.321.
+Claim. At equal parameters and equal cache, CCA with grouped heads (CCGQA: ZAYA1's, and cca.py's) is better than GQA and
+MLA and about as good as multi-head attention (arXiv 2510.04476). Published losses of 1B dense models: CCGQA 2.286, MHA
+and GQA 2.297, CCA 2.307, MLA 2.321. A loss of CCGQA above that of GQA, MLA or MHA would refute the claim.
 
 Test. Two dense layers of width 128 (one expert, so that routing plays no part) are trained on Python's standard library
 with 512 tokens (`python -m data.stdlib.prepare --out=runs/stdlib512 --vocab_size=512`). The SwiGLU's width equalizes
-the parameters within 1 %. Except for MHA, all cache 32 elements per token and layer:
-
-    MHA     8 heads of 16, each with its own key and value: 256 elements
-    GQA     8 query heads of 16 share one key and one value
-    MLA     8 heads of 16, keys and values projected from one latent of 24 elements and a rotated key of 8
-    CCA     queries compressed as much as keys and values: 2 heads of 8 each
-    CCGQA   4 query heads of 16 share one key and one value
-
-Each kind uses the learning rate of a grid that is best with seed 0; then they are compared over seeds. A loss of CCGQA
-above that of GQA, MLA or MHA would refute the claim.
+the parameters within 1 %. Each kind uses the learning rate of a grid that is best with seed 0.
 """
 import statistics
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,9 +40,12 @@ def match_parameters(module, **heads):
     return module, replace(config, expert_dim=BASE.expert_dim + 8 * eights)
 
 
-MODELS = {'MHA': match_parameters(GQA, n_head=8, n_kv_head=8), 'GQA': match_parameters(GQA, n_head=8),
-          'MLA': match_parameters(MLA, n_head=8), 'CCA': match_parameters(CCA, n_head=2, n_kv_head=2, head_dim=8),
-          'CCGQA': match_parameters(CCA)}
+MODELS = {                                                      # all but MHA cache 32 elements per token and layer
+    'MHA': match_parameters(GQA, n_head=8, n_kv_head=8),        # 8 heads of 16, each with its own key and value: 256
+    'GQA': match_parameters(GQA, n_head=8),                     # 8 query heads of 16 share one key and one value
+    'MLA': match_parameters(MLA, n_head=8),                     # 8 heads of 16; a latent of 24 and a rotated key of 8
+    'CCA': match_parameters(CCA, n_head=2, n_kv_head=2, head_dim=8),            # 2 heads of 8 each for q, k and v
+    'CCGQA': match_parameters(CCA)}                             # 4 query heads of 16 share one key and one value
 
 
 def run(config, script, setting, seed, module, sizes, lr, steps=300):
@@ -74,24 +67,19 @@ def best(rows):
     return {name: min((s for s in loss if s.split()[0] == name), key=loss.get) for name in MODELS}
 
 
-def measure(config, setting, seed):
-    name, _, lr = setting.split()
-    return run(config, 'attention', setting, seed, *MODELS[name], float(lr))
-
-
-def report(rows, chosen):
+def main(config):
+    def measure(setting, seed):
+        name, _, lr = setting.split()
+        return run(config, 'attention', setting, seed, *MODELS[name], float(lr))
+    grid = [f'{name} at {lr:g}' for lr in RATES for name in MODELS]
+    chosen = best(fill_table('attention', config, grid, measure, seeds=[0]))
+    rows = fill_table('attention', config, list(chosen.values()), measure)
     rows = [row | {'setting': name, 'lr': setting.split()[-1]} for name, setting in chosen.items()
             for row in rows if row['setting'] == setting]
     print_settings(rows, chosen, parameters=('parameters', ',.0f'), cache=('cache, elements per token', '.0f'),
                    attention_flops=('attention FLOPs per token', ',.0f'), lr=('learning rate', 'g'),
                    val_loss=('val loss, nats per token', '.3f'))
     print_verdicts(compare(rows, 'val_loss', 'nats', *(('CCGQA', other) for other in ('GQA', 'MLA', 'MHA', 'CCA'))))
-
-
-def main(config):
-    grid = [f'{name} at {lr:g}' for lr in RATES for name in MODELS]
-    chosen = best(fill_table('attention', config, grid, partial(measure, config), seeds=[0]))
-    report(fill_table('attention', config, list(chosen.values()), partial(measure, config)), chosen)
 
 
 def draw(figure, rows):

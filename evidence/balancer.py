@@ -2,25 +2,13 @@
 
 Claim (ZAYA1-8B report, arXiv 2605.05365, II-A2). AdamW on the balancing biases, with the error p_e - 1/N as gradient,
 balances better than DeepSeek's fixed step against the sign of the error. Published: an entropy of 0.99 at about step
-400 (Fig. 4).
+400 (Fig. 4). A sign rule that is as even, swings as little and recovers as fast would refute the claim.
 
-Test. One model, 150 steps at a constant learning rate; from step 110 on, the training text changes to English prose
-about Python (pydoc's topics, which data/stdlib excludes). Rules, the first two with two step sizes:
+Test. The model of evidence/router.py, 150 steps at a constant learning rate; from step 110 on, the training text
+changes to English prose about Python (pydoc's topics, which data/stdlib excludes). A rule with two step sizes is judged
+by the one with the higher load entropy before the change.
 
-    none         no balancing
-    sign LR      b <- b - LR sign(p - 1/N)
-    pid LR       b <- AdamW(b, p - 1/N)
-    aux ALPHA    no bias; the auxiliary loss ALPHA N sum_e p_e P_e, P_e the mean of s_e over the tokens (Switch
-                 Transformer, arXiv 2101.03961, eq. 4), which the balancer is meant to replace
-
-Measured per run: the mean load entropy; its first step at 0.95 (110 if none before the change); level, the mean over
-the 50 steps before the change; swing, the standard deviation of an expert's load over those steps; after the change,
-the lowest moving average over 10 steps, and for how many steps it is below 0.99 of the level; the validation loss at
-the change. A rule with two step sizes is judged by the one with the higher level.
-
-A sign rule that is as even, swings as little and recovers as fast as AdamW would refute the claim.
-
-Legend:  N experts   M tokens per step   p_e fraction of them routed to expert e   s (M, N), P (N)
+Legend:  N experts   M tokens per step   p_e fraction of them routed to expert e   s (M, N) probabilities   P (N)
 """
 import statistics
 from pydoc_data import topics
@@ -36,6 +24,8 @@ from evidence.claims import (by_seed, compare, fill_table, print_settings, print
 from evidence.router import QUICK, derived, entropies, even_at, recipe, small
 
 STEPS, CHANGE, EVERY = 150, 110, 2
+# sign LR: b <- b - LR sign(p - 1/N). pid LR: b <- AdamW(b, p - 1/N). aux ALPHA: no bias, but an auxiliary loss, which
+# the balancer is meant to replace.
 SETTINGS = ['none', 'sign 0.003', 'sign 0.03', 'pid 0.003', 'pid 0.03', 'aux 0.01']
 
 
@@ -52,7 +42,8 @@ class AddToLoss(torch.autograd.Function):
 
 
 def auxiliary(probs, expert, alpha):
-    """Return alpha N sum_e p_e P_e. probs (..., N), expert (...)."""
+    """Return alpha N sum_e p_e P_e, P_e the mean of s_e over the tokens (Switch Transformer, arXiv 2101.03961, eq. 4).
+    probs (..., N), expert (...)."""
     N = probs.shape[-1]
     p = F.one_hot(expert.flatten(), N).float().mean(0)                          # counts have no gradient,
     P = probs.flatten(0, -2).mean(0)                                            # probabilities have one
@@ -92,7 +83,9 @@ def changing_at(change):
 
 
 def summarize(log, change, window=10 // EVERY):
-    """Return the measurements of a run, from its log."""
+    """Return the measurements of a run, from its log: level, the mean entropy over the 50 steps before the change, and
+    swing, the standard deviation of an expert's load over them; after it, the lowest moving average over 10 steps, and
+    for how many steps it is below 0.99 of the level."""
     steps, entropy = log['entropy']
     c = steps.index(change) + 1                                 # lines of the log before the change
     before = slice(c - 50 // EVERY, c)
@@ -114,8 +107,9 @@ def measure(setting, seed, folder, model_config, steps, change):
                                    log_every=EVERY, **recipe(steps, seed), **balancer), change)
 
 
-def report(rows):
-    """Print the table and the verdicts."""
+def main(config):
+    rest = (f'{config.out}/quick', QUICK, 60, 50) if config.quick else (config.out, small(), STEPS, CHANGE)
+    rows = derived(fill_table('balancer', config, SETTINGS, lambda setting, seed: measure(setting, seed, *rest)))
     print_settings(rows, SETTINGS, mean=('mean entropy', '.3f'), even_at=('first step at 0.95', '.0f'),
                    level=('level', '.3f'), uneven=('uneven steps after the change', '.0f'),
                    val_loss=('val loss, nats per token', '.3f'))
@@ -125,12 +119,6 @@ def report(rows):
     units = dict(even_at='steps', uneven='steps', swing='', val_loss='nats')
     print_verdicts([line for column, unit in units.items() for line in compare(rows, column, unit, *pairs)]
                    + compare(rows, 'mean', '', *(pair[::-1] for pair in pairs)))
-
-
-def main(config):
-    rest = (f'{config.out}/quick', QUICK, 60, 50) if config.quick else (config.out, small(), STEPS, CHANGE)
-    rows = derived(fill_table('balancer', config, SETTINGS, lambda setting, seed: measure(setting, seed, *rest)))
-    report(rows)
 
 
 def draw(figure, rows):

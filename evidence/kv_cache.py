@@ -1,15 +1,13 @@
 """Measure what the compressed KV cache saves: `python -m evidence.kv_cache [--seeds=N] [--quick=True]`.
 
-Claim. CCA's KV cache is 8 times smaller than that of full multi-head attention, which makes long contexts cheaper
-(ZAYA1-8B report, arXiv 2605.05365, II-A; CCA paper, arXiv 2510.04476: a fused layer is 1.3 to 1.4 times as fast on a
-prompt of 16K tokens on an H100). Elements per token and layer, at the 8B shape: 2 Hk d = 512 against 2 E = 4096.
+Claim. CCA's KV cache is 8 times smaller than that of full multi-head attention, 2 Hk d = 512 against 2 E = 4096
+elements per token and layer at the 8B shape, which makes long contexts cheaper (ZAYA1-8B report, arXiv 2605.05365,
+II-A; CCA paper, arXiv 2510.04476: a fused layer is 1.3 to 1.4 times as fast on a prompt of 16K tokens on an H100). A
+ratio below 8, or a decoding step that is not faster at 32K, would refute the claim.
 
 Test. One attention layer of the 8B shape in float32, CCA and multi-head attention alternating: a prompt of P tokens,
 and one decoding step with P - 1 cached tokens. The step is that of generation (decode.folded), in a model of one layer
-with tiny experts, whose time counts for CCA. The bytes are those of the tensors. One measurement per seed, on other
-random weights. A ratio of the bytes below 8, or a step that is not faster at 32K, would refute the claim.
-
-CCA's cache also has a constant part of 10.5 KiB: the last inputs of its convolutions and of its value shift.
+with tiny experts, whose time counts for CCA. One measurement per seed, on other random weights.
 
 Legend:  B batch   S sequence   P cached positions   E width   H heads   Hk KV heads   d head dim
 """
@@ -52,7 +50,8 @@ class MHA(nn.Module):
 
 
 def cache_bytes(config, P):
-    """Return float32 bytes per sequence and layer after P tokens: CCA, its constant part, multi-head attention."""
+    """Return float32 bytes per sequence and layer after P tokens: CCA, its constant part (the last inputs of the
+    convolutions and of the value shift), multi-head attention."""
     Hq, Hk, d = config.n_head, config.n_kv_head, config.head_dim
     return 4 * P * 2 * Hk * d, 4 * (2 * (Hq + Hk) * d + Hk * d // 2), 4 * P * 2 * config.n_embd
 

@@ -10,13 +10,10 @@
     python -m evidence.rl replay     token probabilities of generator and learner, with and without router replay
 
 Claims (ZAYA1-8B report, arXiv 2605.05365, IV). (1) RL with verifiable rewards corrects the errors that the training
-data contains on purpose. (2) With router replay, generator and learner agree on token probabilities: KL 1.3e-4,
-Pearson's r above 0.9996. (3) After RL, the mean of RSA's candidates is no lower than the majority vote of as many
-independent chains.
-
-Tests, on held-out problems, some longer than any in RL. (1) is refuted where the mean before RL is not below that after
-it. (2) bf16 and int8 weights generate, the float32 learner scores; refuted where replay does not reduce the difference.
-(3) is refuted where the mean of C=4 is significantly below the majority vote of C=1.
+data contains on purpose: refuted where the mean before RL is not below that after it. (2) With router replay, generator
+and learner agree on token probabilities (KL 1.3e-4, Pearson's r above 0.9996): refuted where replay does not reduce the
+difference. (3) After RL, the mean of RSA's candidates is no lower than the majority vote of as many independent chains:
+refuted where the mean of C=4 is significantly below the majority vote of C=1.
 
 The seed is that of RL and of sampling. All runs start from one model, whose own measurements have seed 0; only in
 `models` each seed has its own model.
@@ -35,7 +32,7 @@ from tasks.loops import task
 from evaluate import steps
 from evidence.claims import by_seed, fill_table, picture, print_table, print_verdicts, read_table, run_experiments
 from evidence.quantization import CHANGES, with_changed_matrices
-from evidence.rsa import (BOUNDS, by_length, compare_methods, methods, prepare_data, print_methods, score,
+from evidence.rsa import (BOUNDS, by_length, compare_methods, methods, prepare_data, print_methods, run_table,
                           trained_model)
 from rsa import RSASettings, load_policy, markovian_rsa
 from runtime.device import pick_device
@@ -51,35 +48,29 @@ VARIANTS = {'RL': {}, 'grpo': dict(advantage='grpo'), 'no_aggregation': dict(agg
 QUICK_RL = dict(max_steps=1, groups=4, rollouts=2, draws=1, candidates=2, level=3, eval_problems=0)
 
 
-def load(folder):
-    return load_policy(folder, pick_device('auto'))
-
-
-def train_rl(config, run, seed, model, **changes):
-    """Run rl.py from the model in a folder with these settings, or resume. Return the run folder."""
+def train_rl(config, run, seed, model, changes):
+    """Run rl.py from the model in a folder with changed settings, or resume. Return the run folder: that of the model
+    if `changes` is None."""
+    if changes is None:
+        return model
     out = f'{config.folder("rl")}/{Path(model).name}_{run}{seed}'
     rl.train(rl.RLConfig(init_from=model, out_dir=out, seed=seed, **changes | (QUICK_RL if config.quick else {})))
     return out
 
 
-def run_table(name, config, model, runs, lengths, problems, seeds_before=(0,)):
+def rl_table(name, config, runs, lengths, n, model=lambda seed: MODEL, seeds_before=(0,)):
     """Fill and report results/NAME.csv, with a setting per length, run and method.
 
-    model(seed) -> the folder of the model from which RL starts. runs: {name: changed settings of rl.py, or None for the
-    model without RL}. problems: how many per length. seeds_before: the seeds of the model without RL."""
-    lengths, problems, settings = 'easy' if config.quick else lengths, 1 if config.quick else problems, {}
-    for setting, (split, how) in methods(lengths).items():
+    runs: {name: changed settings of rl.py, or None for the model without RL}. n: problems per length. model(seed) ->
+    the folder of the model from which RL starts. seeds_before: the seeds of the model without RL."""
+    settings = {True: {}, False: {}}                            # before RL, after it
+    for setting, (split, how) in methods(config, lengths).items():
         length, method = setting.split(': ')
-        if method.split(', T=')[0] in METHODS:
-            settings |= {f'{length}: {run}: {method}': (run, split, how) for run in runs}
-
-    def one(setting, seed):
-        run, split, how = settings[setting]
-        folder = model(seed) if runs[run] is None else train_rl(config, run, seed, model(seed), **runs[run])
-        return score(load(folder), task.test_problems(split, problems), seed, **how)
-    before = [setting for setting, (run, *_) in settings.items() if runs[run] is None]
-    fill_table(name, config, before, one, seeds=seeds_before)
-    report(name, fill_table(name, config, [setting for setting in settings if setting not in before], one))
+        for run in runs if method.split(', T=')[0] in METHODS else ():
+            settings[runs[run] is None][f'{length}: {run}: {method}'] = run, split, how
+    policy_of = lambda run, seed: load_policy(train_rl(config, run, seed, model(seed), runs[run]), pick_device('auto'))
+    run_table(name, config, settings[True], n, policy_of, seeds_before)
+    report(name, run_table(name, config, settings[False], n, policy_of))
 
 
 def report(name, rows):
@@ -114,43 +105,41 @@ VERDICTS = {
 
 
 def main_table(config):
-    runs = {'before': None, 'RL': {}, 'longer': LONGER}
-    run_table('rl', config, lambda seed: MODEL, runs, 'easy medium hard deep', 100)
+    rl_table('rl', config, {'before': None, 'RL': {}, 'longer': LONGER}, 'easy medium hard deep', 100)
     config.quick or picture('rl', draw)
 
 
 def models(config):
     model = lambda seed: trained_model(config, 'with', seed, prepare_data(config))[0]
-    run_table('rl_models', config, model, {'before': None, 'RL': {}}, 'hard deep', 40, range(config.seeds))
+    rl_table('rl_models', config, {'before': None, 'RL': {}}, 'hard deep', 40, model, range(config.seeds))
 
 
 def compare(config):
     runs = {run: changes for run, changes in VARIANTS.items() if run != 'no_aggregation'}
-    run_table('rl_compare', config, lambda seed: MODEL, runs, 'hard deep', 40)
+    rl_table('rl_compare', config, runs, 'hard deep', 40)
 
     def curves(run, seed):
-        log = read_table(Path(train_rl(config, run, seed, MODEL, **VARIANTS[run]), 'log.csv'))
+        log = read_table(Path(train_rl(config, run, seed, MODEL, VARIANTS[run]), 'log.csv'))
         return {key: ' '.join(f'{float(row[key]):.3f}' for row in log) for key in ('reward', 'round_reward')}
     fill_table('rl_rewards', config, VARIANTS, curves)
     config.quick or picture('rl_rewards', draw_rewards)
 
 
 def aggregation(config):
-    runs = {run: VARIANTS[run] for run in ('RL', 'no_aggregation')}
-    run_table('rl_aggregation', config, lambda seed: MODEL, runs, 'hard deep', 40)
+    rl_table('rl_aggregation', config, {run: VARIANTS[run] for run in ('RL', 'no_aggregation')}, 'hard deep', 40)
 
 
 def long(config):
     """Test a model that was trained on programs of up to 26 operations, run up to 9 times, but of at most 72 steps."""
     data = prepare_data(config, f'{config.out}/long', operations=26)
-    run_table('rl_long', config, lambda seed: trained_model(config, 'long', 0, data)[0],
-              {'before': None, 'RL': dict(operations=26)}, 'hard deep deeper deepest', 40)
+    rl_table('rl_long', config, {'before': None, 'RL': dict(operations=26)}, 'hard deep deeper deepest', 40,
+             lambda seed: trained_model(config, 'long', 0, data)[0])
     config.quick or picture('rl_long', draw_long)
 
 
 def without(config):
     model = lambda seed: trained_model(config, 'without', 0, prepare_data(config))[0]
-    run_table('rl_without', config, model, {'before': None, 'RL': {}}, 'easy hard', 40)
+    rl_table('rl_without', config, {'before': None, 'RL': {}}, 'easy hard', 40, model)
 
 
 # ---- error analysis ----
@@ -177,10 +166,10 @@ def what_went_wrong(problem, tails, output, budget):
     if vote is None or vote[1] != task.value_at(problem, vote[0]):
         return 'outvoted'
     text = task.ENC.decode(output)
-    begin = task.steps_at_start(problem, text)
-    if begin not in {place for place, _ in ends}:
+    start = task.steps_at_start(problem, text)
+    if start not in {place for place, _ in ends}:
         return 'place'
-    return 'computed' if text[0] == str(task.value_at(problem, begin)) else 'misread'
+    return 'computed' if text[0] == str(task.value_at(problem, start)) else 'misread'
 
 
 KINDS = 'outvoted', 'place', 'misread', 'computed'
@@ -224,7 +213,7 @@ def errors(config):
 
     def one(setting, seed):
         run, split, C = settings[setting]
-        policy = load(MODEL if run == 'before' else train_rl(config, 'RL', seed, MODEL))
+        policy = load_policy(train_rl(config, run, seed, MODEL, None if run == 'before' else {}), pick_device('auto'))
         T = task.rounds_needed(task.LENGTHS[split][1], BOUNDS['budget'])
         return wrong_outputs(policy, task.test_problems(split, problems), C, T, seed)
     report_errors(fill_table('rl_errors', config, settings, one))

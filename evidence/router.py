@@ -3,20 +3,11 @@
 Claim (ZAYA1-8B report, arXiv 2605.05365, II-A2 and Fig. 4). A linear router collapses at the start of training; an MLP
 router with Exponential Depth Averaging (EDA) is balanced early. Published, a new model of 1.8B parameters: the load
 entropy, H(p) / ln N averaged over layers, passes 0.99 at about step 400 with MLP + EDA; with a linear router it falls
-to about 0.1 and recovers by about step 900. The recovery shows that a balancer was active.
+to about 0.1 and recovers by about step 900, which shows that a balancer was active. A linear router whose entropy is
+not lower, at its minimum or on average, would refute the claim.
 
-Test. Three routers replace model.py's, each with the balancer (pid) and without (none):
-
-    linear       s = softmax(W h)
-    mlp          router.py without EDA: r_l = W_down h_l + b_down
-    mlp + eda    router.py unchanged
-
-The last two are also compared in 12 thin layers, where EDA averages over more depth. 400 steps (100 with 12 layers) of
-768 tokens, too few tokens to reach 0.99, so the threshold is 0.95; the learning rate does not decay, as at the start of
-a long run. Measured every 10 steps: the lowest load entropy, its mean, and the first step at the threshold (else the
-length of the run); at the end, the validation loss.
-
-A linear router whose entropy is not lower, at its minimum or on average, than that of MLP + EDA would refute the claim.
+Test. Three routers, each with the balancer (pid) and without (none); 768 tokens per step, too few to reach 0.99, so the
+threshold is 0.95. The learning rate does not decay, as at the start of a long run.
 
 Legend:  N experts   h (B, S, E) normed x   s (B, S, N)
 """
@@ -35,7 +26,7 @@ STEPS, DEEP_STEPS, EVERY, EVEN = 400, 100, 10, 0.95
 
 
 class Linear(nn.Module):
-    """The usual router: one matrix. forward: like Router's, but without a state for the next layer."""
+    """The usual router, s = softmax(W h). forward: like Router's, but without a state for the next layer."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -77,15 +68,6 @@ def recipe(steps, seed):
     return dict(seed=seed, max_steps=steps, batch_size=8, lr=6e-3, warmup_steps=20, decay_fraction=0.0, dtype='float32')
 
 
-def summarize(log, model_config):
-    """Return the measurements of a run, from its log."""
-    (steps, entropy), n, tokens = log['entropy'], sizes(model_config), log['tokens'][1]
-    seconds = sum((b - a) / speed for a, b, speed in zip(tokens, tokens[1:], log['tokens_per_s'][1]))
-    return {'val_loss': log['val_loss'][1][-1], 'lowest': min(entropy), 'parameters': n['total'],
-            'active': n['active'], 'tokens': int(tokens[-1]), 'seconds': round(seconds),
-            **{f'entropy_{step:.0f}': value for step, value in zip(steps, entropy)}}
-
-
 def even_at(steps, entropy):
     """Return the first step with an even load, or the last step of the run if there is none."""
     return next((step for step, value in zip(steps, entropy) if value >= EVEN), steps[-1])
@@ -94,8 +76,13 @@ def even_at(steps, entropy):
 def measure(setting, seed, folder, model_config, steps):
     form, rule = setting.split(', ')
     with replaced('model', Router=ROUTERS[form]):
-        return summarize(train_run(f'{folder}/{setting} {seed}', model_config, balancer=rule, log_every=EVERY,
-                                   **recipe(steps, seed)), model_config)
+        log = train_run(f'{folder}/{setting} {seed}', model_config, balancer=rule, log_every=EVERY,
+                        **recipe(steps, seed))
+    n, (steps, entropy), (_, tokens) = sizes(model_config), log['entropy'], log['tokens']
+    seconds = sum((b - a) / speed for a, b, speed in zip(tokens, tokens[1:], log['tokens_per_s'][1]))
+    return {'val_loss': log['val_loss'][1][-1], 'lowest': min(entropy), 'parameters': n['total'],
+            'active': n['active'], 'tokens': int(tokens[-1]), 'seconds': round(seconds),
+            **{f'entropy_{step:.0f}': value for step, value in zip(steps, entropy)}}
 
 
 def curve(row):
@@ -109,9 +96,14 @@ def derived(rows):
             for row in rows for steps, entropy in [curve(row)]]
 
 
-def report(rows, deep):
-    """Print the table, 12 layers last, and the verdicts."""
-    rows = rows + [row | {'setting': f'{row["setting"]}, 12 layers'} for row in deep]
+def main(config):
+    def table(name, settings, model_config, steps):
+        rest = (QUICK, 10) if config.quick else (model_config, steps)
+        return derived(fill_table(name, config, settings,
+                                  lambda setting, seed: measure(setting, seed, config.folder(name), *rest)))
+    rows = table('router', SETTINGS, small(), STEPS)
+    rows += [row | {'setting': f'{row["setting"]}, 12 layers'}
+             for row in table('router_deep', DEEP, small(12), DEEP_STEPS)]
     print_settings(rows, dict.fromkeys(row['setting'] for row in rows), lowest=('lowest entropy', '.2f'),
                    mean=('mean entropy', '.3f'), even_at=('first step at 0.95', '.0f'),
                    val_loss=('val loss, nats per token', '.3f'))
@@ -123,19 +115,10 @@ def report(rows, deep):
                    + compare(rows, 'val_loss', 'nats', *lower, ('mlp + eda, none', 'mlp + eda, pid')))
 
 
-def main(config):
-    tables = []
-    for name, settings, *rest in ('router', SETTINGS, small(), STEPS), ('router_deep', DEEP, small(12), DEEP_STEPS):
-        rest = (f'{config.out}/quick_{name}', QUICK, 10) if config.quick else (f'{config.out}/{name}', *rest)
-        tables += [derived(fill_table(name, config, settings, lambda setting, seed: measure(setting, seed, *rest)))]
-    report(*tables)
-
-
 def entropies(axis, rows, setting, **style):
     """Plot the load entropy over the steps: the mean over seeds, and the range between them."""
-    rows = [row for row in rows if row['setting'] == setting]
-    steps = [key for key in rows[0] if key.startswith('entropy_') and rows[0][key]]
-    x, y = [int(key[8:]) for key in steps], [[float(row[key]) for row in rows] for key in steps]
+    (x, *_), per_run = zip(*(curve(row) for row in rows if row['setting'] == setting))
+    y = list(zip(*per_run))                                     # one tuple of runs per step
     axis.plot(x, list(map(statistics.fmean, y)), **style)
     axis.fill_between(x, list(map(min, y)), list(map(max, y)), color=style['color'], alpha=0.15, linewidth=0)
 

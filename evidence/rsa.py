@@ -5,14 +5,11 @@
 
 Claims (ZAYA1-8B report, arXiv 2605.05365, VI and III). (1) Candidates that read C = 4 tails beat independent chains.
 Published, AIME'25 at 8K/4K: 86.5 against 82.1, one rollout 88.3; 91.9 at 40K/4K. (2) Aggregation examples in the
-training data teach the model to use tails; no figure is published.
+training data teach the model to use tails; no figure is published. C = 1 as good as C = 4, or training without the
+examples as good as with them, would refute the claims.
 
-Tests. A rollout has a budget of 41 tokens (the value and 8 steps), its tail is 10 tokens (2 steps). Models of three
-training seeds solve the same held-out problems: 200 per length (main), 100 of 25 to 32 steps (aggregation).
-
-C = 1 as good as C = 4, or training without the examples as good as with them, would refute the claims.
-
-For seeds 0 to 2 the CSVs hold percentages rounded to 0.1, and tokens and longest prompts over all seeds together.
+Tests. A rollout has a budget of 41 tokens (the value and 8 steps), its tail is 10 tokens (2 steps). For seeds 0 to 2
+the CSVs hold percentages rounded to 0.1, and tokens and longest prompts over all seeds together.
 """
 import functools
 import itertools
@@ -60,10 +57,10 @@ def trained_model(config, label, seed, data, *flags):
     return folder, train_policy(folder, f'--seed={seed}', f'--dataset={sets}', *flags, *QUICK * config.quick)
 
 
-def methods(lengths):
-    """Return {'25-32: C=4, T=4': (split, settings of measure)}, the cheapest first."""
+def methods(config, lengths):
+    """Return {'25-32: C=4, T=4': (split, settings of score)}, the cheapest first. lengths: names in task.LENGTHS."""
     found = {}
-    for split in lengths.split():
+    for split in ['easy'] if config.quick else lengths.split():
         T = task.rounds_needed(task.LENGTHS[split][1], BOUNDS['budget'])
         add = lambda name, **settings: found.update({f'{steps(split)}: {name}': (split, settings)})
         add('one bounded rollout each, T=0', candidates=1, rounds=0, **BOUNDS)
@@ -119,26 +116,27 @@ def report_aggregation(rows):
     print_verdicts(compare_methods(rows, ('without: C=1', 'with: C=1'), ('without: C=4', 'with: C=4')))
 
 
-def run_table(name, config, settings, problems):
-    """Fill results/NAME.csv. settings: {setting: (label of the trained model, split, settings of measure)}."""
-    data, problems = prepare_data(config), 1 if config.quick else problems
-
+def run_table(name, config, settings, n, policy_of, seeds=None):
+    """Fill results/NAME.csv and return its lines. settings: {setting: (label, split, settings of score)}; the Policy
+    policy_of(label, seed) solves n problems of the split, one with --quick."""
     def one(setting, seed):
         label, split, how = settings[setting]
-        return score(trained_model(config, label, seed, data)[1], task.test_problems(split, problems), seed, **how)
-    return fill_table(name, config, settings, one)
+        return score(policy_of(label, seed), task.test_problems(split, 1 if config.quick else n), seed, **how)
+    return fill_table(name, config, settings, one, seeds)
 
 
 def main_table(config):
-    found = methods('easy' if config.quick else 'easy medium hard deep')
-    report_main(run_table('rsa_lengths', config, {name: ('with', *how) for name, how in found.items()}, 200))
+    settings = {name: ('with', *how) for name, how in methods(config, 'easy medium hard deep').items()}
+    policy_of = lambda label, seed: trained_model(config, label, seed, prepare_data(config))[1]
+    report_main(run_table('rsa_lengths', config, settings, 200, policy_of))
     config.quick or picture('rsa_lengths', draw_lengths)
 
 
 def aggregation(config):
     settings = {name.replace(': ', f': {label}: ', 1): (label, *how) for label in ('with', 'without')
-                for name, how in methods('easy' if config.quick else 'hard').items()}
-    report_aggregation(run_table('rsa_aggregation', config, settings, 100))
+                for name, how in methods(config, 'hard').items()}
+    policy_of = lambda label, seed: trained_model(config, label, seed, prepare_data(config))[1]
+    report_aggregation(run_table('rsa_aggregation', config, settings, 100, policy_of))
     config.quick or picture('rsa_aggregation', draw_aggregation)
 
 

@@ -20,7 +20,6 @@ candidates are simulated, so that the whole dataset exists before training.
 
 Train, validation and test problems are disjoint: a hash of the question decides the split.
 """
-
 import hashlib
 import random
 import re
@@ -104,10 +103,8 @@ def split_of(question):
 
 
 def draw_problem(rng, low, high, split, most=MAX_OPERATIONS):
-    """Draw a Problem of low to high steps from a split: K = 3 to `most` operations, R = 1 to 9 loops.
-
-    rng: a random.Random. Raise ValueError if no problem has such a number of steps.
-    """
+    """Sample a Problem of low to high steps from a split: K = 3 to `most` operations, R = 1 to 9 loops. rng: a
+    random.Random. Raise ValueError if no problem has such a number of steps."""
     sizes = [(k, r) for k in range(3, most + 1) for r in range(1, 10) if low <= k * r <= high]
     if not sizes:
         raise ValueError(f'no problem has {low} to {high} steps: 3 to {most} operations, run 1 to 9 times')
@@ -133,13 +130,9 @@ def test_problems(split, n, seed=0):
 
 
 def continue_chain(problem, chain, n, rng, noise):
-    """Return the chain with n more steps, fewer if the program ends before.
-
-    Each new value is wrong with probability `noise`. The following values are computed from the wrong one, so that a
-    single error makes the answer wrong.
-    """
-    chain = list(chain)
-    done, value = chain[-1]
+    """Return the chain with n more steps, fewer if the program ends before. Each new value is wrong with probability
+    `noise`. The following values are computed from the wrong one, so that a single error makes the answer wrong."""
+    chain, (done, value) = list(chain), chain[-1]
     for i in range(done, min(done + n, problem.steps)):
         value = problem.apply_step(i, value)
         if rng.random() < noise:
@@ -165,10 +158,8 @@ def encode_chain(problem, chain):
 
 
 def build_prompt(question, tails):
-    """Return the prompt tokens of a rollout. question: tokens; tails: lists of tokens.
-
-    The <|end|> of a finished candidate is removed, so that every tail ends in a value.
-    """
+    """Return the prompt tokens of a rollout. question: tokens; tails: lists of tokens. The <|end|> of a finished
+    candidate is removed, so that every tail ends in a value."""
     brackets = [token for tail in tails for token in [OPEN_TAIL, *without_end(tail), CLOSE_TAIL]]
     return [USER, *question, *brackets, END, ASSISTANT, THINK]
 
@@ -199,11 +190,8 @@ def trace_sample(rng, problem, noise=NOISE_RATE):
 
 
 def rounds_needed(steps, budget):
-    """Return T, the number of aggregation rounds (at least 1) that a solution needs.
-
-    T + 1 rollouts of `budget` tokens write it. Each spends one token on the value that it states first; </think>, the
-    answer and <|end|> take 3 more.
-    """
+    """Return T, the number of aggregation rounds (at least 1) that a solution needs: T + 1 rollouts of `budget` tokens
+    write it. Each spends one token on the value that it states first; </think>, the answer and <|end|> take 3 more."""
     return max(1, -(-(steps * STEP + 3) // max(1, budget - 1)) - 1)
 
 
@@ -245,12 +233,10 @@ def steps_at_start(problem, text):
 
 def verify(question, tails, output, budget):
     """Return True if a rollout is correct. question: text; tails: the tokens of those in its prompt; output: tokens.
-
     A correct output states a value and continues step by step from the end of a tail (without tails: from the start).
     It either reaches the end of the program and gives the correct answer; or it is as long as the budget, has at least
     one step, and its last value is correct. Only the last value is checked, not those before it. An answer without a
-    solution is wrong, and so is an output that stops early, makes no progress, or restarts.
-    """
+    solution is wrong, and so is an output that stops early, makes no progress, or restarts."""
     problem, text = parse(question), ENC.decode(output)
     ends = {steps_at_end(problem, ENC.decode(without_end(tail))) for tail in tails} or {0}
     done = start = steps_at_start(problem, text)
@@ -292,18 +278,16 @@ EARLY = 1 / 30             # it gives an answer before the last step, so that th
 
 
 def simulate_candidate(rng, problem, end, error_rate):
-    """Draw the chain of a candidate with `end` steps; fewer if it lags, one more if it skips a step.
-
-    With probability error_rate it makes one error, at any step. An error before the tail is visible there only as a
-    wrong first value: the steps after it are correct.
-    """
+    """Sample the chain of a candidate with `end` steps; fewer if it lags, one more if it skips a step. With probability
+    error_rate it makes one error, at any step. An error before the tail is visible there only as a wrong first value:
+    the steps after it are correct."""
     n = end if rng.random() < 1 - LAGGING else max(0, end - rng.choice(LAGS))
     chain, error = [(0, problem.start)], rng.randrange(1, n + 1) if n and rng.random() < error_rate else None
     if error is None:
         return continue_chain(problem, chain, n, rng, 0)
     chain = continue_chain(problem, chain, error - 1, rng, 0)
-    done, value = chain[-1]
     if rng.random() < SKIPPING:                    # skip a step: the number of written steps stays the same
+        done, value = chain[-1]
         if done + 2 > problem.steps:
             return chain
         chain.append((done + 2, problem.apply_step(done + 1, value)))
@@ -313,10 +297,8 @@ def simulate_candidate(rng, problem, end, error_rate):
 
 
 def tail_of(rng, problem, chain, tail, written, answers=True):
-    """Return the last `tail` tokens of a candidate's rollout, which wrote the last `written` steps of the chain.
-
-    A candidate that has done all steps gives the answer if `answers`; a few others give one too early.
-    """
+    """Return the last `tail` tokens of a candidate's rollout, which wrote the last `written` steps of the chain. A
+    candidate that has done all steps gives the answer if `answers`; a few others give one too early."""
     finished = chain[-1][0] == problem.steps
     steps = written if finished else max(1, written)            # at least one step before the end
     tokens = encode_chain(problem, chain[-1 - steps:])
@@ -326,10 +308,8 @@ def tail_of(rng, problem, chain, tail, written, answers=True):
 
 
 def majority_vote(ends):
-    """Return the (steps done, value) from which to continue, or None for a tie between values.
-
-    ends: a list of such pairs. The first vote is over the steps done, ties won by the larger number; the second is over
-    the values of the candidates there.
+    """Return the (steps done, value) from which to continue, or None for a tie between values. ends: a list of such
+    pairs. The first vote is over the steps done, the larger number winning ties; the second is over the values there.
     """
     counts = Counter(done for done, _ in ends)
     winner = max(counts, key=lambda done: (counts[done], done))
@@ -338,13 +318,11 @@ def majority_vote(ends):
 
 
 def draw_aggregation(rng, problem, candidates, per_round, noise=NOISE_RATE, short=SHORT):
-    """Draw the parts of an aggregation sample: the chains of `candidates` simulated candidates; the number of steps
+    """Sample the parts of an aggregation sample: the chains of `candidates` simulated candidates; the number of steps
     that each wrote in its last round, and whether the answer fitted; and the chain that continues from their majority.
-
-    Candidates are redrawn until their vote is correct, so that the value stated first always is; the values after it
+    Candidates are resampled until their vote is correct, so that the value stated first always is; the values after it
     are wrong with probability `noise`, as in any solution. A fraction `short` of the samples ends after one step, the
-    others after per_round steps. Without candidates the continuation is the first round of a solution.
-    """
+    others after per_round steps. Without candidates the continuation is the first round of a solution."""
     true = continue_chain(problem, [(0, problem.start)], problem.steps, rng, 0)
     end = rng.randrange(1, problem.steps + 1)      # steps that the candidates have done
     round_end = -(-end // per_round) * per_round
