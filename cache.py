@@ -4,7 +4,7 @@ Attention needs the key and the value of every past token. In CCA (cca.py) they 
 layer, 512 in the 8B model against 4096 for full multi-head attention. In addition, each layer keeps a state of constant
 size: what the convolutions and the value shift need of the last two tokens.
 
-    k, v     (B, Hk, capacity + 1, d)   keys after norm and RoPE, and values; the last position is for padding tokens
+    k, v     (B, Hk, capacity + 1, d)   keys after norm and RoPE, and values; the last position is for padding
     qk       (B, 2, C) float32          [q~; k~] of the last two tokens, before the convolutions
     v_last   (B, 1, Hk d / 2) float32   the last token's W_V2 x, which is half of the next token's value
 
@@ -12,11 +12,12 @@ The sequences of a batch may have different lengths. A forward pass takes S new 
 first n_new[b] are real and the rest is padding:
 
     positions, mask = cache.reserve(S, n_new)                   once per forward pass
-    cache.qk[layer], cache.v_last[layer]                        per layer: the state before the new tokens, then
-    k, v = cache.update(layer, qk, v_delayed, k, v)             store the new tokens; k and v now include the past
+    cache.qk[layer], cache.v_last[layer]                        per layer: read the state before the new tokens
+    k, v = cache.update(layer, qk, v2, k, v)                    per layer: store the new; k, v now include the past
     cache.commit()                                              once per forward pass
 
-Legend:  B sequences   S new tokens   P positions attended to   Hk KV heads   d head dim   C convolution channels
+Symbols such as q~, W_V2: see cca.py. Legend:  B sequences   S new tokens   P positions attended to   Hk KV heads
+         d head dim   C convolution channels
 """
 import torch
 import torch.nn.functional as F
@@ -44,30 +45,30 @@ class Cache:
         if needed > self.capacity:
             raise ValueError(f'the cache holds {self.capacity} positions, this forward needs {needed}: '
                              'make it with a larger capacity')
-        empty = S > 1 and not any(self.lengths)                 # plain causal attention among the new tokens
-        self.P = None if empty else self.capacity if whole else needed
+        causal = S > 1 and not any(self.lengths)                # no past; S = 1 keeps the shapes of a decode step
+        self.P = None if causal else self.capacity if whole else needed
         self.rows = torch.arange(len(self.lengths), device=self.device)[:, None]               # (B, 1), b for indexing
         t = torch.arange(S, device=self.device)
         positions = torch.tensor(self.lengths, device=self.device)[:, None] + t                # (B, S)
-        self.target, self.newest = positions, None              # where update writes k, v; where the new state is
+        self.target, self.newest = positions, None              # write index of k, v; index of the next state
         if n_new is not None:
             n = torch.tensor(self.n_new, device=self.device)[:, None]                          # (B, 1)
             self.target = torch.where(t < n, positions, self.capacity)                         # padding: last position
             self.newest = n + torch.arange(2, device=self.device)                              # (B, 2)
-        if empty:
+        if causal:
             return positions, None
         return positions, (torch.arange(self.P, device=self.device) <= positions[..., None])[:, None]
 
-    def update(self, layer, qk, v_delayed, k, v):
+    def update(self, layer, qk, v2, k, v):
         """Store a layer's new tokens. Return the keys and values to attend to, (B, Hk, P, d) each.
-        k, v (B, Hk, S, d): new tokens only. qk (B, S + 2, C), v_delayed (B, S + 1, Hk d / 2): the old state, then the
-        new tokens: after n_new[b] of them, the new state starts at index n_new[b]."""
+        k, v (B, Hk, S, d): new tokens only. qk (B, S + 2, C), v2 (B, S + 1, Hk d / 2): the old state, then the new
+        tokens; the next state starts at index n_new[b]."""
         if self.newest is None:                                 # no padding: the state is at the end
-            qk, v_delayed = qk[:, -2:], v_delayed[:, -1:]
+            qk, v2 = qk[:, -2:], v2[:, -1:]
         else:
-            qk, v_delayed = qk[self.rows, self.newest], v_delayed[self.rows, self.newest[:, :1]]
+            qk, v2 = qk[self.rows, self.newest], v2[self.rows, self.newest[:, :1]]
         self.qk[layer].copy_(qk)
-        self.v_last[layer].copy_(v_delayed)
+        self.v_last[layer].copy_(v2)
         for store, new in (self.k[layer], k), (self.v[layer], v):
             store[self.rows, :, self.target] = new.transpose(1, 2).to(store.dtype)
         return [k, v] if self.P is None else [store[layer][:, :, :self.P].to(k.dtype) for store in (self.k, self.v)]

@@ -8,11 +8,11 @@ convolutions, a query-key mean and a value shift recover the expressiveness that
 For a token x_t, after RMSNorm (CCA paper, arXiv 2510.04476, II-B and listing A.1):
 
     1. project        q~ = W_Q x,   k~ = W_K x
-    2. convolve       [q; k] = conv_grouped(conv_depthwise([q~; k~]))      both causal, kernel 2
+    2. convolve       [q; k] = conv_grouped(conv_depthwise([q~; k~]))      both causal, kernel size 2
     3. QK-mean        m_q = (q~ + k~ of the head's KV group) / 2,  m_k = mean of m_q over the group's query heads
                       q += m_q,  k += m_k
     4. norm           q <- sqrt(d) q / |q|,   k <- T sqrt(d) k / |k|       T: learned scale, one per KV head
-    5. RoPE           rotate the first half of each head's dims by the position
+    5. RoPE           rotate the first 2n = d / 2 dims of each head by the position
     6. value shift    v_t = [W_V1 x_t ; W_V2 x_{t-1}]                      x_{-1} = 0
     7. attend         softmax(q k^T / sqrt(d)) v, causal, then W_O back to width E
 
@@ -31,21 +31,21 @@ from layers import bf16_inside, upcast
 
 # ---- step 2 ----
 def merge_convolutions(w1, b1, w2, b2):
-    """Return weight (H, d, 3d) and bias (H, d), float32, of the convolution with kernel 3 that equals the two. The
-    three taps of the weight are concatenated, oldest first.
+    """Return weight (H, d, 3d) and bias (H, d), float32, of the one convolution of kernel size 3 that equals the two in
+    sequence. The three taps of the weight are concatenated, oldest first.
 
-    w1 (C, 1, 2), b1 (C): depthwise; w2 (C, d, 2), b2 (C): grouped, one group per head; laid out as in nn.Conv1d. With w
-    for the depthwise and W for the grouped weight, index 1 being the newer token:
+    w1 (C, 1, 2), b1 (C): depthwise; w2 (C, d, 2), b2 (C): grouped, one group per head; laid out as in nn.Conv1d. With
+    taps w_old, w_new of w1 and W_old, W_new of w2, and u = [q~; k~]:
 
-        a_t = w_0 x_{t-1} + w_1 x_t + b1                            within each channel
-        y_t = W_0 a_{t-1} + W_1 a_t + b2                            within the d channels of a head
-            = W_0 w_0 x_{t-2} + (W_0 w_1 + W_1 w_0) x_{t-1} + W_1 w_1 x_t  +  (W_0 + W_1) b1 + b2"""
+        a_t = w_old u_{t-1} + w_new u_t + b1                        within each channel
+        y_t = W_old a_{t-1} + W_new a_t + b2                        within the d channels of a head
+            = W_old w_old u_{t-2} + (W_old w_new + W_new w_old) u_{t-1} + W_new w_new u_t  +  (W_old + W_new) b1 + b2"""
     C, d, _ = w2.shape
     w1, b1, w2, b2 = map(upcast, (w1, b1, w2, b2))              # merge in float32; the caller casts the result
-    w_0, w_1 = w1.view(C // d, 1, d, 2).unbind(-1)                  # (H, 1, d): one factor per input channel
-    W_0, W_1 = w2.view(C // d, d, d, 2).unbind(-1)                  # (H, d, d)
-    weight = torch.cat([W_0 * w_0, W_0 * w_1 + W_1 * w_0, W_1 * w_1], -1)
-    return weight, ((W_0 + W_1) @ b1.view(-1, d, 1))[..., 0] + b2.view(-1, d)
+    w_old, w_new = w1.view(C // d, 1, d, 2).unbind(-1)              # (H, 1, d): one factor per input channel
+    W_old, W_new = w2.view(C // d, d, d, 2).unbind(-1)              # (H, d, d)
+    weight = torch.cat([W_old * w_old, W_old * w_new + W_new * w_old, W_new * w_new], -1)
+    return weight, ((W_old + W_new) @ b1.view(-1, d, 1))[..., 0] + b2.view(-1, d)
 
 
 def document_boundary_masks(start):
@@ -93,13 +93,13 @@ def mix(qk, past, w1, b1, w2, b2, temperature, cos, sin, start=None):
     temperature (Hk): T. cos, sin (B or 1, S, n): from rope_table. start (B, S) bool or None: see CCA.forward."""
     (B, S, C), d, Hk = qk.shape, w2.shape[1], len(temperature)
     H, Hq = C // d, C // d - Hk
-    # 2. The merged kernel of 3 reads two past tokens. At the start of a sequence qk is padded with zeros: before the
-    # first token, the second convolution then reads b1, not zero.
+    # 2. Kernel size 3 reads two past tokens. At the start of a sequence, zeros are padded before the first convolution
+    # only, so that the second one reads b1 at t = -1, not zero.
     x = F.pad(qk, (0, 0, 2, 0)) if past is None else torch.cat([past, qk], 1)   # (B, S + 2, C)
     x = x.unflatten(-1, (H, d)).permute(2, 0, 1, 3)                         # (H, B, S + 2, d), heads first from here
     taps = [x[:, :, :-2], x[:, :, 1:-1], x[:, :, 2:]]                           # x_{t-2}, x_{t-1}, x_t
     if start is not None:
-        taps[:2] = [tap.masked_fill(hidden[..., None], 0) for tap, hidden in zip(taps, document_boundary_masks(start))]
+        taps[:2] = [tap.masked_fill(other[..., None], 0) for tap, other in zip(taps, document_boundary_masks(start))]
     weight, bias = (t.to(qk.dtype) for t in merge_convolutions(w1, b1, w2, b2))
     taps = torch.cat(taps, -1).flatten(1, 2)                                    # (H, B S, 3d)
     z = torch.baddbmm(bias[:, None], taps, weight.mT).view(H, B, S, d)          # one product per head
@@ -137,25 +137,25 @@ class CCA(nn.Module):
         cache: a Cache after its reserve()."""
         B, S, _ = x.shape
         Hq, Hk, d = self.Hq, self.Hk, self.head_dim
-        # 1. Project, all four latents in one product.
+        # 1. Project, all four in one matmul.
         W = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.v_proj_delayed.weight])
-        qk, v, v_delayed = F.linear(x, W).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)
-        # The state of the past tokens: zero at the start of a sequence, else from the cache.
-        past, v_last = None, v.new_zeros(B, 1, v.shape[-1])
+        qk, v1, v2 = F.linear(x, W).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)
+        # The state of the past tokens: None or zero at the start of a sequence, else from the cache.
+        past, v_last = None, v2.new_zeros(B, 1, v2.shape[-1])
         if cache is not None:
-            past, v_last = cache.qk[self.layer].to(qk.dtype), cache.v_last[self.layer].to(v.dtype)
-        v_delayed = torch.cat([v_last, v_delayed], 1)                           # (B, S + 1, Hk d / 2), from t = -1
+            past, v_last = cache.qk[self.layer].to(qk.dtype), cache.v_last[self.layer].to(v2.dtype)
+        v2 = torch.cat([v_last, v2], 1)                                         # (B, S + 1, Hk d / 2), from t = -1
         # 2 to 5. Convolutions, QK-mean, norm, RoPE.
         q, k = self.mix(qk, past, self.conv_depthwise_weight, self.conv_depthwise_bias, self.conv_grouped_weight,
                         self.conv_grouped_bias, self.temperature, cos, sin, start)       # (B, Hq or Hk, S, d)
         # 6. Value shift. With 2 KV heads, head 0 has the values of this token, head 1 those of the previous one.
-        v_before = v_delayed[:, :-1]                                            # (B, S, Hk d / 2)
+        v2_shifted = v2[:, :-1]                                                 # (B, S, Hk d / 2)
         if start is not None:
-            v_before = v_before.masked_fill(start[..., None], 0)
-        v = torch.cat([v, v_before], -1).unflatten(-1, (Hk, d)).transpose(1, 2)         # (B, Hk, S, d)
+            v2_shifted = v2_shifted.masked_fill(start[..., None], 0)
+        v = torch.cat([v1, v2_shifted], -1).unflatten(-1, (Hk, d)).transpose(1, 2)         # (B, Hk, S, d)
         # 7. Attend, scale 1 / sqrt(d); each KV head serves G query heads.
         if cache is not None:
-            k, v = cache.update(self.layer, torch.cat([past, qk], 1), v_delayed, k, v)  # (B, Hk, P, d)
+            k, v = cache.update(self.layer, torch.cat([past, qk], 1), v2, k, v)     # (B, Hk, P, d)
         if v.device.type == 'cpu' and bf16_inside():
             q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()                  # faster here than float32 attention
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)

@@ -1,6 +1,6 @@
 """The parts every layer uses: float32 upcasts, RMSNorm, residual scaling.
 
-    RMSNorm(x)  = x / sqrt(mean(x^2) + eps) * w                 w (E): learned; the mean is over the E elements of x
+    RMSNorm(x)  = x / sqrt(mean(x^2) + eps) * w                 w: learned; the mean is over the last dim
     scale(x, f) = (x + b_r) * a_r + (f + b_f) * a_f             a_r, b_r, a_f, b_f (E): learned
 
 Residual scaling (ZAYA1-8B report, arXiv 2605.05365, eq. 6) replaces the plain residual connection x + f, where x is the
@@ -27,7 +27,7 @@ def matmul_precision():
 
 
 def bf16_inside():
-    """Return whether float32 matmuls may round their inputs to bf16 (set by products_in, runtime/device.py)."""
+    """Return whether float32 matmuls may use bf16 products (set by products_in, runtime/device.py)."""
     return matmul_precision() != 'highest'
 
 

@@ -4,7 +4,7 @@
     for each layer:
         x = scale(x, CCA(RMSNorm(x)))                           cca.py; `scale`, residual scaling, is in layers.py
         x = scale(x, w expert_e(RMSNorm(x)))                    router.py chooses an expert e per token, with weight w
-    logits = embedding^T RMSNorm(x)
+    logits = RMSNorm(x) embedding^T
 
     expert(x) = W_down (silu(gate) * up)   with   [gate; up] = W_gate_up x                      (SwiGLU)
     loss      = mean over the targets (-1 is ignored) of -log softmax(logits)[target]
@@ -64,7 +64,7 @@ class ZayaConfig:
 
     @classmethod
     def zaya1_8b(cls):
-        """Return the config of the released model (report, Table I; `sizes` relates its counts to 8.4B and 0.76B)."""
+        """Return the config of the released model (report, Table I; `sizes` has its parameter counts)."""
         return cls(vocab_size=262_272, context=131_072, n_layer=40, n_embd=2048, n_head=8, n_kv_head=2, head_dim=128,
                    n_expert=16, expert_dim=2048, router_dim=256, skip_expert=True, rope_base=5_000_000.0)
 
@@ -114,14 +114,14 @@ class Experts(nn.Module):
         """Sort the tokens by expert, multiply each expert's contiguous slice by its matrices, restore the order."""
         T, N, device = len(x), len(self.down), x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        # oneDNN JIT-compiles a bf16 kernel per shape: pad slices to a power of two <= T / 4N, 64 at most; adds < T / 4.
+        # oneDNN JIT-compiles a bf16 kernel per shape: pad slices to multiples of 2^k <= min(64, T / (4 N)).
         bf16_on_cpu = device == 'cpu' and (dtype == torch.bfloat16 or bf16_inside())
         multiple = min(64, 1 << max(1, T // (4 * N)).bit_length() - 1) if bf16_on_cpu else 1
         place, ends = sort_by_expert(expert, N, multiple)
         # grouped_mm leaves results and gradients after the last slice undefined: set both to zero for skipped tokens.
         skipped = (expert == N)[:, None]
         x = x.to(dtype).masked_fill(skipped, 0)
-        x = x.new_zeros(T + N * (multiple - 1), x.shape[1]).index_copy(0, place, x)     # sorted and padded
+        x = x.new_zeros(T + N * (multiple - 1), x.shape[1]).index_copy(0, place, x)     # sorted, padded
         h = swiglu(grouped_mm(x, self.gate_up.to(dtype).mT, offs=ends))
         y = grouped_mm(h, self.down.to(dtype).mT, offs=ends).index_select(0, place)     # (T, E), in the order of x
         return y.masked_fill(skipped, 0) * weight[:, None].to(dtype)
@@ -163,7 +163,7 @@ class Block(nn.Module):
 def initial_value(name, shape, config, seed):
     """Return the initial value, float32 on the CPU, of the tensor `name` of Zaya.state_dict(): normal(0, init_std) for
     matrices and convolutions, 0 for biases, 1 for all other vectors. Router matrices are normal(0, 1 / sqrt(fan-in)):
-    with init_std, all tokens would be routed alike. The balancing bias of 'skip' is -1: at first none chooses it. The
+    with init_std, all tokens would be routed alike. The balancing bias of 'skip' is -1, and not moved. The
     generator is seeded with `seed` and the name: any process can compute any tensor (train.py, sharded)."""
     value = torch.zeros(shape, device='cpu')
     if name.endswith('balancing_bias'):
@@ -195,7 +195,7 @@ class Zaya(nn.Module):
     def forward(self, tokens, targets=None, start=None, cache=None, n_new=None, last_only=False):
         """tokens (B, S) int64 -> (logits (B, S, V) float32, None), or with targets (None, loss), a float32 scalar.
         targets (B, S) int64: the next tokens; -1 is ignored. The loss is the mean cross entropy over the others, in
-            nats. It does not hold the logits of all tokens in memory.
+            nats. Computed without holding all logits in memory.
         start (B, S) bool: True at the first token of a document, for sequences packed with several. Documents do
             not attend to each other: attention, RoPE positions, convolutions and value shift restart. Not with a cache.
         cache: a Cache. Each sequence continues after its cached tokens, and the new tokens are stored.
@@ -263,10 +263,10 @@ class Zaya(nn.Module):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Mean over the targets, but -1, of -log softmax(x W^T)[target], in nats. x (T, E), W (V, E), targets (T).
+    """Mean over the targets (-1 ignored) of -log softmax(x W^T)[target], in nats. x (T, E), W (V, E), targets (T).
 
     The logits of all tokens could be the largest tensor of a training step (8B: 1 MB per token). So forward computes
-    them for one piece of the tokens at a time, and their gradients right away, all that backward needs:
+    them for one piece of the tokens at a time, and dx, dW along with them; backward only scales these:
     dlogits = (softmax - one-hot) / n,  dx = dlogits W,  dW = dlogits^T x, n the number of targets that count."""
 
     @staticmethod
@@ -278,7 +278,7 @@ class CrossEntropy(torch.autograd.Function):
             logp = logits(x_piece, W).log_softmax(-1)                           # (size, V)
             loss -= logp.gather(1, target).mul_(scored).sum()
             if ctx.needs_input_grad[0]:                                         # not in evaluation
-                dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(x_piece[:, :1]))        # times n
+                dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(x_piece[:, :1]))        # n dlogits
                 torch.mm(dlogits, W, out=dx_piece).mul_(scored / n)
                 dW.addmm_(dlogits.T, x_piece * (scored / n))
         ctx.save_for_backward(dx, dW)
@@ -295,7 +295,7 @@ def sizes(config):
     without the embedding. The report says 8.4B and 0.76B for the 8B model; this counts 8,840,488,784 with the (tied)
     embedding, 8,303,355,728 without it, and 753,608,528 active. kv_bytes: KV cache per token, bf16, all layers;
     mha_kv_bytes: the same for full multi-head attention. train_flops: per token, 6 (2 forward, 4 backward) per active
-    parameter and per one of the output head, and 12 per query dim and position, context / 2 positions on average."""
+    and output-head parameter, plus 12 per layer, query dim and attended position (context / 2 on average)."""
     with torch.device('meta'):
         model = Zaya(config)
     total = sum(p.numel() for p in model.parameters())

@@ -1,13 +1,13 @@
 """Muon for matrices, AdamW for all other parameters: the optimizers of ZAYA1 (report, arXiv 2605.05365, IV-A).
 
 The idea. A gradient matrix G = U S V^T usually has a few large singular values and many small ones, so that a gradient
-step changes the weights in few directions. Muon steps along U V^T, the nearest orthogonal matrix, which weights all
-directions equally (K. Jordan, kellerjordan.github.io/posts/muon). It needs no SVD: the Newton-Schulz iteration
+step changes the weights in few directions. Muon steps along U V^T, the nearest semi-orthogonal matrix, which gives all
+directions the same weight (K. Jordan, kellerjordan.github.io/posts/muon). No SVD: the Newton-Schulz iteration
 
     X <- a X + b (X X^T) X + c (X X^T)^2 X
 
-maps each singular value s to a s + b s^3 + c s^5 and keeps the singular vectors; a few bring all but tiny s near 1. The
-elements of an orthogonal m x n matrix have RMS 1 / sqrt(max(m, n)), those of an AdamW update about 0.2. So Muon's
+maps each singular value s to a s + b s^3 + c s^5 and keeps the singular vectors; five bring all but tiny s near 1. The
+elements of an orthogonal m x n matrix have RMS 1 / sqrt(max(m, n)), those of an AdamW update about 0.2. Muon's update
 is scaled by 0.2 sqrt(max(m, n)) (arXiv 2502.16982), and both optimizers share one learning rate and weight decay.
 
 Legend:  m, n matrix rows and columns   N experts (orthogonalized separately; gate and up as one matrix)
@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             lr, momentum = group['lr'], group['momentum']
-            stacks = {}                                         # matrices of one shape are orthogonalized together
+            stacks = {}                                         # same-shape matrices: one batch; a stack is one
             for p in group['params']:
                 stacks.setdefault(p.shape if p.ndim == 2 else id(p), []).append(p)
             for params in stacks.values():
@@ -65,7 +65,7 @@ def make_optimizers(model, lr, weight_decay=0.1):
     embedding (a lookup table), the convolutions (tiny kernels) and all vectors.
 
     A group's 'lr_scale' multiplies the scheduled learning rate. It is 0.1 for vectors, which have no weight decay. At
-    the full rate the biases outgrow a fresh embedding (std 0.02) within some 20 steps; the routers, which then see
+    the full rate the biases outgrow a new embedding (std 0.02) within some 20 steps; the routers, which then see
     almost equal tokens, send all tokens to one expert. With width 128 and lr 3e-3, val loss and load entropy after 120
     steps are 6.54 and 0.42 at the full rate, 6.29 and 0.78 at a tenth."""
     muon, others, vectors = [], [], []

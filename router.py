@@ -7,10 +7,10 @@ arXiv 2605.05365, II-A2, eqs. 1-5):
     r_l = W_down x_l + b_down + gamma_l * r_{l-1}            Exponential Depth Averaging; x_l normed, gamma_0 = 0
     s_l = softmax(MLP(RMSNorm(r_l)))                         MLP: linear, GELU, linear, GELU, linear (no bias)
     e   = argmax(s_l + b_l)                                  top-1; the balancing bias b_l affects the choice only
-    w   = s_l[e]                                             the expert's output is weighted by its unbiased probability
+    w   = s_l[e]                                             the expert's output is weighted by s, without the bias
 
 Without balancing, the experts that learn first receive ever more tokens. After each optimizer step the Balancer moves
-b_l so that each of N experts receives 1/N of the tokens. There is no auxiliary loss, and b_l gets no gradient.
+b_l so that each of N experts receives about 1/N of the tokens. There is no auxiliary loss, and b_l gets no gradient.
 
 Legend:  B batch   S sequence   E residual width   R router width   N experts   M classes: N, or N + 1 with 'skip'
 """
@@ -25,7 +25,7 @@ from layers import RMSNorm, upcast
 
 
 def choose(probs, bias):
-    """Return the top-1 expert under the balancing bias, (...) int64, and its unbiased probability, (...) float32.
+    """Return the top-1 expert under the balancing bias, (...) int64, and its own probability, (...) float32.
     probs (..., M) float32, bias (M)."""
     expert = (probs.detach() + bias).argmax(-1)
     return expert, probs.gather(-1, expert[..., None])[..., 0]
@@ -49,7 +49,7 @@ class Router(nn.Module):
 
     def forward(self, x, r_below=None):
         """x (B, S, E), r_below (B, S, R), None in layer 0 -> expert (B, S) int64, weight (B, S) float32 and the router
-        state r (B, S, R). Expert N, if there is one, is 'skip': the MoE output of such a token is zero."""
+        state r (B, S, R). Class N, if there is one, is 'skip': the MoE output of such a token is zero."""
         r = self.down_proj(x)
         if self.eda_scale is not None:
             r = r + self.eda_scale * r_below
@@ -58,7 +58,7 @@ class Router(nn.Module):
         probs = upcast(self.out_proj(h)).softmax(-1)                              # s_l (B, S, M), float32
         expert, weight = self.choose(probs, self.balancing_bias)
         if self.training:
-            self.load += F.one_hot(expert.flatten(), len(self.load)).sum(0)     # bincount would wait for the GPU
+            self.load += F.one_hot(expert.flatten(), len(self.load)).sum(0)     # bincount would sync with the GPU
         return expert, weight, r
 
 
@@ -87,8 +87,8 @@ class Balancer:
 
     @torch.no_grad()
     def step(self, update=True):
-        """Move the biases, unless `update` is False (a skipped step), and clear the loads. Return the load fractions,
-        tokens per expert / tokens not skipped, over all ranks, (layers, N) float32."""
+        """Move the biases, unless `update` is False (a rejected step), and clear the loads. Return the load
+        fractions, tokens per expert / tokens that were not sent to 'skip', over all ranks, (layers, N) float32."""
         loads = torch.stack([router.load[:router.n_expert] for router in self.routers])
         if dist.is_initialized():
             dist.all_reduce(loads)

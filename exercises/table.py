@@ -34,7 +34,7 @@ EXERCISES = [
              'test_the_numbers_of_section_iv_d_are_float32_under_bf16'),
     Exercise('cache', 'cache.Cache.update', """
         Store the state and the new keys and values of this layer; return the keys and values to attend to.
-        self.qk[layer], self.v_last[layer]: the last two real tokens of qk, the last real one of v_delayed. Both start
+        self.qk[layer], self.v_last[layer]: the last two real tokens of qk, the last real one of v2. Both start
             with the state, so these are at self.newest[b] in sequence b; self.newest is None without padding.
         self.k[layer], self.v[layer]: token s of sequence b goes to position self.target[b, s], padding to the last.
         Return the first self.P positions, in k's dtype; if self.P is None, the cache was empty: return k and v.""",
@@ -70,10 +70,10 @@ EXERCISES = [
              'test_rope_keeps_norms_and_the_unrotated_dims test_rope_depends_on_distance_only'),
     Exercise('attention', 'cca.CCA.forward', """
         The seven steps at the top of this file; self.mix is steps 2 to 5. [CCA] II-B.
-        1  qk (B, S, C) is W_Q x and W_K x, concatenated; v is W_V1 x, v_delayed is W_V2 x, (B, S, Hk d / 2) each.
-        6  Prepend the state to v_delayed: zeros, or cache.v_last[layer]. The values are v at t and v_delayed at t - 1
+        1  qk (B, S, C) is W_Q x and W_K x, concatenated; v1 is W_V1 x, v2 is W_V2 x, (B, S, Hk d / 2) each.
+        6  Prepend the state to v2: zeros, or cache.v_last[layer]. The values are v1 at t and v2 at t - 1
            (0 where a document starts), concatenated and split into Hk heads.
-        7  With a cache, cache.update(layer, [past; qk], [state; v_delayed], k, v) returns all keys and values; past
+        7  With a cache, cache.update(layer, [past; qk], [state; v2], k, v) returns all keys and values; past
            is cache.qk[layer], which mix needs, too. Attend causally, or with the mask; then W_O.""",
              'F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True).',
              'test_cca: test_with_two_kv_heads_one_value_head_sees_this_token_and_one_the_token_before '
@@ -119,7 +119,7 @@ EXERCISES = [
              'test_logits_that_are_not_finite_draw_nothing test_rows_are_drawn_independently'),
     Exercise('orthogonalize', 'optim.orthogonalize', """
         G (..., m, n) -> the same singular vectors, singular values near 1, for each matrix of a stack:
-        X = G / |G| (Frobenius), then `rounds` times  X <- A X + B (X X^T) X + C (X X^T)^2 X.
+        X = G / |G| (Frobenius), then `iterations` times  X <- A X + B (X X^T) X + C (X X^T)^2 X.
         Transpose a tall matrix first, and back at the end: X X^T is then the smaller product.""",
              'X.norm(dim=(-2, -1), keepdim=True) is one norm per matrix; clamp it, since a gradient may be zero.',
              'test_optim: test_the_update_has_singular_values_near_1 test_the_update_keeps_the_singular_vectors '
