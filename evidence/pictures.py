@@ -34,11 +34,11 @@ PICTURES = {'training': training, 'rsa_lengths': rsa.draw_lengths, 'rsa_aggregat
 
 
 def main():
-    with one_line_errors('pictures'):
-        configurator.read(sys.argv[1:])                         # it has no settings
-        for name, draw in PICTURES.items():
-            picture(name, draw)
+    for name, draw in PICTURES.items():
+        picture(name, draw)
 
 
 if __name__ == '__main__':
-    main()
+    with one_line_errors('pictures'):
+        configurator.read(sys.argv[1:])                         # it has no settings
+        main()
