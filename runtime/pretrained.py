@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -269,7 +270,7 @@ def copy_folder(folder, out, change, settings, share):
     if os.path.exists(out):
         raise ValueError(f'{out} is already there: name another folder, or remove it')
     needed = share * sum(map(os.path.getsize, weight_files(folder))) / 2 ** 30
-    free = shutil.disk_usage(os.path.dirname(os.path.abspath(out))).free / 2 ** 30
+    free = shutil.disk_usage(next(path for path in Path(out).absolute().parents if path.exists())).free / 2 ** 30
     if free < needed:
         raise ValueError(f'{out} needs {needed:.1f} GiB, the disk has {free:.1f} GiB left')
     _, wanted = empty_model(folder, content)

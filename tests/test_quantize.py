@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-pytest.importorskip('safetensors')
-
 import decode
 import quantize
+import runtime.pretrained
 from runtime.pretrained import from_pretrained, save_pretrained
 from common import run_script, tiny_model, tokens
 from quantize import GROUP, Matrix, dequantize, unpack
 from runtime.quantize_folder import quantize_folder
 from test_language import write_language
+
+safetensors = pytest.importorskip('safetensors.torch')
+pytestmark = pytest.mark.filterwarnings('ignore:.*found in sys.modules')        # the command's module, from runpy
 
 seeds, bits_ = st.integers(0, 10**6), st.sampled_from([4, 8])
 
@@ -147,6 +149,59 @@ def test_quantized_folders_are_read_like_any_other(folder, tmp_path, monkeypatch
     assert sizes[0] < 0.5 * sizes[1]                            # much of a small model is not quantized
 
 
+def with_weights(folder, to, change):
+    """Copy a folder with other weights: change edits {name: tensor} in place."""
+    shutil.copytree(folder, to)
+    tensors = safetensors.load_file(to / 'model.safetensors')
+    change(tensors)
+    safetensors.save_file(tensors, to / 'model.safetensors')
+    return to
+
+
+def twice(folder, tmp_path, message):
+    quantize_folder(folder, tmp_path / 'int8', 8)
+    return message(tmp_path / 'int8', tmp_path / 'int4')
+
+
+UNUSABLE = {
+    'unknown tensor': lambda t: [t.update({f'other.{name}': t.pop(name)}) for name in list(t)],
+    'cannot be read (unknown tensor model.extra)': lambda t: t.update({'model.extra': torch.zeros(1)}),
+    'the first is model.norm.weight': lambda t: t.pop('model.norm.weight'),
+    'model.layers.1.mlp.experts.down_proj is not finite':
+        lambda t: t['model.layers.1.mlp.experts.down_proj'][2, 3].fill_(torch.nan),
+    'model.layers.0.mlp.gate.down_proj.bias is not finite':
+        lambda t: t['model.layers.0.mlp.gate.down_proj.bias'][:1].fill_(torch.inf),
+}
+
+
+@pytest.mark.parametrize('expected', UNUSABLE)
+def test_weights_that_cannot_be_quantized_are_named_before_anything_is_written(
+        folder, tmp_path, monkeypatch, capsys, expected):
+    broken = with_weights(folder, tmp_path / 'broken', UNUSABLE[expected])
+    monkeypatch.setattr(runtime.pretrained.os, 'makedirs', None)               # writes nothing, not even a folder
+    _, message = run_script(monkeypatch, capsys, 'quantize.py', broken, tmp_path / 'out')
+    assert expected in message and [path.name for path in tmp_path.iterdir()] == ['broken']
+
+
+def test_the_name_of_out_may_end_in_a_slash(folder, tmp_path, monkeypatch, capsys):
+    _, message = run_script(monkeypatch, capsys, 'quantize.py', f'{folder}/', f'{tmp_path}/new/out//', '--bits=8')
+    assert message is None and [path.name for path in (tmp_path / 'new').iterdir()] == ['out']
+    from_pretrained(tmp_path / 'new' / 'out')
+
+
+def refuse(*paths):
+    raise PermissionError(13, 'denied')
+
+
+def test_a_failed_rename_leaves_nothing_that_refuses_the_retry(folder, tmp_path, monkeypatch, capsys):
+    arguments = 'quantize.py', folder, f'{tmp_path}/out/'
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.pretrained.os, 'rename', refuse)
+        _, message = run_script(patch, capsys, *arguments)
+    assert 'could not be written' in message and list(tmp_path.iterdir()) == []
+    assert run_script(monkeypatch, capsys, *arguments)[1] is None and from_pretrained(tmp_path / 'out')
+
+
 def test_invalid_input_gets_a_one_line_error_and_leaves_no_files(folder, tmp_path, monkeypatch, capsys):
     def message(*arguments):
         _, text = run_script(monkeypatch, capsys, 'quantize.py', *arguments)
@@ -163,6 +218,23 @@ def test_invalid_input_gets_a_one_line_error_and_leaves_no_files(folder, tmp_pat
     odd = tiny_model(vocab_size=300, n_embd=40, skip_expert=True)
     save_pretrained(odd, write_language(tmp_path / 'odd'))
     assert 'multiple of 32' in message(tmp_path / 'odd', tmp_path / 'a')
+    assert 'is quantized already' in twice(folder, tmp_path, message)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
     assert 'the disk has 0.0 GiB left' in message(folder, tmp_path / 'a') and not (tmp_path / 'a').exists()
     assert json.loads((folder / 'config.json').read_text())['eos_token_id'] == 2
+
+
+def test_int8_codes_at_any_address_work_on_many_tokens():
+    """torch's kernel crashes on codes that are not 16-byte aligned, as in a memory-mapped file: in a process of its own."""
+    script = """
+import torch
+from quantize import Matrix
+matrix, storage = Matrix(8, 64, 64), torch.randint(-9, 9, (64 * 64 + 32,), dtype=torch.int8)
+start = (8 - storage.data_ptr()) % 16
+matrix.codes, matrix.scale = storage[start:start + 64 * 64].view(64, 64), torch.ones(64, 1)
+x, codes = torch.randn(512, 64), matrix.codes.float()
+matrix.pack(torch.float32, keep=True)
+assert (matrix(x) - x @ codes.T).abs().max() < 1e-3
+"""
+    result = subprocess.run([sys.executable, '-c', script], env=ENV, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -166,6 +166,11 @@ BROKEN = {
         lambda f: edit_config(f, layer_types=['hybrid', 'hybrid_sliding', 'hybrid']),
     'sliding_window is 128': lambda f: edit_config(f, sliding_window=128),
     'attention_bias is True': lambda f: edit_config(f, attention_bias=True),
+    'rope_scaling is a dict, it must be None or False':
+        lambda f: edit_config(f, rope_scaling={'rope_type': 'yarn', 'factor': 4.0}),
+    'quantization_config is a dict': lambda f: edit_config(f, quantization_config={'quant_method': 'fp8'}),
+    "rope_parameters.hybrid.rope_type is 'linear'":
+        lambda f: edit_config(f, rope_parameters={'hybrid': {'rope_type': 'linear', 'factor': 2.0}}),
     "model_type is 'llama'": lambda f: edit_config(f, model_type='llama'),
     'config.json: is not valid JSON': lambda f: truncate(f / 'config.json', 50),
     'config.json: cannot be read': lambda f: (f / 'config.json').unlink(),
@@ -183,6 +188,14 @@ def test_a_broken_folder_gets_one_clear_error(tmp_path, message):
     with pytest.raises(ValueError) as error:
         from_pretrained(tmp_path)
     assert message in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('value', [False, None])
+def test_rope_scaling_may_be_off(tmp_path, value):
+    make_reference(tmp_path / 'a')
+    edit_config(tmp_path / 'a', rope_scaling=value)
+    save_pretrained(from_pretrained(tmp_path / 'a'), tmp_path / 'b')
+    transformers.ZayaForCausalLM.from_pretrained(tmp_path / 'b')                # which refuses False
 
 
 def test_saving_into_a_sharded_folder_replaces_its_weights(tmp_path):
