@@ -111,7 +111,8 @@ class Matrix(nn.Module):
         which `weight` needs."""
         self.dtype = dtype
         if self.codes.device.type == 'cpu' and (self.bits == 8 or len(self.codes) % 32 == 0):
-            self.packed = self.codes
+            # torch's int8 kernel crashes on several tokens if the codes, as a file maps them, are not 16-byte aligned.
+            self.packed = self.codes if self.codes.data_ptr() % 16 == 0 else self.codes.clone()
             if self.bits == 4:
                 self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(self.codes).int(), 1)
                 self.scales = torch.stack([self.scale, self.offset], -1).transpose(0, 1).contiguous()      # (G, out, 2)

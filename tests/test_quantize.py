@@ -1,6 +1,8 @@
 """int8 and int4 weights: their error bounds, and that all ways to multiply by them agree."""
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ import decode
 import quantize
 import runtime.pretrained
 from runtime.pretrained import from_pretrained, save_pretrained
-from common import run_script, tiny_model, tokens
+from common import ENV, run_script, tiny_model, tokens
 from quantize import GROUP, Matrix, dequantize, unpack
 from runtime.quantize_folder import quantize_folder
 from test_language import write_language
