@@ -80,6 +80,7 @@ def check_flags(arguments, classes):
     switches = {field.name for cls in classes for field in dataclasses.fields(cls) if type(field.default) is bool}
     for flag, after in itertools.pairwise([*arguments, '']):
         key, equals, value = flag.lstrip('-').partition('=')
+        after = '' if after.startswith('--') else after
         if flag.startswith('-') and not (flag.startswith('--') and equals):
             value = value or ('True' if key in switches and after not in ('True', 'False') else after.lstrip('='))
             shown = f'{flag} {after}' if value and value == after else flag

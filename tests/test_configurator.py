@@ -1,6 +1,10 @@
 """The settings reader: it reads literals, refuses anything else with a one-line error, and executes nothing."""
 import dataclasses
 import itertools
+import re
+import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import configurator
+from common import ENV, ROOT
 from layers import bf16_inside
 from model import logits
 from runtime import device
@@ -66,6 +71,16 @@ rate = 3e-4 / 3
 name = 'x=y # z'
 fast = True
 ''') == Settings(6, 3e-4 / 3, 'x=y # z', True)
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-32'])
+def test_a_file_of_any_unicode_encoding_is_read(read, encoding):
+    assert read('steps = 3\r\nname = "naïve 漢字"'.encode(encoding)) == Settings(3, name='naïve 漢字')
+
+
+def test_a_file_in_another_encoding_is_refused(read):
+    for text in 'name = "naïve"'.encode('latin-1'), b'\xff\xfea':
+        assert 'config.py: cannot be read' in refused(read, text)
 
 
 def test_an_int_is_converted_to_float(read):
@@ -199,8 +214,87 @@ def test_bytes_that_are_not_utf8_are_refused(argument):
         configurator.read([argument], Settings)
 
 
-def test_flag_without_value_is_refused(read):
-    assert 'write --key=value' in refused(read, '', '--fast')
+@pytest.mark.parametrize('arguments, answer', [
+    (['--fast'], '--fast: write --key=value, here --fast=True'), (['--name'], '--name: write --key=value'),
+    (['--rate', '3e-4'], '--rate 3e-4: write --key=value, here --rate=3e-4'),
+    (['--rate', '-1'], '--rate -1: write --key=value, here --rate=-1'),
+    (['--name', 'a b'], "--name a b: write --key=value, here --name='a b'"),
+    (['--fast', 'False'], '--fast False: write --key=value, here --fast=False'),
+    (['--fast', 'x.py'], '--fast: write --key=value, here --fast=True'),
+    (['nowhere.py', '--steps', '3'], '--steps 3: write --key=value, here --steps=3'),
+    (['--nmae=x', '-steps=3'], '-steps=3: write --key=value, here --steps=3'),
+    (['-s'], '-s: write --key=value'), (['--steps', '=3'], '--steps: write --key=value, here --steps=3'),
+    (['--steps', '--fast=True'], '--steps: write --key=value'), (['--'], '--: write --key=value')])
+def test_a_flag_of_another_form_is_answered_before_anything_else(arguments, answer):
+    for read in configurator.read, configurator.read_with_files:
+        with pytest.raises(ValueError) as error:
+            read(arguments, Settings)
+        assert str(error.value) == answer
+
+
+# ---- help, and what the terminal can show ----
+
+@dataclasses.dataclass
+class Commented(Other):
+    name: str = ''                  # its name; '' or '#': none
+    path: str = 'a b'
+
+
+@pytest.mark.parametrize('flag', ['-h', '--help'])
+def test_help_lists_every_setting_with_its_default_and_its_comment(monkeypatch, capsys, flag):
+    doc = 'Do it: `python it.py`.\n\nWhy.\n\n    python it.py --a=1\n'
+    monkeypatch.setattr(sys.modules['__main__'], '__doc__', doc)
+    for arguments in [flag], ['--rate', '3', 'nowhere.py', flag]:
+        with pytest.raises(SystemExit) as exit:
+            configurator.read(arguments, Commented, Settings)
+        assert exit.value.code is None                  # exit code 0
+        assert capsys.readouterr().out.splitlines() == [
+            'Do it: `python it.py`.', '', '    python it.py --a=1', '', '--width=8', "--name=''".ljust(33) +
+            "its name; '' or '#': none", "--path='a b'", '--steps=1', '--rate=1.0', '--name=a', '--fast=False']
+
+
+PROGRAMS = sorted('.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__main__')
+                  for folder in ('', 'data', 'tasks', 'evidence', 'exercises')
+                  for path in (ROOT.glob('*.py') if not folder else (ROOT / folder).glob('**/*.py'))
+                  if re.search("^if __name__ == '__main__':(?!\n    work)", path.read_text(encoding='utf-8'), re.M))
+
+
+@pytest.mark.filterwarnings('ignore:.*found in sys.modules')
+@pytest.mark.parametrize('program', PROGRAMS)
+def test_every_program_prints_its_settings_and_answers_key_value(monkeypatch, capsys, program):
+    run = lambda: runpy.run_module(program, run_name='__main__', alter_sys=True)
+    monkeypatch.setattr(sys, 'argv', [program, 'x', '-h'])
+    with pytest.raises(SystemExit) as exit:
+        run()
+    out = capsys.readouterr().out
+    assert exit.value.code is None and 'python' in out
+    monkeypatch.setattr(sys, 'argv', [program, 'x', '--seed', '3'])
+    with pytest.raises(SystemExit) as exit:
+        run()
+    assert exit.value.code.endswith(': --seed 3: write --key=value, here --seed=3')
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'cp1252', 'ascii:strict', 'utf-8'])
+def test_what_the_terminal_cannot_show_is_replaced(encoding):
+    code = """if True:
+        import sys, configurator
+        with configurator.one_line_errors('it'):
+            print('naïve 漢字')
+            print('漢', file=sys.stderr)
+            raise ValueError('字')"""
+    out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=ENV | {'PYTHONIOENCODING': encoding},
+                         capture_output=True)
+    seen = lambda text: (text + '\n').encode(encoding.removesuffix(':strict'), 'replace')
+    assert out.stdout.replace(b'\r', b'') == seen('naïve 漢字')
+    assert out.stderr.replace(b'\r', b'') == seen('漢') + seen('it: 字') and out.returncode == 1
+
+
+# ---- settings without effect ----
+
+def test_a_setting_without_effect_is_refused():
+    configurator.refuse_unused(Settings(steps=2), 'rate fast', 'here')
+    with pytest.raises(ValueError, match='^fast has no effect with --steps: leave it out$'):
+        configurator.refuse_unused(Settings(fast=True), 'rate fast', 'with --steps')
 
 
 SNIPPETS = 'steps|name| = |1|-|*|(|)|[|]|,|.|\'|"""|#|\\|\n|\r|\t|é|\0'.split('|')

@@ -426,6 +426,9 @@ BAD_ARGUMENTS = {
     '--temperature=hot': "temperature must be float, got 'hot'",
     '--top_p=1.5': 'top_p is 1.5, it must lie between 0 and 1',
     '--num_samples=0': 'num_samples is 0',
+    '--think=False': '--think=False: think has no effect without --chat=True: leave it out',
+    '--show_think=False': '--show_think=False: show_think has no effect without --chat=True: leave it out',
+    '--max_new_tokens 3': '--max_new_tokens 3: write --key=value, here --max_new_tokens=3',
     '--max_new_tokens=-1': 'max_new_tokens is -1',
     '--device=nonsense': "device 'nonsense' cannot be used here",
     'prompt': 'prompt: cannot be read',
@@ -435,8 +438,23 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize('argument', BAD_ARGUMENTS, ids=lambda argument: argument[:30])
 def test_bad_arguments_get_one_line(run_folder, monkeypatch, capsys, argument):
     monkeypatch.chdir(ROOT)
-    _, message = run_script(monkeypatch, capsys, 'sample.py', f'--ckpt={run_folder}', '--prompt=a', argument)
+    _, message = run_script(monkeypatch, capsys, 'sample.py', f'--ckpt={run_folder}', '--prompt=a',
+                            *argument.split(' '))
     assert BAD_ARGUMENTS[argument] in message
+
+
+def test_a_conversation_has_one_reply_per_turn(run_folder, monkeypatch, capsys):
+    _, message = run_script(monkeypatch, capsys, 'sample.py', f'--ckpt={run_folder}', '--chat=True', '--num_samples=3')
+    assert message.endswith('--num_samples=3: num_samples has no effect with --chat=True: leave it out')
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'cp1252'])
+def test_a_terminal_without_the_characters_shows_question_marks(run_folder, encoding):
+    command = [sys.executable, 'sample.py', f'--ckpt={run_folder}', '--max_new_tokens=5', '--temperature=0']
+    samples = [subprocess.run([*command, '--prompt=漢'], cwd=ROOT, env=ENV | {'PYTHONIOENCODING': name},
+                              capture_output=True) for name in (encoding, 'utf-8')]
+    assert samples[0].returncode == 0 and b'Traceback' not in samples[0].stderr
+    assert samples[0].stdout == samples[1].stdout.decode().encode(encoding, 'replace') and b'?' in samples[0].stdout
 
 
 def test_a_broken_folder_gets_one_line(run_folder, released_folder, tmp_path, monkeypatch, capsys):
