@@ -7,9 +7,10 @@ from runtime.pretrained import copy_folder, load, save_pretrained
 
 if __name__ == '__main__':
     with configurator.one_line_errors('runtime.convert'):
-        if len(sys.argv) != 3 or sys.argv[1].startswith('-') or sys.argv[2].startswith('-'):
+        folders, = configurator.read_with_files(sys.argv[1:])
+        if len(folders) != 2:
             raise ValueError('name a folder and the folder to write: python -m runtime.convert FOLDER OUT')
-        folder, out = sys.argv[1:]
+        folder, out = folders
         if os.path.exists(out):
             raise ValueError(f'{out} is already there: name another folder, or remove it')
         if os.path.exists(os.path.join(folder, 'config.json')):

@@ -254,7 +254,7 @@ def test_help_lists_every_setting_with_its_default_and_its_comment(monkeypatch, 
 
 
 PROGRAMS = sorted('.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__main__')
-                  for folder in ('', 'data', 'tasks', 'evidence', 'exercises')
+                  for folder in ('', 'data', 'tasks', 'runtime', 'evidence', 'exercises')
                   for path in (ROOT.glob('*.py') if not folder else (ROOT / folder).glob('**/*.py'))
                   if re.search("^if __name__ == '__main__':(?!\n    work)", path.read_text(encoding='utf-8'), re.M))
 
