@@ -120,13 +120,6 @@ class Matrix(nn.Module):
                     self.codes = self.scale = self.offset = None
 
     @staticmethod
-    def share_storage(matrices):
-        """Stack the packed tensors of equal matrices, and make each matrix's tensors views of the stacks."""
-        for name in 'packed', 'scales':
-            for matrix, part in zip(matrices, torch.stack([getattr(matrix, name) for matrix in matrices])):
-                setattr(matrix, name, part)
-
-    @staticmethod
     def joined(matrices):
         """Return one Matrix whose output concatenates those of matrices with the same input."""
         parts = [[getattr(m, name) for m in matrices] for name in ('codes', 'scale', 'offset')]
@@ -182,8 +175,10 @@ def pack(model):
             for matrices in module.gate_up, module.down:
                 for matrix in matrices:
                     matrix.pack(model.dtype, keep=False)
-                if matrices[0].codes is None:                   # freeing many small tensors fragments memory
-                    Matrix.share_storage(matrices)
+                # Freeing many small tensors fragments memory: stack them, and make each a view of its stack.
+                for name in ('packed', 'scales') if matrices[0].codes is None else ():
+                    for matrix, part in zip(matrices, torch.stack([getattr(matrix, name) for matrix in matrices])):
+                        setattr(matrix, name, part)
         elif isinstance(module, Matrix) and module.packed is None:
             module.pack(model.dtype, keep=True)
 

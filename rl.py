@@ -16,12 +16,11 @@ Router replay. Generator and learner may differ by rounding, which changes the c
 So the learner uses the experts that the generator chose. Only the choice is replayed: the weights of the experts are
 computed by the learner, and through them the router receives gradients.
 
-There are two kinds of prompts. Some are problems, solved in one rollout; their length increases while most are solved.
-The others are rounds of Markovian RSA (rsa.py): the G rollouts of a prompt are a population, and the next round has G
-new rollouts whose prompt holds some of its tails, including wrong ones. These are the model's own tails, unlike the
-simulated ones of its training data. Most rounds end before an answer. Their last value must then be right, which can be
-verified as well: the program determines the value after every step. A rollout that does not continue from a tail has
-reward 0 (verify in tasks/loops/task.py).
+Some prompts are problems, solved in one rollout; their length increases while most are solved. The others are rounds of
+Markovian RSA (rsa.py): the G rollouts of a prompt are a population, and the next round has G new rollouts whose prompt
+holds some of its tails. These are the model's own tails, some of them wrong, not the simulated ones of its training
+data. Most rounds end before an answer; then the rollout must continue from a tail, and its last value must be right,
+which the program determines (verify in tasks/loops/task.py).
 
 Legend:  G rollouts per prompt   R rollouts in an update   B sequences   L layers   S tokens of prompt and output
          n tokens of an output

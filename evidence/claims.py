@@ -161,17 +161,15 @@ def print_verdicts(verdicts):
 def picture(name, draw):
     """Write results/NAME.svg: draw(figure, rows) plots results/NAME.csv, and a legend of all labels is added. The file
     depends on the table only."""
-    configurator.package('matplotlib').use('svg')
-    plt, path = configurator.package('matplotlib.pyplot'), RESULTS / f'{name}.svg'
-    plt.rcParams.update({'svg.hashsalt': 'nanozaya', 'svg.fonttype': 'none'})
-    figure = plt.figure(figsize=(7, 3.2), layout='constrained')
+    configurator.package('matplotlib').rcParams.update({'svg.hashsalt': 'nanozaya', 'svg.fonttype': 'none'})
+    figure = configurator.package('matplotlib.figure').Figure(figsize=(7, 3.2), layout='constrained')
+    path = RESULTS / f'{name}.svg'
     draw(figure, read_table(RESULTS / f'{name}.csv'))
     handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
     if n := len(handles):                                       # more than 4 entries take two lines
         figure.legend(handles.values(), handles, loc='outside upper center', frameon=False,
                       ncols=n if n <= 4 else -(-n // 2))
     figure.savefig(path, metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
-    plt.close(figure)
     text = re.sub(r'\d+\.\d{4,}', lambda number: f'{float(number[0]):.4g}', path.read_text())  # short coordinates
     path.write_text(re.sub(r' \n(?=[MLQCz"])', ' ', text))                                      # one line per path
     print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

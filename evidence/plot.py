@@ -57,9 +57,11 @@ def by_layer(log, kind):
     return [log[f'{kind}_{layer}'] for layer in itertools.takewhile(lambda n: f'{kind}_{n}' in log, itertools.count())]
 
 
-def draw(plt, logs):
+def draw(logs):
     """Return the figure of {folder: log}."""
-    figure, axes = plt.subplots(2 + len(logs), 2, figsize=(10, 5.5 + 2.6 * len(logs)), layout='constrained')
+    size, colormaps = (10, 5.5 + 2.6 * len(logs)), configurator.package('matplotlib').colormaps
+    figure = configurator.package('matplotlib.figure').Figure(figsize=size, layout='constrained')
+    axes = figure.subplots(2 + len(logs), 2)
     for axis, (column, label) in zip(axes[:2].flat, CURVES):
         for folder, log in logs.items():
             line, = axis.plot(*log[column], label=folder)
@@ -74,7 +76,7 @@ def draw(plt, logs):
         left.set(xlabel='step', ylabel='layer', title=folder, yticks=range(0, len(layers), 1 + len(layers) // 10))
         layers = by_layer(log, 'residual')
         for layer, (steps, values) in enumerate(layers):
-            right.plot(steps, values, color=plt.cm.viridis(layer / len(layers)),
+            right.plot(steps, values, color=colormaps['viridis'](layer / len(layers)),
                        label=f'layer {layer}' if layer in (0, len(layers) - 1) else None)
         right.set(xlabel='step', ylabel='RMS of the residual stream', title=folder)
         right.legend(frameon=False, fontsize='small')
@@ -89,9 +91,8 @@ def main(arguments):
         logs = {folder: read_log(folder) for folder in folders}
     except csv.Error as error:
         raise ValueError(f'a log.csv was not written by train.py: {error}') from None
-    configurator.package('matplotlib').use('svg')
     out = Path(config.out or Path(folders[0], 'log.svg'))
-    draw(configurator.package('matplotlib.pyplot'), logs).savefig(out)          # the suffix decides the format
+    draw(logs).savefig(out)                                     # the suffix decides the format
     print(out)
 
 

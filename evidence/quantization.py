@@ -7,6 +7,7 @@ twice: with the range of each group's weights, and with the range of least squar
 released weights. The output is CSV.
 """
 import copy
+import statistics
 import sys
 from dataclasses import dataclass, replace
 
@@ -56,14 +57,6 @@ CHANGES = {
 
 
 @torch.no_grad()
-def val_loss(model, loader, batches):
-    total = 0.0
-    for index in range(batches):
-        x, y, start = loader.batch(index)
-        total += model(x, y, start)[1].item()
-    return total / batches
-
-
 def main(config):
     demo, _ = pretrained.load(config.demo)
     settings = checkpoint.load_checkpoint(config.demo)['config']
@@ -74,7 +67,8 @@ def main(config):
     print('weights,val_loss,more_than_float32,rsa_mean,ci95')
     first = None
     for name, change in CHANGES.items():
-        loss = val_loss(with_changed_matrices(demo, change), loader, config.batches)
+        model = with_changed_matrices(demo, change)
+        loss = statistics.fmean(model(*loader.batch(index))[1].item() for index in range(config.batches))
         first = first or loss
         model = with_changed_matrices(policy.model, change)
         row = measure(replace(policy, model=model, step=decode.folded(model)), problems, rsa, name=name)

@@ -75,10 +75,9 @@ def scaling(device, settings):
 
 def plot(results, path):
     """Plot the results of `scaling`: one column of axes per size, one row per figure."""
-    import matplotlib
-    matplotlib.use('agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(3, 4, figsize=(14, 9), sharex='col', layout='constrained')
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(14, 9), layout='constrained')
+    axes = figure.subplots(3, 4, sharex='col')
     for column, name in enumerate(dict.fromkeys(row[0] for row in results)):
         _, x, *ys = zip(*(row for row in results if row[0] == name))
         for axis, y, label in zip(axes[:, column], ys, FIGURES):

@@ -95,11 +95,9 @@ def cca_mix(qk, past, conv_depthwise_weight, conv_depthwise_bias, conv_grouped_w
 # ---- use in a model ----
 
 def use(model, kernel, dtype):
-    """Replace cca.mix by cca_mix in all layers of `model` (Zaya), which must be on its final device.
-
-    kernel: 'torch' changes nothing. 'hip' raises ValueError if cca_mix cannot be built or is wrong. 'auto' changes
-    nothing then, and says why in one line on stderr; on a CPU it does nothing.
-    dtype: that of the activations (torch.bfloat16 under autocast)."""
+    """Replace cca.mix by cca_mix in all layers of `model` (Zaya), which must be on its final device. kernel: 'torch'
+    changes nothing. 'hip' raises ValueError if cca_mix cannot be built or is wrong. 'auto' changes nothing then, and
+    prints why in one line on stderr; on a CPU it does nothing. dtype: of the activations (bfloat16 under autocast)."""
     if kernel not in KERNELS:
         raise ValueError(f'kernel is {kernel!r}, it must be one of {", ".join(KERNELS)}')
     device = model.device.type
@@ -136,10 +134,8 @@ def trouble(device, dtype, d, n):
 
 def difference(device, dtype, d, n, sizes=((2, 70), (2, 550), (2, 8250))):
     """Return the largest relative error of cca_mix on random inputs, over all its variants: each tile at each size
-    (B, S), without a past, with a cached past, and with packed documents.
-
-    The sizes cover the three choices of the kernel (FEW_TOKENS and ENOUGH_BLOCKS in cca.hip): small tiles, large tiles
-    with one head per thread block, and large tiles with one KV group per block."""
+    (B, S), without a past, with a cached past, and with packed documents. The sizes cover the three choices of the
+    kernel (FEW_TOKENS and ENOUGH_BLOCKS in cca.hip): small tiles; large tiles, one head or one KV group per block."""
     g = torch.Generator(device).manual_seed(0)
     random = lambda *shape: torch.randn(shape, generator=g, device=device).to(dtype)
     Hq, Hk = 4, 2
