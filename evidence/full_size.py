@@ -10,6 +10,7 @@ The bandwidth bound of decoding is the memory bandwidth divided by the bytes tha
 
 Legend:  B sequences   S tokens per sequence
 """
+import inspect
 import itertools
 import json
 import os
@@ -88,6 +89,13 @@ def bytes_per_step(config, bits, B, context):
     return weight * (L * (experts * expert + attention) + config.vocab_size * E) + cache
 
 
+def cache_of(reference, output):
+    """Return the cache of an output of `transformers` as the argument of the next call, which is `cache` from 5.24 on
+    and `past_key_values` before."""
+    name = 'cache' if 'cache' in inspect.signature(reference.forward).parameters else 'past_key_values'
+    return {name: output[name]}
+
+
 @torch.no_grad()
 def measure(folder, config, bits, peer, steps):
     """Print the table lines of one precision."""
@@ -118,9 +126,8 @@ def measure(folder, config, bits, peer, steps):
         cache.lengths = [context] * B
         works = [lambda: step(cache, torch.randint(2, config.vocab_size, (B,)))]
         if theirs and not context:
-            past = theirs(torch.randint(2, config.vocab_size, (B, 1)), use_cache=True).past_key_values
-            works.append(lambda: theirs(torch.randint(2, config.vocab_size, (B, 1)), past_key_values=past,
-                                        use_cache=True))
+            past = cache_of(theirs, theirs(torch.randint(2, config.vocab_size, (B, 1)), use_cache=True))
+            works.append(lambda: theirs(torch.randint(2, config.vocab_size, (B, 1)), use_cache=True, **past))
         report(f'decode {B} after {context:,}', B, works, steps,
                bandwidth / bytes_per_step(config, bits, B, context))
     print(f'{name}: loaded in {loaded:.1f} s; {resident / 2**30:.1f} GiB resident, without a cache; memory bandwidth '

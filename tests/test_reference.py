@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from runtime.pretrained import from_pretrained, released_name, save_pretrained
 from common import randomize, tokens
+from evidence.full_size import cache_of
 from model import ZayaConfig, sizes
 
 transformers = pytest.importorskip('transformers')
@@ -73,10 +75,31 @@ def test_cached_logits_equal_the_reference(pair, chunks):
     cache = model.make_cache(2, sum(chunks))
     ours = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, 1)], 1)
     assert_close(ours, reference(idx).logits)
-    past, theirs = transformers.DynamicCache(config=reference.config), []       # and to their cached path
+    past, theirs = {}, []                                                       # and to their cached path
     for part in idx.split(1, 1):
-        theirs.append(reference(part, past_key_values=past, use_cache=True).logits)
+        out = reference(part, use_cache=True, **past)
+        past = cache_of(reference, out)
+        theirs.append(out.logits)
     assert_close(ours, torch.cat(theirs, 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('lengths', [[1, 7, 4], [2, 2, 9], [5, 1, 1]])
+def test_right_padded_prompts_equal_the_left_padded_reference(pair, lengths):
+    """The reference itself is wrong after right-padded prompts, whose convolution state is that of the padding."""
+    reference, model = pair
+    longest, steps = max(lengths), 3
+    prompts = [1 + tokens(n, seed=n, vocab_size=96) for n in lengths]           # 0 is the padding token
+    right, left = (torch.stack([torch.cat([prompt, torch.zeros(longest - len(prompt), dtype=torch.int64)][::order])
+                                for prompt in prompts]) for order in (1, -1))
+    cache, mask = model.make_cache(len(lengths), longest + steps), left.ne(0).long()
+    ours = model(right, cache=cache, n_new=lengths, last_only=True)[0]
+    out = reference(left, attention_mask=mask, use_cache=True)
+    assert_close(ours[:, -1], out.logits[:, -1])
+    for step in range(steps):
+        new, mask = 1 + tokens(len(lengths), 1, seed=step, vocab_size=96), F.pad(mask, (0, 1), value=1)
+        out = reference(new, attention_mask=mask, use_cache=True, **cache_of(reference, out))
+        assert_close(model(new, cache=cache)[0], out.logits)
 
 
 @pytest.mark.parametrize('S', [1, 33])
@@ -86,7 +109,7 @@ def test_gradients_equal_the_reference(pair, S):
     idx, targets = 1 + tokens(2, S, vocab_size=96), tokens(2, S, seed=1, vocab_size=97)
     reference.zero_grad()
     model.zero_grad()
-    theirs = torch.nn.functional.cross_entropy(reference(idx).logits.flatten(0, 1), targets.flatten())
+    theirs = F.cross_entropy(reference(idx).logits.flatten(0, 1), targets.flatten())
     _, ours = model(idx, targets)
     assert_close(ours, theirs)
     theirs.backward()
