@@ -741,6 +741,14 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'cp1252'])
+def test_a_terminal_without_the_characters_does_not_end_training(tmp_path, encoding):
+    prepare([(str(i), ('漢字' * 50).encode()) for i in range(20)], tmp_path / 'data', 270)
+    out = subprocess.run([sys.executable, 'train.py', *flags(tmp_path / 'data', tmp_path / '漢'), '--max_steps=1'],
+                         cwd=ROOT, env=ENV | {'PYTHONIOENCODING': encoding}, capture_output=True)
+    assert out.returncode == 0 and b'step 1: val loss' in out.stdout and b'?' in out.stdout, out.stderr
+
+
 def test_a_run_folder_of_another_model_is_refused(dataset, one_batch, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for change, message in ((dict(n_embd=64), 'n_embd is 64, but'), (dict(n_layer=3), 'n_layer is 3, but'),
