@@ -79,12 +79,13 @@ def released_config(given, path):
         'num_hidden_layers': n // 2, 'layer_types': ['hybrid'] * (n // 2), 'rope_parameters': {'hybrid': rope}}
 
 
-def legacy_names(name, n_layer, n_expert):
-    """Return [(legacy name, expert), ...] of a released tensor; expert None for a tensor that is not stacked."""
+def legacy_names(name, config):
+    """Return [(legacy name, expert), ...] of a released tensor; expert None for a tensor that is not stacked. config:
+    that of released_config."""
     layer = re.match(r'model\.layers\.(\d+)\.', name)
     k, name = int(layer[1]) if layer else 0, name[layer.end():] if layer else name
     for pattern, replacement in RENAMING:
         name = re.sub(pattern, replacement, name)
     places = {'a': f'model.layers.{2 * k}', 'm': f'model.layers.{2 * k + 1}',
-              'after': f'model.layers.{2 * k + 2}' if k + 1 < n_layer else 'model'}
-    return [(name.format(e=e, **places), e) for e in (range(n_expert) if '{e}' in name else [None])]
+              'after': f'model.layers.{2 * k + 2}' if k + 1 < config['num_hidden_layers'] else 'model'}
+    return [(name.format(e=e, **places), e) for e in (range(config['num_experts']) if '{e}' in name else [None])]

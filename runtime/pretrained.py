@@ -131,9 +131,8 @@ def read_tensors(folder, wanted):
     ValueError, naming the tensor and the file, unless the folder holds exactly the tensors wanted."""
     safetensors, places = package('safetensors'), {name: (name, None) for name in wanted}
     if is_legacy(read_json(os.path.join(folder, 'config.json'))):
-        n_layer, n_expert = (1 + max(int(name.split('.')[2]) for name in wanted if name.startswith('model.layers.')),
-                             next(len(t) for name, t in wanted.items() if name.endswith('gate_up_proj')))
-        places = {legacy: (name, e) for name in wanted for legacy, e in legacy_names(name, n_layer, n_expert)}
+        config = read_config(folder)
+        places = {legacy: (name, e) for name in wanted for legacy, e in legacy_names(name, config)}
     stacks = {}                                                 # released name -> {expert: tensor}
     for path in weight_files(folder):
         with safetensors.safe_open(path, 'pt') as file:

@@ -131,7 +131,8 @@ def test_a_model_in_both_layouts_gives_the_same_tensors_bit_for_bit(tmp_path, fi
 def test_the_legacy_names_of_the_8b_model_are_2483():
     with torch.device('meta'):
         names = [released_name(name) for name in Zaya(ZayaConfig.zaya1_8b()).state_dict()]
-    legacy = [old for name in names for old, _ in legacy_names(name, 40, 16)]
+    config = {'num_hidden_layers': 40, 'num_experts': 16}
+    legacy = [old for name in names for old, _ in legacy_names(name, config)]
     assert (len(names), len(legacy), len(set(legacy))) == (1283, 2483, 2483)
     assert not any(re.search('[{}]', name) for name in legacy)
 
