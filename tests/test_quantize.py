@@ -234,9 +234,9 @@ from quantize import Matrix
 matrix, storage = Matrix(8, 64, 64), torch.randint(-9, 9, (64 * 64 + 32,), dtype=torch.int8)
 start = (8 - storage.data_ptr()) % 16
 matrix.codes, matrix.scale = storage[start:start + 64 * 64].view(64, 64), torch.ones(64, 1)
-x, codes = torch.randn(512, 64), matrix.codes.float()
-matrix.pack(torch.float32, keep=True)
-assert (matrix(x) - x @ codes.T).abs().max() < 1e-3
+x, codes = torch.randn(64, 64).bfloat16(), matrix.codes.clone()
+matrix.pack(torch.bfloat16, keep=True)
+assert torch.allclose(matrix(x).float(), x.float() @ codes.float().T, rtol=0.02, atol=0.5)
 """
     result = subprocess.run([sys.executable, '-c', script], env=ENV, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
