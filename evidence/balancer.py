@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import router
 import train
 from evidence.claims import (by_seed, compare, fill_table, print_settings, print_verdicts, replaced, run_claim,
                              train_run)
 from evidence.router import QUICK, derived, entropies, even_at, recipe, small
+from router import choose
 
 STEPS, CHANGE, EVERY = 150, 110, 2
 # sign LR: b <- b - LR sign(p - 1/N). pid LR: b <- AdamW(b, p - 1/N). aux ALPHA: no bias, but an auxiliary loss, which
@@ -51,16 +51,11 @@ def auxiliary(probs, expert, alpha):
 
 
 def with_auxiliary(alpha):
-    """Return a replacement of Router that adds the auxiliary loss."""
-    def choose(probs, bias):
-        expert, weight = router.choose(probs, bias)
+    """Return a replacement of router.choose that adds the auxiliary loss."""
+    def choose_and_add(probs, bias):
+        expert, weight = choose(probs, bias)
         return expert, AddToLoss.apply(weight, auxiliary(probs, expert, alpha)) if torch.is_grad_enabled() else weight
-
-    def make(config, layer):
-        made = router.Router(config, layer)
-        made.choose = choose
-        return made
-    return make
+    return choose_and_add
 
 
 def changing_at(change):
@@ -100,9 +95,9 @@ def summarize(log, change, window=10 // EVERY):
 
 def measure(setting, seed, folder, model_config, steps, change):
     rule, _, size = setting.partition(' ')
-    form = with_auxiliary(float(size)) if rule == 'aux' else router.Router
+    chooser = with_auxiliary(float(size)) if rule == 'aux' else choose
     balancer = dict(balancer=rule, balancer_lr=float(size)) if rule in ('sign', 'pid') else dict(balancer='none')
-    with replaced('model', Router=form), replaced('train', open_dataset=changing_at(change)):
+    with replaced('router', choose=chooser), replaced('train', open_dataset=changing_at(change)):
         return summarize(train_run(f'{folder}/balancer/{setting} {seed}', model_config, eval_every=change,
                                    log_every=EVERY, **recipe(steps, seed), **balancer), change)
 

@@ -122,8 +122,7 @@ def run_tests(exercise, folder, file):
         claim = case.get('name').partition('[')[0].removeprefix('test_').replace('_', ' ')
         claim = claim if case.get('classname') else f'{file} can be imported'   # else the import failed
         bad = next((child for child in case if child.tag in ('failure', 'error', 'skipped')), None)
-        problem = '' if bad is None else results.get(claim) or one_line(bad, file)
-        results[claim] = results.get(claim) or problem
+        results[claim] = results.get(claim) or ('' if bad is None else one_line(bad, file))
     if len(results) < len(ids) and not any(results.values()):
         last = (said.stdout + said.stderr).strip().splitlines()[-1:]
         raise ValueError(f'{folder}: the tests could not be run: {"".join(last)}')

@@ -71,7 +71,8 @@ def test_the_first_even_step_is_the_last_one_if_there_is_none():
 # ---- the auxiliary loss ----
 
 def test_the_auxiliary_loss_adds_the_gradient_of_its_formula_only():
-    made = randomize(balancer.with_auxiliary(0.7)(tiny_config(), 0))
+    with replaced('router', choose=balancer.with_auxiliary(0.7)):
+        made = randomize(router.Router(tiny_config(), 0))
     plain = randomize(router.Router(tiny_config(), 0))
     g = torch.randn(2, 5)
     expert, weight, _ = made(X)
@@ -94,7 +95,7 @@ def test_the_auxiliary_loss_is_minimal_for_an_even_load():
 
 
 def test_a_whole_model_with_the_auxiliary_loss_has_a_term_for_each_layer():
-    with replaced('model', Router=balancer.with_auxiliary(0.5)):
+    with replaced('router', choose=balancer.with_auxiliary(0.5)):
         model = tiny_model().train()
     tokens = torch.arange(12).view(1, 12)
     model(tokens, tokens)[1].backward()
