@@ -19,7 +19,7 @@ from runtime.device import pick_device
 from sample import SamplingOptions
 from tasks.loops import task
 from tasks.policy import load_policy
-from tasks.problems import check_room, mean_ci95, score
+from tasks.problems import check_room, mean_ci95, percent, score
 
 
 @dataclass
@@ -110,7 +110,7 @@ def print_table(config, settings, options):
     print('| --- ' * 8 + '|')
     for split in splits:
         for row in rows_of_table(policy, split, config, settings, options):
-            print(f'| {steps(split)} | {row.name} | {100 * row.mean:.1f} +-{100 * row.half:.1f} | '
+            print(f'| {steps(split)} | {row.name} | {percent(row.mean, row.half)} | '
                   f'{100 * row.majority:.1f} | {100 * row.best:.1f} | {row.tokens:,.0f} | {row.longest} | '
                   f'{row.seconds:.0f} |', flush=True)
 

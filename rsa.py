@@ -17,7 +17,6 @@ Legend: N population   C candidates read per prompt   T rounds after round 0   t
         beta budget (in round T: final_budget)
 Use: `python rsa.py --ckpt=FOLDER --question=...`; without one, a loops model gets the first held-out 'hard' problem.
 """
-import contextlib
 import random
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -152,18 +151,19 @@ def answer_question(policy, config, settings, options):
     problems.print_result(rounds, question, policy.decode, config.show, *extras)
 
 
-def solve_file(policy, listed, path, settings, options, **header):
+def solve_file(policy, listed, path, settings, options, digests, model=''):
     """Run RSA on problems, a list of (problem, answer), and print their scores. Each round is written to the results
-    file `path` when it ends, so that a resumed run repeats no completed round and has the same settings and header."""
-    header |= asdict(options) | asdict(settings)
-    with contextlib.closing(problems.ResultsFile(path, header, len(listed) * (settings.rounds + 1))) as results:
-        for k, (problem, answer) in enumerate(listed):
+    file `path` when it ends, so that a resumed run repeats no completed round. Its settings, problems and digests
+    (problems.digests_of) must be those of that file."""
+    header = {'settings': {'model': model} | asdict(options) | asdict(settings), 'digests': digests}
+    with problems.open_results(path, header, listed, len(listed) * (settings.rounds + 1)) as results:
+        for k, (problem, _) in enumerate(listed):
             done = [[Round([Candidate([], None, *fields) for fields in problems.outputs_of(row)])]
                     for row in results.rows[k]]
             generate = policy.sampler(options, results.stream, 1000 * k + len(done))        # a seed per round
             question = policy.encode(problem + problems.INSTRUCTION)
             for now, in rounds_of([question], generate, policy, settings, done):
-                results.add(k, answer, now, policy.decode)
+                results.add(k, now, policy.decode)
     print(problems.table(listed, results.rows))
 
 
@@ -172,10 +172,11 @@ def main(config, settings, options, server, file):
     configurator.refuse_unused(config, 'device' if server.server else '', 'with --server')
     words = problems.read_words(file.aggregation_prompt) if file.aggregation_prompt else None
     listed = problems.read_problems(file.problems) if file.problems else []
+    folder = config.ckpt or ('' if server.server else 'runs/loops')
     if server.server:
-        policy = client.load_policy(server, config.ckpt, words, settings.compact, file.out)
+        policy = client.load_policy(server, folder, words, settings.compact, file.out)
     else:
-        policy = load_policy(config.ckpt or 'runs/loops', pick_device(config.device), words, settings.compact)
+        policy = load_policy(folder, pick_device(config.device), words, settings.compact)
     if not listed:
         return answer_question(policy, config, settings, options)
     if policy.build_prompt is task.build_prompt:
@@ -184,8 +185,7 @@ def main(config, settings, options, server, file):
     problems.check_room(policy, [problem + problems.INSTRUCTION for problem, _ in listed], settings)
     if file.dry_run:
         return print(problems.forecast(policy, listed, settings))
-    solve_file(policy, listed, file.out, settings, options, ckpt=config.ckpt, model=server.model,
-               problems=file.problems, aggregation_prompt=file.aggregation_prompt)
+    solve_file(policy, listed, file.out, settings, options, problems.digests_of(folder, words), server.model)
 
 
 if __name__ == '__main__':

@@ -1,30 +1,37 @@
-"""Problem files for Markovian RSA (rsa.py): prompts, answers, scores, and the results file of a run.
+"""Problem files for Markovian RSA (rsa.py): prompts, scores, and the results file of a run.
 
-    {"problem": "What is 2 + 2?", "answer": "4"}                one line of the file
+    {"problem": "What is 2 + 2?", "answer": "4"}                one line of the file, or one entry of a JSON array
 
+Also read: `question` for the problem, answers after ####, and boxed answers in a `solution` (read_problem).
 `python rsa.py --ckpt=FOLDER --problems=FILE.jsonl`. In round 0 a candidate reads the problem and the instruction to put
 its answer into \\boxed{}. In later rounds it reads one user message with the problem and C tails of the previous
 round's reasoning (the text before </think>): AGGREGATE below, CONTINUE if C = 1, or ANSWERS if --compact=answer. The
 message has the structure of the published one (Zyphra's fork of vLLM, examples/markovian_rsa), in other words; a file
 given by --aggregation_prompt replaces it. Tails are inserted as tokens, so that the prompt's length is bounded.
 """
+import contextlib
+import hashlib
 import json
+import math
 import operator
 import os
 import re
 import statistics
+import sys
 import time
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from configurator import refuse_unused
-from validate import parse_json, read_bytes, reading
+from runtime.checkpoint import exclusive_lock
+from tasks.answers import JUDGE, equal, final_answer, start_worker
+from validate import check, parse_json, read_text
 
 INSTRUCTION = '\n\nReason step by step, and put the final answer into \\boxed{}.'
 
@@ -83,26 +90,66 @@ class FileConfig:
 
 
 def read_problems(path):
-    """Return the (problem, answer) pairs of a file, as texts. Raise ValueError that names the line."""
-    problems = []
-    for number, line in enumerate(read_bytes(path).split(b'\n'), 1):
-        if line.strip():
-            where = f'{path}, line {number}'
-            row = parse_json(line, where, {'problem': str, 'answer': (str, float)})
-            if not row['problem'].strip() or not str(row['answer']).strip():
-                raise ValueError(f'{where}: the problem or its answer is empty')
-            problems.append((row['problem'], str(row['answer'])))
-    if not problems:
+    """Return the (problem, answer) pairs of a file, as texts. Print to standard error which keys they are from. Raise
+    ValueError that names the line or entry."""
+    text = read_text(path)
+    if text.lstrip().startswith('['):
+        entries = {f'{path}, entry {i}': entry
+                   for i, entry in enumerate(parse_json(text.encode(), path, [{str: object}]), 1)}
+    else:
+        entries = {(where := f'{path}, line {i}'): parse_json(line.encode(), where, {str: object})
+                   for i, line in enumerate(text.split('\n'), 1) if line.strip()}
+    if not entries:
         raise ValueError(f'{path} holds no problem')
-    return problems
+    problems, answers, *keys = zip(*(read_problem(entry, where) for where, entry in entries.items()))
+    shown = (f'{" or ".join(sorted(set(of)))} ({shorten(texts[0])})' for of, texts in zip(keys, (problems, answers)))
+    print(f'{path}: {len(problems):,} problems; problem: {next(shown)}, answer: {next(shown)}', file=sys.stderr)
+    return list(zip(problems, answers))
+
+
+def read_problem(entry, where):
+    """Return the problem, its answer, and in words where in the entry each was found. The case of keys is ignored."""
+    keys, found = {key.lower(): key for key in reversed(entry)}, []
+
+    def texts(names, schema):
+        for key in filter(None, map(keys.get, names)):
+            if entry[key] is not None:
+                check(entry[key], schema, where, key)
+                yield str(entry[key]), key
+    problems = ((text, key) for text, key in texts(('problem', 'question'), str) if text.strip())
+    answers = filter(None, (answer_in(text, key) for text, key in texts(('answer', 'solution'), (str, float))))
+    for name, items in ('problem or question', problems), ('answer, or solution with a \\boxed{} answer', answers):
+        found.append(next(items, None))
+        if found[-1] is None:
+            raise ValueError(f'{where}: {name} is missing or empty')
+    (problem, problem_place), (answer, answer_place) = found
+    return problem, answer, problem_place, answer_place
+
+
+def answer_in(text, key):
+    """Return the reference answer in a text and where it was found, or None."""
+    if '####' in text:                                          # as in GSM8K: a solution, then the answer
+        text, place = text.rpartition('####')[2], f'what follows #### in {key}'
+    elif re.search(r'\\(boxed|fbox)', text):
+        text, place = final_answer(text), f'the last box in {key}'
+    elif key.lower() == 'solution':
+        return None
+    else:
+        place = key
+    return (text.strip(), place) if text.strip() else None
+
+
+def shorten(text, length=50):
+    """Return a text on one line, quoted, with at most `length` characters."""
+    text = ' '.join(text.split())
+    return repr(text if len(text) <= length else text[:length - 3] + '...')
 
 
 # ---- prompts ----
 
 def read_words(path):
     """Return the aggregation prompt in a file. Raise ValueError unless it contains {problem} and {candidates} once."""
-    with reading(path):
-        words = read_bytes(path).decode()
+    words = read_text(path)
     for name in '{problem}', '{candidates}':
         if words.count(name) != 1:
             raise ValueError(f'{path}: must hold {name} once: it says where that goes in the prompt')
@@ -125,44 +172,6 @@ def message(question, tails, words=None, compact='tail'):
     return parts
 
 
-# ---- answers ----
-
-def final_answer(text):
-    r"""Return the content of the last \boxed{...} in a text, nested braces included; without one, the text."""
-    at = text.rfind('\\boxed{')
-    if at < 0:
-        return text.strip()
-    depth, start = 1, at + len('\\boxed{')
-    for end in range(start, len(text)):
-        depth += (text[end] == '{') - (text[end] == '}')
-        if depth == 0:
-            return text[start:end].strip()
-    return text[start:].strip()                                 # cut off before the closing brace
-
-
-def canonical(answer):
-    """Return a Fraction for a number (7, -1,200, 0.50, 3/4, a LaTeX fraction), else normalized text."""
-    text = re.sub(r'\\(text|mathrm|mathbf)\{([^{}]*)\}', r'\2', answer.strip())
-    text = re.sub(r'\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}', r'\1/\2', text)
-    text = re.sub(r'\\[()\[\],;! ]|\\(left|right)(?![a-z])|[$\s]|\^?\\circ', '', text).rstrip('.')
-    number = re.fullmatch(r'([-+]?)(\d+|\d{1,3}(?:,\d{3})+)?(\.\d+)?(?:/(\d+))?', text)
-    if number and len(text) < 1000 and (number[2] or number[3]) and int(number[4] or 1):
-        value = Fraction((number[2] or '0').replace(',', '') + (number[3] or '')) / int(number[4] or 1)
-        return -value if number[1] == '-' else value
-    return text.casefold()
-
-
-def equal(a, b):
-    """Return whether two answers are equal as numbers or text; with the package math-verify, also as expressions."""
-    if canonical(a) == canonical(b):
-        return True
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        return False
-    return bool(verify(parse(f'${a}$'), parse(f'${b}$')))
-
-
 # ---- scores ----
 
 def majority_vote(answers, equal=operator.eq):
@@ -170,6 +179,15 @@ def majority_vote(answers, equal=operator.eq):
     there is no vote."""
     votes = [answer for answer in answers if answer is not None]
     return max(votes, key=lambda vote: sum(equal(vote, other) for other in votes), default=None)    # max: the first
+
+
+def merge_equal(answers):
+    """Return {answer: the first answer that equals it}, for votes: the judge is slow, and compares texts only once."""
+    merged = {}
+    for answer in filter(None, answers):
+        if answer not in merged:
+            merged[answer] = next((first for first in dict.fromkeys(merged.values()) if equal(first, answer)), answer)
+    return merged
 
 
 def score(answers, verify, equal=operator.eq):
@@ -189,6 +207,11 @@ def mean_ci95(values):
         raise ValueError('no values to average: give those of at least one problem')
     std = statistics.stdev(values) if len(values) > 1 else float('nan')
     return statistics.fmean(values), 1.96 * std / len(values) ** 0.5
+
+
+def percent(mean, half):
+    """Return a mean and half the width of its confidence interval (mean_ci95) in percent, as text."""
+    return f'{100 * mean:.1f} ' + (f'+-{100 * half:.1f}' if math.isfinite(half) else '-')
 
 
 def repeats(tokens, chunk=256, least=0.05):
@@ -230,35 +253,80 @@ def print_result(rounds, question, decode, show, *extras):
 
 def table(problems, rows):
     """Return the table of scores of a complete run. rows: those of its ResultsFile."""
-    scores = [score(rows[k][-1]['answers'], lambda text: equal(text, answer), equal)
-              for k, (_, answer) in enumerate(problems)]
-    mean, half = mean_ci95([s['mean'] for s in scores])
+    scores = []
+    for k, (_, gold) in enumerate(problems):
+        answers = rows[k][-1]['answers']
+        merged = merge_equal(answers)
+        scores.append(score(answers, lambda answer: equal(gold, answer), lambda a, b: merged.get(a) == merged.get(b)))
+    mean = percent(*mean_ci95([s['mean'] for s in scores]))
     vote, best = (statistics.fmean(s[key] for s in scores) for key in ('majority', 'best_of_n'))
     tokens, seconds, prompt = ([row[key] for rounds in rows.values() for row in rounds]
                                for key in ('tokens', 'seconds', 'longest_prompt'))
     return '\n'.join([
-        f'| problems | mean of {len(rows[0][-1]["answers"])}, % | majority, % | best, % | generated tokens per problem '
-        '| longest prompt | hours | tokens/s |',
-        '| --- ' * 8 + '|',
-        f'| {len(problems)} | {100 * mean:.1f} +-{100 * half:.1f} | {100 * vote:.1f} | {100 * best:.1f} '
-        f'| {sum(tokens) / len(problems):,.0f} | {max(prompt)} | {sum(seconds) / 3600:.2f} '
-        f'| {sum(tokens) / max(sum(seconds), 1e-9):,.0f} |'])
+        f'| problems | mean of {len(answers)}, % | majority, % | best, % | generated tokens per problem '
+        '| longest prompt | hours | tokens/s | answers compared by |',
+        '| --- ' * 9 + '|',
+        f'| {len(problems)} | {mean} | {100 * vote:.1f} | {100 * best:.1f} | {sum(tokens) / len(problems):,.0f} '
+        f'| {max(prompt)} | {sum(seconds) / 3600:.2f} | {sum(tokens) / max(sum(seconds), 1e-9):,.0f} | {JUDGE} |'])
 
 
 # ---- the results file ----
 
 COUNT, TOKEN = range(2 ** 50), range(2 ** 130)                  # large: pieces of text (tasks/client.py)
-ROW = {'problem': COUNT, 'round': COUNT, 'answers': [(None, str)], 'right': [bool], 'tokens': COUNT,
+HEADER = {'settings': dict, 'digests': {str: str}}
+ROW = {'problem': COUNT, 'digest': str, 'round': COUNT, 'answers': [(None, str)], 'right': [bool], 'tokens': COUNT,
        'longest_prompt': COUNT, 'seconds': float, 'tail_tokens': [[TOKEN]], 'answer_tokens': [(None, [TOKEN])]}
 
 
-class ResultsFile:
-    """The results of a run over a file of problems: a header with its settings, then one line per problem and round."""
+def digest(data):
+    """Return a short digest of text or bytes."""
+    return hashlib.sha256(data if isinstance(data, bytes) else data.encode()).hexdigest()[:16]
 
-    def __init__(self, path, header, total):
-        """Open the file of a new run, or of one that resumes. total: number of rounds of all problems."""
-        self.rows = read_results(path, header)                  # {problem: rows of its rounds}
-        self.file, self.tokens = open(path, 'a', encoding='utf-8'), 0
+
+def digests_of(folder, words):
+    """Return {what: digest} of what a model's answers depend on: the wording of the prompts, and the files of a model
+    or tokenizer in `folder` ('': none). words: see message."""
+    digests = {'the wording of the prompts': digest(INSTRUCTION + (words or AGGREGATE + CONTINUE + ANSWERS))}
+    for pattern in '*.safetensors', 'ckpt.pt', 'ckpt.pt/*', '*config.json', 'tokenizer.json', 'bpe.json', '*.jinja':
+        for path in Path(folder).glob(pattern) if folder else ():
+            if path.is_file():
+                digests[f'{path.relative_to(folder).as_posix()} of --ckpt'] = digest(sampled_bytes(path))
+    return digests
+
+
+def sampled_bytes(path, blocks=64, length=2 ** 18):
+    """Return the size of a file and `blocks` blocks of its bytes, evenly spaced from its start to its end: all bytes of
+    a file of up to 16 MiB; of larger ones the tables of tensors, which safetensors starts and torch.save ends with."""
+    size = path.stat().st_size
+    parts = [f'{size} '.encode()]
+    with open(path, 'rb') as file:
+        for i in range(min(blocks, -(-size // length))):
+            file.seek(max(i * length, i * (size - length) // (blocks - 1)))
+            parts.append(file.read(length))
+    return b''.join(parts)
+
+
+@contextlib.contextmanager
+def open_results(path, header, problems, total):
+    """Provide the ResultsFile of a new run, or of one that resumes. Only one process at a time may have it.
+    header: {'settings': ..., 'digests': digests_of(...)}. total: number of rounds of all problems."""
+    start_worker()                                              # without math-verify, fail before the first round
+    with exclusive_lock(path + '.lock'):
+        results = ResultsFile(path, header, problems, total)
+        try:
+            yield results
+        finally:
+            results.file.close()
+            results.bar.close()
+
+
+class ResultsFile:
+    """The results of a run over a file of problems: a header with its settings and digests of what it depends on, then
+    one line per problem and round, with a digest of the problem and its answer."""
+
+    def __init__(self, path, header, problems, total):
+        self.rows = read_results(path, header, problems)        # {problem: rows of its rounds}
+        self.problems, self.file, self.tokens = problems, open(path, 'a', encoding='utf-8'), 0
         self.bar = tqdm(total=total, initial=sum(map(len, self.rows.values())), unit='round', dynamic_ncols=True)
         self.began = self.round_began = time.perf_counter()
 
@@ -268,23 +336,20 @@ class ResultsFile:
         if self.tokens % 64 == 0:
             self.bar.set_postfix_str(f'{self.tokens / (time.perf_counter() - self.began):,.1f} tokens/s')
 
-    def add(self, k, answer, now, decode):
-        """Append a Round of problem k, whose right answer is `answer`."""
+    def add(self, k, now, decode):
+        """Append a Round of problem k."""
+        seconds, (_, gold) = time.perf_counter() - self.round_began, self.problems[k]
         texts = [None if c.answer is None else final_answer(decode(c.answer)) for c in now.candidates]
         self.rows[k].append({
-            'problem': k, 'round': len(self.rows[k]), 'answers': texts,
-            'right': [text is not None and equal(text, answer) for text in texts], 'tokens': now.tokens,
+            'problem': k, 'digest': digest(repr(self.problems[k])), 'round': len(self.rows[k]), 'answers': texts,
+            'right': [text is not None and equal(gold, text) for text in texts], 'tokens': now.tokens,
             'longest_prompt': max((len(c.prompt) for c in now.candidates if c.prompt), default=0),
-            'seconds': round(time.perf_counter() - self.round_began, 3), 'sampled': [c.sampled for c in now.candidates],
+            'seconds': round(seconds, 3), 'sampled': [c.sampled for c in now.candidates],
             'tails': [decode(c.tail) for c in now.candidates],
             'tail_tokens': [c.tail for c in now.candidates], 'answer_tokens': [c.answer for c in now.candidates]})
         append_line(self.file, self.rows[k][-1])
         self.round_began = time.perf_counter()
         self.bar.update()
-
-    def close(self):
-        self.file.close()
-        self.bar.close()
 
 
 def outputs_of(row):
@@ -300,9 +365,10 @@ def append_line(file, row):
     os.fsync(file.fileno())
 
 
-def read_results(path, header):
+def read_results(path, header, problems):
     """Return {problem: rows} of a results file, and drop an incomplete last line; start the file if it does not exist.
-    Raise ValueError if its settings differ from `header`, or it is another kind of file."""
+    Raise ValueError if its header or its problems differ from those given, or it is another kind of file. Problems may
+    be added, and those without results changed."""
     content, start, rows = b'', b'{"settings": ', defaultdict(list)
     if os.path.exists(path):
         with open(path, 'rb') as file:
@@ -313,24 +379,36 @@ def read_results(path, header):
             raise ValueError
         if not complete:
             with open(path, 'w', encoding='utf-8') as file:
-                append_line(file, {'settings': header})
+                append_line(file, header)
             return rows
-        first, *lines = (parse_json(line, path, ROW if i else {'settings': dict})
+        first, *lines = (parse_json(line, path, ROW if i else HEADER)
                          for i, line in enumerate(content[:complete].split(b'\n')[:-1]))
         for row in lines:
             lengths = {len(row[key]) for key in ('answers', 'right', 'tail_tokens', 'answer_tokens')}
-            if row['round'] != len(rows[row['problem']]) or lengths != {header.get('population', len(row['right']))}:
+            if row['round'] != len(rows[row['problem']]) or lengths != {first['settings'].get('population')}:
                 raise ValueError
             rows[row['problem']].append(row)
     except ValueError:
-        raise ValueError(f'{path} was not written by such a run: name another file with --out') from None
-    before = first['settings']
-    changed = [key for key in header if before.get(key) != header[key]]
-    if changed:
-        raise ValueError(f'{path} belongs to a run with {changed[0]} = {before.get(changed[0])!r}: name another file '
-                         'with --out')
+        raise ValueError(f'{path} is no results file of this version: name another file with --out') from None
+    if change := change_since(path, first, rows, header, problems):
+        raise ValueError(f'{change}: name another file with --out')
     os.truncate(path, complete)
     return rows
+
+
+def change_since(path, before, rows, header, problems):
+    """Return what was changed since a results file was written, or None. before: its header."""
+    for key, value in header['settings'].items():
+        if before['settings'].get(key) != value:
+            return f'{path} belongs to a run with {key} = {before["settings"].get(key)!r}'
+    for key in sorted(before['digests'].keys() | header['digests']):
+        if before['digests'].get(key) != header['digests'].get(key):
+            return f'{key} was changed since {path} was started'
+    for k, of_problem in sorted(rows.items()):
+        if k >= len(problems):
+            return f'{path} has results of problem {k + 1}, but there are only {len(problems)} problems now'
+        if {row['digest'] for row in of_problem} != {digest(repr(problems[k]))}:
+            return f'problem {k + 1} ({shorten(problems[k][0])}) or its answer was changed since {path} was started'
 
 
 # ---- cost ----
