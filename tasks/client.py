@@ -8,15 +8,16 @@ servers would append an end token. The server's token counts are the lengths of 
 bounds and costs in rsa.py are the server's.
 
 Tails are cut in tokens of the tokenizer in the folder --ckpt, which needs no weights; without one, in pieces of four
-characters, which count as a token each. Tails enter the next prompt as text, which the server tokenizes again. If that
-gives the same tokens, results at temperature 0 equal those of a local model.
+characters, which count as a token each. A reply without usage is counted the same way. Tails enter the next prompt as
+text, which the server tokenizes again. If that gives the same tokens, results at temperature 0 equal those of a local
+model.
 
 Reasoning ends with </think>, or is a separate field (`reasoning_content`, `reasoning`). If a server hides it, a
 finished reply counts as the answer.
 
-Temporary errors (no connection, timeout, status 429 or 500 and above, an incomplete reply) are retried after 1, 2, 4,
-... seconds, or when the server says. Every complete reply is saved in FILE.replies until its round ends, so that a
-stopped run requests only the missing ones.
+Temporary errors (no connection, timeout, status 429 or 500 and above, a reply that is incomplete or whose finish_reason
+is neither `stop` nor `length`) are retried after 1, 2, 4, ... seconds, or when the server says. Every complete reply is
+saved in FILE.replies until its round ends, so that a stopped run requests only the missing ones.
 """
 import asyncio
 import hashlib
@@ -87,6 +88,7 @@ class ServerPolicy:
     replies: str                    # file for the replies of the current round, or ''
     resumes: bool                   # that file may hold replies of this run
     model = None                    # no local model
+    counts = False                  # some reply had no usage
 
     def decode(self, tokens):
         return tokens.text if isinstance(tokens, Text) else self.decode_tokens(tokens)
@@ -133,6 +135,8 @@ class ServerPolicy:
         saved = read_replies(self, keys)
 
         def save(i, reply):
+            if not (reply['tokens'] and reply['prompt']):
+                reply = self.count(requests[i], reply)
             saved[keys[i]] = reply
             if self.replies:
                 with open(self.replies, 'a', encoding='utf-8') as file:
@@ -140,6 +144,17 @@ class ServerPolicy:
         missing = {i: request for i, request in enumerate(requests) if keys[i] not in saved}
         asyncio.run(ask_all(self.config, missing, save, stream))
         return [saved[key] for key in keys]
+
+    def count(self, request, reply):
+        """Return a reply without usage with the number of its tokens, and of its prompt's without those of the chat
+        template, counted in the unit of tails."""
+        if not self.counts:
+            tqdm.write(f'{self.config.server} reports no usage: tokens are counted here, as those of tails are',
+                       file=sys.stderr)
+            self.counts = True
+        most = request['max_tokens']                            # the length of a reply that was cut
+        tokens = min(most, len(self.parse(reply['text'])) + 1) if reply['ended'] else most      # 1: the stop token
+        return reply | {'tokens': tokens, 'prompt': len(self.parse(request['messages'][0]['content']))}
 
 
 def load_policy(config, ckpt, words, compact, path):
@@ -240,7 +255,8 @@ async def ask(client, url, request, stream):
 
 
 async def read(client, request, stream):
-    """Return the reply to one attempt, {'text', 'ended', 'tokens', 'prompt'}. Raise ValueError if it is incomplete."""
+    """Return the reply to one attempt, {'text', 'ended', 'tokens', 'prompt'}; without usage there
+    are 0 tokens. Raise ValueError if it is incomplete."""
     thought, answer, reason, usage = '', '', None, None
     async with await client.chat.completions.create(
             **request, stream=True, stream_options={'include_usage': True}) as chunks:
@@ -252,8 +268,9 @@ async def read(client, request, stream):
                 thought, answer = thought + new, answer + (delta.content or '')
                 if new or delta.content:
                     stream(new or delta.content)
-    if reason is None or usage is None:
-        raise ValueError('the reply is incomplete' + ': its usage is missing' * (reason is not None))
+    if reason not in ('stop', 'length'):
+        raise ValueError(f'the reply ended with finish_reason {reason!r}' if reason else 'the reply is incomplete')
+    tokens, prompt = (int(getattr(usage, key, None) or 0) for key in ('completion_tokens', 'prompt_tokens'))
     text = thought + '</think>' * bool(thought and (answer or reason == 'stop')) + answer
-    return {'text': text.encode('utf-8', 'replace').decode(), 'ended': reason == 'stop',
-            'tokens': int(usage.completion_tokens), 'prompt': int(usage.prompt_tokens)}
+    return {'text': text.encode('utf-8', 'replace').decode(), 'ended': reason == 'stop', 'tokens': tokens,
+            'prompt': prompt}

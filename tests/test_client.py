@@ -3,6 +3,7 @@ server that produces every kind of error."""
 import asyncio
 import json
 import os
+import shutil
 import socket
 import string
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from runtime.language import released_language
 from runtime.pretrained import save_pretrained
 from common import ENV, ROOT, run_script, tiny_model
 from tasks import client
@@ -211,8 +213,11 @@ class Handler(BaseHTTPRequestHandler):
         if fault == 'error':
             self.event({'error': {'message': 'the engine is dead'}})
         elif fault != 'ends':
-            self.event({'choices': [{'index': 0, 'delta': {}, 'finish_reason': 'stop'}]})
-            if fault != 'no usage':
+            reason = fault if fault in ('abort', 'engine error', 'content_filter', 'length') else 'stop'
+            self.event({'choices': [{'index': 0, 'delta': {}, 'finish_reason': reason.removeprefix('engine ')}]})
+            if fault == 'zero usage':
+                self.event({'choices': [], 'usage': dict.fromkeys(usage, 0)})
+            elif fault not in ('no usage', 'length'):
                 self.event({'choices': [], 'usage': usage})
             self.chunk(b'data: [DONE]\n\n')
         self.chunk(b'')
@@ -265,7 +270,8 @@ def whole(once, problems, monkeypatch, capsys):
 
 @pytest.mark.parametrize('fault, words', [
     (500, '500'), (503, '503'), (429, '429'), ('no answer', 'Connection error'), ('breaks off', 'closed'),
-    ('ends', 'the reply is incomplete'), ('error', 'the engine is dead'), ('no usage', 'its usage is missing')])
+    ('ends', 'the reply is incomplete'), ('error', 'the engine is dead'), ('abort', "finish_reason 'abort'"),
+    ('engine error', "finish_reason 'error'"), ('content_filter', "finish_reason 'content_filter'")])
 def test_whatever_fails_for_the_moment_is_asked_for_again_and_changes_nothing(
         fault, words, whole, problems, monkeypatch, capsys, slept):
     said = []
@@ -369,6 +375,42 @@ def test_cost_is_what_the_server_counted(whole, problems, monkeypatch, capsys):
         run(monkeypatch, capsys, s.url, problems, 'out')
     assert sum(row['tokens'] for row in whole) == sum(1 + body['seed'] % 11 for body in s.requests)
     assert max(row['longest_prompt'] for row in whole) == max(100 + body['seed'] % 7 for body in s.requests)
+
+
+@pytest.mark.parametrize('fault', ['no usage', 'zero usage', 'length'])
+@pytest.mark.parametrize('tokenizer', [False, True])
+def test_without_usage_tokens_are_counted_here_and_that_is_said_once(
+        fault, tokenizer, folder, whole, problems, monkeypatch, capsys, slept):
+    said, flags = [], [f'--ckpt={folder}'] * tokenizer + ['--budget=64']
+    monkeypatch.setattr(client.tqdm, 'write', lambda text, file: said.append(text))
+    with stand_in(lambda number, body: fault) as s:
+        _, message, path = run(monkeypatch, capsys, s.url, problems, 'out', *flags)
+    assert message is None and len(s.requests) == 6 and not slept
+    assert said == [f'{s.url} reports no usage: tokens are counted here, as those of tails are']
+    count = released_language(folder).encode_with_special if tokenizer else client.pieces
+    length = lambda body: min(64, 1 + len(count(f'{thought(body)}</think>\\boxed{{{body["seed"] % 5}}}')))
+    rows = rows_of(path)
+    assert sum(row['tokens'] for row in rows) == sum(
+        64 if fault == 'length' else length(body) for body in s.requests)
+    assert max(row['longest_prompt'] for row in rows) == max(
+        len(count(body['messages'][0]['content'])) for body in s.requests)
+    assert rows[0]['answers'] == ([None] * 3 if fault == 'length' else whole[0]['answers'])
+
+
+def test_a_count_made_here_never_exceeds_the_budget(problems, monkeypatch, capsys):
+    with stand_in(lambda number, body: 'no usage') as s:
+        _, message, path = run(monkeypatch, capsys, s.url, problems, 'out', '--budget=2', '--tail=1')
+    assert message is None and [row['tokens'] for row in rows_of(path)] == [6, 6]
+
+
+def test_changes_of_the_tokenizer_or_the_model_s_name_are_named(folder, whole, problems, monkeypatch, capsys, tmp_path):
+    shutil.copytree(folder, tmp_path / 'copy')
+    with stand_in() as s:
+        for flags, words in ([], None), ([], None), (['--model=b'], "belongs to a run with model = 'tiny'"), (
+                [f'--ckpt={tmp_path / "copy"}'], 'of --ckpt was changed since'):
+            _, message, _ = run(monkeypatch, capsys, s.url, problems, 'out', *flags)
+            assert (words in message and message.endswith('name another file with --out')) if words else not message
+    assert len(s.requests) == 6
 
 
 def test_a_request_holds_the_settings_of_sampling_and_a_seed_of_its_own(problems, monkeypatch, capsys):
