@@ -5,7 +5,8 @@ one of these outcomes, of which the first two are correct:
 
     ran         exit code 0, and the output is the expected one (`expected`, below)
     one line    exit code 1, and the last line on stderr starts with the program's name
-    traceback, crash (a signal), hang (the time limit), silent (exit code 0, but not the expected output)
+    traceback, crash (a signal), hang (the time limit), silent (exit code 0, but not the expected output), refused (one
+    line for input that is known to be valid)
 
 Expected outputs: a run resumed from any of its checkpoints has the final weights of an uninterrupted run; a sample is
 that of the checkpoint that was used; settings are those of the command line; a temperature near 0 takes the likeliest
@@ -41,6 +42,7 @@ import rsa
 import sample
 import train
 from runtime import checkpoint, pretrained
+from runtime.legacy import legacy_names
 from tasks.loops import task
 from data.prepare import prepare
 from data.tokenizer import save_tokenizer
@@ -48,7 +50,7 @@ from model import ZayaConfig
 from tests.common import ROOT, TINY_RUN, tiny_model
 
 LIMIT, MEMORY = 20, 6 << 30                             # per case: seconds, bytes in addition to the parent's
-OUTCOMES = 'ran', 'one line', 'traceback', 'crash', 'hang', 'silent'
+OUTCOMES = 'ran', 'one line', 'traceback', 'crash', 'hang', 'silent', 'refused'
 SAMPLE = ['--prompt=self', '--max_new_tokens=6', '--device=cpu']
 RSA = ['--population=2', '--candidates=2', '--rounds=1', '--budget=6', '--tail=3', '--device=cpu']
 
@@ -67,8 +69,8 @@ def call(script, arguments, stdin=b'', memory=MEMORY):
                 for new, old in (given, 0), (out, 1), (err, 2):
                     os.dup2(new.fileno(), old)
                 sys.stdin = open(0, encoding='utf-8', closefd=False)
-                sys.stdout, sys.stderr = (open(fd, 'w', encoding='utf-8', errors='backslashreplace', closefd=False)
-                                          for fd in (1, 2))
+                encoding = 'ascii' if script == 'train.py' else 'utf-8'         # a terminal without the characters
+                sys.stdout, sys.stderr = (open(fd, 'w', encoding=encoding, closefd=False) for fd in (1, 2))
                 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
                 signal.alarm(LIMIT)
                 os.chdir(ROOT)
@@ -171,8 +173,8 @@ class World:
         self.folder, self.case = folder, folder / 'case'
         words = 'def return self import for in range print value index ( ) [ ] = + naïve 漢字'.split()
         text = lambda: '\n'.join(' '.join(rng.choices(words, k=8)) for _ in range(20)).encode()
-        self.data, self.run, self.loops, self.released = (
-            folder / name for name in ('data', 'run', 'loops', 'released'))
+        self.data, self.run, self.loops, self.released, self.legacy = (
+            folder / name for name in ('data', 'run', 'loops', 'released', 'legacy'))
         prepare([(f'{i}.py', text()) for i in range(12)], self.data, 300)
         self.flags = [*TINY_RUN, f'--dataset={self.data}', '--sample_tokens=0', '--decay_fraction=0',
                       '--n_layer=1']
@@ -184,6 +186,7 @@ class World:
                                                 'model_config': asdict(model.config)})
         save_tokenizer(self.loops / 'bpe.json', task.ENC)
         self.write_released()
+        self.write_legacy()
         self.state = torch.load(self.run / 'ckpt.pt', weights_only=True)
         self.samples = {name: self.sampled(self.run / name) for name in ('ckpt.pt', 'ckpt_previous.pt')}
         _, self.released_sample, _ = call('sample.py', [f'--ckpt={self.released}', *SAMPLE])
@@ -211,6 +214,17 @@ class World:
         (self.released / 'generation_config.json').write_text('{"eos_token_id": [1]}')
         (self.released / 'chat_template.jinja').write_text(
             "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}")
+
+    def write_legacy(self):
+        import safetensors.torch
+        shutil.copytree(self.released, self.legacy)
+        tensors = safetensors.torch.load_file(self.legacy / 'model.safetensors')
+        config = json.loads((self.released / 'config.json').read_text())
+        safetensors.torch.save_file({
+            name: (tensor if e is None else tensor[e]).clone() for released, tensor in tensors.items()
+            for name, e in legacy_names(released, config)},
+            self.legacy / 'model.safetensors')
+        write_json(self.legacy / 'config.json', legacy_config(pretrained.load(self.released)[0].config))
 
     def sampled(self, path):
         """Return the output of sample.py for a run folder with only this checkpoint."""
@@ -246,8 +260,21 @@ def same(a, b):
     return a.equal(b) if isinstance(a, torch.Tensor) else a == b
 
 
-# ---- kinds of cases: each function returns script, arguments, stdin, expected(stdout, stderr) ----
+def legacy_config(config):
+    """Return config.json of a model in the legacy layout."""
+    return {'model_type': 'zaya', 'zaya_use_eda': True, 'zaya_use_mod': True, 'scale_residual_merge': True, 'cca': True,
+            'gated_linear_unit': True, 'clamp_temp': False, 'add_bias_linear': False, 'activation_func': 'swiglu',
+            'norm_epsilon': config.norm_eps, 'partial_rotary_factor': config.rope_fraction, 'moe_router_topk': 1,
+            'num_hidden_layers': 2 * config.n_layer, 'hidden_size': config.n_embd, 'vocab_size': config.vocab_size,
+            'cca_num_q_heads': [config.n_head, 0] * config.n_layer, 'num_query_groups': config.n_kv_head,
+            'ffn_hidden_size': 2 * config.expert_dim, 'zaya_mlp_expansion': config.router_dim,
+            'head_dim': config.head_dim, 'rope_theta': config.rope_base, 'rope_scaling': False, 'eos_token_id': 1,
+            'max_position_embeddings': config.context, 'num_experts': config.n_expert}
 
+
+# ---- kinds of cases: each function returns script, arguments, stdin, expected(stdout, stderr), if valid True ----
+
+ENCODINGS = 'utf-8', 'utf-8-sig', 'utf-16'
 WORK = {'max_steps', 'grad_accum', 'population', 'rounds', 'num_samples', 'rows', 'problems', 'seeds', 'samples',
         'steps', 'compile', 'kernel', 'out', 'ckpt', 'dataset', 'out_dir', 'device', 'init_from', 'wandb'}
 
@@ -273,18 +300,24 @@ def command_line(rng, world):
         ('rsa.py', (rsa.RSAConfig, rsa.RSASettings, sample.SamplingOptions), [f'--ckpt={world.loops}', *RSA]),
         ('evaluate.py', (evaluate.TableConfig, rsa.RSASettings, sample.SamplingOptions),
          [f'--ckpt={world.loops}', '--split=easy', '--problems=1', *RSA])])
-    flags, last = [], {}
+    flags, last, odd = [], {}, []
     for _ in range(rng.randrange(1, 4)):
         key, text, value = setting(rng, rng.choice(cls))
         flags.append(f'--{key}={text}')
-        if rng.random() < 0.03:
-            flags.append(rng.choice([f'-{key}', f'--{key}', f'--{key}x=1', '--']))
         last[key] = value
+        if rng.random() < 0.1:
+            odd = rng.choice([[f'-{key}'], [f'--{key}'], [f'--{key}', text], [f'-{key}={text}'], [f'--{key}x=1'],
+                              ['--']])
+            flags += odd
+    if ask := rng.random() < 0.03:
+        flags.append(rng.choice(['-h', '--help']))
     flags = [*base, *flags]
     if rng.random() < 0.1:
         flags.insert(0, rng.choice(['nowhere.py', str(world.folder), '/dev/null', '\udcff.py']))
 
     def expected(out, err):
+        if ask or odd:
+            return ask and all(f'--{field.name}=' in out for each in cls for field in fields(each))
         if script != 'train.py':
             return True
         state = checkpoint.load_checkpoint(world.case / 'new')
@@ -303,6 +336,8 @@ def config_file(rng, world):
     content = '\n'.join(lines).encode('utf-8', 'surrogateescape')
     if broken := rng.random() < 0.3:
         content = damaged(rng, content + b'\n# a comment\n')
+    elif rng.random() < 0.3:
+        content = content.decode('utf-8', 'surrogateescape').encode(rng.choice(ENCODINGS), 'replace')
     path.write_bytes(content)
     for _ in range(rng.randrange(2)):
         key, text, value = setting(rng, rng.choice([train.TrainConfig, ZayaConfig]))
@@ -373,11 +408,14 @@ def json_of(rng, path):
 
 
 def dataset_json(rng, world):
-    """meta.json and bpe.json of a dataset: the damage is detected or has no effect."""
-    folder, run = world.copy('data'), world.copy('run')
-    json_of(rng, folder / rng.choice(['meta.json', 'bpe.json']))
-    script, flags, stdin = world.resume(run, f'--dataset={folder}')
-    return script, flags, stdin, lambda out, err: world.same_end(run)
+    """A dataset in a folder of any name. Damage in its meta.json or bpe.json is detected or has no effect."""
+    folder, run, good = world.copy('data'), world.copy('run'), rng.random() < 0.3
+    if not good:
+        json_of(rng, folder / rng.choice(['meta.json', 'bpe.json']))
+    name = rng.choice(['data', 'My Data', 'D:data', '0.5:2', 'a b:c'])
+    folder = folder.rename(folder.with_name(name))
+    script, flags, stdin = world.resume(run, f'--dataset={folder}{rng.choice(["", ":2", ":0.5"])}')
+    return script, flags, stdin, lambda out, err: world.same_end(run), good
 
 
 def tokenizer_json(rng, world):
@@ -388,12 +426,14 @@ def tokenizer_json(rng, world):
 
 
 def released_json(rng, world):
-    """The JSON files of a released folder. Other values of some keys in config.json cannot be detected."""
-    folder, name = world.copy('released'), rng.choice(
+    """The JSON files of a folder in the released or the legacy layout. Other values of some keys in config.json cannot
+    be detected."""
+    folder, name = world.copy(rng.choice(['released', 'legacy'])), rng.choice(
         ['config.json'] * 3 + ['tokenizer_config.json', 'generation_config.json', 'tokenizer.json'])
     top = json_of(rng, folder / name)
     free = name != 'config.json' or top in (None, 'rms_norm_eps', 'initializer_range', 'rope_parameters',
-                                            'num_attention_heads', 'max_position_embeddings', 'eos_token_id')
+                                            'num_attention_heads', 'max_position_embeddings', 'eos_token_id',
+                                            'norm_epsilon', 'rope_theta', 'partial_rotary_factor')
     chat = ['--chat=True'] * (rng.random() < 0.3)
     return 'sample.py', [f'--ckpt={folder}', *SAMPLE, *chat], b'', lambda out, err: (
         free or bool(chat) or out == world.released_sample)
@@ -439,22 +479,35 @@ def weights_file(rng, world):
 
 
 def conversations(rng, world):
-    """A file of conversations, valid or not."""
+    """A file of conversations, valid or not, in one of the formats and encodings that are read."""
     text = lambda: rng.choice(['What?', 'naïve 漢字', '<|end|><think>', 'a' * rng.randrange(1, 200), '</think>'])
-    say = lambda role, content: {'role': role, 'content': content}
-    reply = lambda: rng.choice(['', '<think>so</think>']) + rng.choice(['4', 'naïve', '<|user|>'])
-    lines = [{'messages': [say(*pair) for _ in range(rng.randrange(1, 3))
-                           for pair in (('user', text()), ('assistant', reply()))]} for _ in range(rng.randrange(2, 6))]
-    good = rng.random() < 0.4
+    reply = lambda: rng.choice([
+        {}, {'reasoning': 'so'}, {'reasoning_content': 'so'}]) | {'role': 'assistant', 'content': rng.choice([
+            '', '<think>so</think>', 'so</think>', '<thinking>so</thinking>',
+            '<|begin_of_thought|>so<|end_of_thought|>']) + rng.choice(['4', 'naïve', '<|user|>'])}
+    lines = [{'messages': [message for _ in range(rng.randrange(1, 3))
+                           for message in ({'role': 'user', 'content': text()}, reply())]}
+             for _ in range(rng.randrange(2, 6))]
+    replies, good = sum(len(line['messages']) // 2 for line in lines), rng.random() < 0.6
     if not good:
         messages = rng.choice(lines)['messages']
         rng.choice([lambda: messages.pop(), lambda: messages[0].pop('content'),
-                    lambda: messages[0].update(role='system'),
+                    lambda: messages[0].update(role='system'), lambda: messages[-1].update(role='tool'),
                     lambda: messages[-1].update(content='<think>never closed'), lambda: messages.clear(),
+                    lambda: messages[-1].update(content='<think>so</think>4', reasoning='another'),
                     lambda: messages[0].update(content=rng.choice([None, 3, '', ' ', ['a'], '\ud800'])),
                     lambda: messages.append([]), lambda: messages.insert(0, 'hello')])()
+    elif rng.random() < 0.3:
+        lines = [{'conversations': [{'from': {'user': 'human', 'assistant': 'gpt'}[message['role']],
+                                     'value': message['content']} for message in line['messages']]} for line in lines]
+    elif rng.random() < 0.3:
+        replies = len(lines)
+        lines = [{'instruction': line['messages'][0]['content'], 'input': rng.choice(['', 'x']),
+                  'output': line['messages'][1]['content'], 'system': rng.choice([None, 'OK'])} for line in lines]
+    array, encoding = rng.random() < 0.3, rng.choice(ENCODINGS)
     path = world.case / 'talk.jsonl'
-    path.write_bytes(b'\n'.join(json.dumps(line).encode() for line in lines) + b'\n')
+    text = json.dumps(lines) if array else '\n'.join(map(json.dumps, lines)) + '\n'
+    path.write_bytes(text.encode(encoding))
     context = rng.choice([8, 64, 10 ** 7])
     out_dir = path.parent / 'chat'
 
@@ -462,31 +515,59 @@ def conversations(rng, world):
         meta = json.loads((out_dir / 'meta.json').read_text())
         kept = sum(meta[split]['documents'] for split in ('train', 'val'))
         dropped = sum(int(n) for n in re.findall(r'(\d+) dropped', out))        # too long for the context
-        return good and (context < 64 or kept + dropped == len(lines))
+        return good and (context < 64 or kept + dropped == replies)
     flags = [str(path), f'--out={out_dir}', f'--context={context}', '--vocab_size=300']
-    return 'data.chat.prepare', flags, b'', expected
+    return 'data.chat.prepare', flags, b'', expected, good and context == 10 ** 7
 
 
 def problems_file(rng, world):
-    """A damaged file of problems or of results."""
-    path = world.case / 'p.jsonl'
-    path.write_text('{"problem": "2 + 2?", "answer": 4}\n')
-    flags = [f'--ckpt={world.released}', f'--problems={path}', '--population=2', '--candidates=1', '--rounds=1',
+    """A file of problems, valid or damaged; or a second run after the problems, weights or results have changed."""
+    path, folder = world.case / 'p.jsonl', world.copy('released')
+    flags = [f'--ckpt={folder}', f'--problems={path}', '--population=2', '--candidates=1', '--rounds=1',
              '--budget=2', '--tail=1', '--final_budget=2', '--device=cpu']
-    if rng.random() < 0.5:
-        top = {'problem': rng.choice(VALUES), 'answer': rng.choice(VALUES)}
-        path.write_bytes(damaged(rng, path.read_bytes()) if rng.random() < 0.5 else json.dumps(top).encode())
-        return 'rsa.py', flags, b'', lambda out, err: out.startswith('| problems | mean')
-    row = {'problem': 0, 'round': 0, 'answers': [None, None], 'right': [False, False], 'tokens': 4, 'longest_prompt': 9,
-           'seconds': 0.1, 'sampled': [[], []], 'tails': ['a', 'b'], 'tail_tokens': [[5], [6]],
-           'answer_tokens': [None, None]}
-    settings = asdict(sample.SamplingOptions()) | asdict(rsa.RSASettings(
-        population=2, candidates=1, rounds=1, budget=2, tail=1, final_budget=2)) | dict(
-        ckpt=str(world.released), model='', problems=str(path), aggregation_prompt='')
-    row, top = mutated(rng, row)
-    content = f'{json.dumps({"settings": settings})}\n{json.dumps(row)}\n'.encode()
-    (path.parent / 'p.rsa.jsonl').write_bytes(content if rng.random() < 0.7 else damaged(rng, content))
-    return 'rsa.py', flags, b'', lambda out, err: out.startswith('| problems | mean')
+    table = lambda out, n='': out.startswith('| problems | mean') and f'\n| {n}' in out
+    array, encoding = rng.random() < 0.3, rng.choice(ENCODINGS)
+    make = rng.choice([lambda question, answer: {'problem': question, 'answer': answer},
+                       lambda question, answer: {'question': question, 'answer': f'It is 2 + 2.\n#### {answer}'},
+                       lambda question, answer: {'Problem': question, 'solution': f'So \\boxed{{{answer}}}.'}])
+
+    def write(*problems):
+        entries = [make(*problem) for problem in problems]
+        text = json.dumps(entries) if array else '\n'.join(map(json.dumps, entries))
+        path.write_bytes(text.encode(encoding))
+    if rng.random() < 0.3:
+        write(('2 + 2?', 4), ('3?', 3))
+        odd = {rng.choice(['problem', 'question']): rng.choice(VALUES), 'answer': rng.choice(VALUES)}
+        path.write_bytes(damaged(rng, path.read_bytes()) if rng.random() < 0.5 else json.dumps(odd).encode())
+        return 'rsa.py', flags, b'', lambda out, err: table(out)
+    write(('2 + 2?', 4), ('3?', 3))
+    code, first, _ = call('rsa.py', flags)
+    if code or not table(first, '2 |'):
+        return 'rsa.py', flags, b'', lambda out, err: False, True
+    wanted = None                                               # the table of the second run; None: one line
+    match rng.randrange(6):
+        case 0:
+            wanted = lambda out: out == first
+        case 1:
+            write(('2 + 2?', 4), ('3?', 3), ('4?', 4))
+            wanted = lambda out: table(out, '3 |')
+        case 2:
+            write(('2 + 3?', 4), ('3?', 3))
+        case 3:
+            write(('2 + 2?', 4), ('3?', rng.choice([4, '3.5', 'x'])))
+        case 4:
+            weights = bytearray((folder / 'model.safetensors').read_bytes())
+            weights[-rng.randrange(1, 1000)] ^= 1
+            (folder / 'model.safetensors').write_bytes(weights)
+        case 5:
+            results = path.with_name('p.rsa.jsonl')
+            lines = results.read_bytes().splitlines()
+            i = rng.randrange(len(lines))
+            lines[i] = json.dumps(mutated(rng, json.loads(lines[i]))[0]).encode()
+            content = b'\n'.join(lines) + b'\n'
+            results.write_bytes(content if rng.random() < 0.7 else damaged(rng, content))
+            wanted = table
+    return 'rsa.py', flags, b'', lambda out, err: bool(wanted and wanted(out))
 
 
 def prompts(rng, world):
@@ -535,9 +616,10 @@ def cases(world, config, numbers, memory):
         shutil.rmtree(world.case, ignore_errors=True)
         world.case.mkdir(parents=True)
         kind, rng = list(KINDS)[i % len(KINDS)], random.Random(f'{config.seed} {i}')
-        script, arguments, stdin, expected = KINDS[kind](rng, world)
+        script, arguments, stdin, expected, *valid = KINDS[kind](rng, world)
         code, out, err = call(script, arguments, stdin, memory)
         result = outcome(script, code, err, lambda: expected(out, err))
+        result = 'refused' if result == 'one line' and any(valid) else result
         done.append((i, kind, result, (err.replace('\r', '\n').strip().splitlines() or [''])[-1][:200]))
         if config.case >= 0:
             print(f'{script} {arguments!r:.3000}\n{out[-3000:]}\n{err[-3000:]}\nexit code {code}')
