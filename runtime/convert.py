@@ -1,5 +1,6 @@
 """`python -m runtime.convert FOLDER OUT`: write a run or a released folder in the layout of ZAYA1-8B."""
 import os
+import shutil
 import sys
 
 import configurator
@@ -16,4 +17,7 @@ if __name__ == '__main__':
         if os.path.exists(os.path.join(folder, 'config.json')):
             copy_folder(folder, out, lambda *tensor: [tensor], {}, share=1)
         else:
-            save_pretrained(load(folder)[0], out, run=folder)
+            unfinished = f'{os.path.normpath(out)}.unfinished'
+            shutil.rmtree(unfinished, ignore_errors=True)
+            save_pretrained(load(folder)[0], unfinished, run=folder)
+            os.rename(unfinished, out)

@@ -287,8 +287,8 @@ def test_sample_and_transformers_generate_the_same_text_from_an_export(run, expo
 
 
 def test_convert_exports_a_run(run, tmp_path, monkeypatch, capsys):
-    _, message = run_script(monkeypatch, capsys, 'runtime.convert', run, tmp_path / 'out')
-    assert message is None
+    _, message = run_script(monkeypatch, capsys, 'runtime.convert', run, f'{tmp_path}/out/')
+    assert message is None and [path.name for path in tmp_path.iterdir()] == ['out']
     assert_same_state(load(run)[0], load(tmp_path / 'out')[0])
     assert 'already there' in run_script(monkeypatch, capsys, 'runtime.convert', run, tmp_path / 'out')[1]
     assert 'name a folder and' in run_script(monkeypatch, capsys, 'runtime.convert', run)[1]
