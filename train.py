@@ -180,7 +180,7 @@ def save(run):
     save_checkpoint(run.config.out_dir, {
         'model': run.model.state_dict(), 'optimizers': [o.state_dict() for o in run.optimizers],
         'balancer': run.balancer.adamw.state_dict(), 'step': run.step, 'config': asdict(run.config),
-        'model_config': asdict(run.model.config), 'tokenizer': digest(run.tokenizer)})
+        'model_config': asdict(run.model.config), 'tokenizer': digest(run.tokenizer), 'packed': run.loader.packed > 0})
 
 
 def train_step(run):

@@ -1,23 +1,22 @@
 """Reasoning data: conversations to tokens, long ones trimmed to the context, short ones packed into windows.
 
-A conversation is one line of a JSONL file, in the format of public reasoning datasets:
+Each reply of a conversation (conversations.py) is one training sample: the prompt that chat would give the model for
+it, rendered by the same template (language.py), and the reply:
 
-    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "<think>t</think>a"}, ...]}
+    <|user|> q <|end|> <|assistant|> <think> t </think> a <|end|>               a reply with reasoning
+    <|user|> q <|end|> <|assistant|> <think> </think> a <|end|>                 without: --think=False asks this way
 
-and is encoded, with the special tokens of tokenizer.py, as
-
-    <|user|> q <|end|> <|assistant|> <think> t </think> a <|end|>
-
-The loss covers the assistant's tokens: everything after <|assistant|>. No <|endoftext|> follows: <|end|> ends the turn,
-and the flags of write_packed mark where the next document starts.
+In the prompt, earlier replies are without their reasoning. The loss covers the reply only: what follows <|assistant|>,
+and <think> </think> if there is no reasoning. No <|endoftext|> follows: <|end|> ends the turn, and the flags of
+write_packed mark where the next document starts.
 
 Two methods let a model with a short context learn from long reasoning (ZAYA1-8B report, arXiv 2605.05365, III):
 
   - Answer-preserving (AP) trimming makes a sample fit the context by the first of these rules that suffices. (1) Keep
     the sample unchanged. (2) Cut the end of the last turn's reasoning, no more than needed. (3) Drop the reasoning of
     the earlier turns, and cut that of the last as in (2). (4) Drop the sample: its questions and answers alone are too
-    long. Two common alternatives are included for comparison: dropping long samples loses the hard problems, and
-    truncation loses their answers.
+    long. The samples of `render` have one turn, so (3) has nothing to drop. Two common alternatives are included for
+    comparison: dropping long samples loses the hard problems, and truncation loses their answers.
   - Packing puts whole samples into windows of one size by best-fit decreasing (arXiv 2404.10830): the longest first,
     each into the fullest window that has room for it. No sample is cut, and there is little padding.
 
@@ -26,102 +25,41 @@ The functions are in the order in which data passes through them.
 
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from validate import parse_json
-from data.prepare import token_dtype, write_meta
-from data.tokenizer import digest, save_tokenizer
+from data.prepare import replacing, token_dtype, write_tokenizer_and_meta
 
 SCORED, STARTS = 1, 2    # the bits of a .flags file: see write_packed
 
 
 class Turn(NamedTuple):
-    """A question and its reply, as lists of tokens. A sample is a list of turns.
+    """A prompt and its reply, as lists of tokens. A sample is a list of turns: a single one, if `render` made it.
 
     Trimming treats the three parts differently. The loss covers all but the prompt; these tokens are called scored.
     """
-    prompt: list         # <|user|> question <|end|> <|assistant|>
+    prompt: list         # earlier turns, <|user|> question <|end|> <|assistant|>; <think> </think> if without reasoning
     think: list          # <think> reasoning </think>, or [] without reasoning
     answer: list         # answer <|end|>
 
 
-# --- conversations -----------------------------------------------------------------------------------------
+# --- samples -----------------------------------------------------------------------------------------------
 
 
-def read_conversations(path):
-    """Return the conversations of a JSONL file, each a list of {"role", "content"}; other keys are ignored.
-
-    Raise ValueError, naming the file and the line, if a line is not a conversation or there is none.
-    """
-    conversations = []
-    with open(path, 'rb') as file:                 # bytes: in JSONL only \n ends a line
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f'{path}, line {number}'
-                messages = parse_json(line, where, {'messages': [{'role': str, 'content': str}]})['messages']
-                if problem := problem_of(messages):
-                    raise ValueError(f'{where}: {problem}')
-                conversations.append(messages)
-    if not conversations:
-        raise ValueError(f'{path} holds no conversation')
-    return conversations
-
-
-def problem_of(messages):
-    """Return None if user and assistant alternate, from user to assistant, with nothing empty; else what is wrong."""
-    if not messages:
-        return 'a conversation needs at least one message'
-    for i, message in enumerate(messages, 1):
+def render(messages, language):
+    """Return the samples of a conversation, one per reply, each a list of one Turn. messages: see messages_of."""
+    samples, history = [], []
+    for message in messages:
         role, content = message['role'], message['content']
-        if role not in ('user', 'assistant'):
-            return f"message {i} has the role {role!r:.40}, must be 'user' or 'assistant'"
-        if role != ('assistant', 'user')[i % 2]:
-            return f'message {i} is of the {role}: user and assistant must take turns, user first'
-        if not content.strip():
-            return f'message {i} has no content'
-        answer = split_think(content)[1] if role == 'assistant' else content
-        if answer is None:
-            return f'message {i} opens <think> but never closes it'
-        if not answer.strip():
-            return f'message {i} has no answer after </think>'
-    if role == 'user':
-        return 'the last message is of the user, must be of the assistant'
-
-
-def split_think(content):
-    """Return (reasoning or None, answer) of an assistant's content; the answer is None if <think> is not closed.
-
-    A think block is at the start, after optional white space, and ends at the first </think>. Elsewhere the two tags
-    are plain text. White space inside and after the block is kept.
-    """
-    block = content.lstrip()
-    if not block.startswith('<think>'):
-        return None, content
-    think, closed, answer = block.removeprefix('<think>').partition('</think>')
-    return think, answer if closed else None
-
-
-def render(messages, enc):
-    """Return the sample of a conversation, a list of Turns.
-
-    encode_ordinary makes ordinary tokens of any text, so content cannot contain a special token. Raise ValueError if
-    the tokenizer lacks the special tokens.
-    """
-    names = ['<|user|>', '<|assistant|>', '<|end|>', '<think>', '</think>']
-    try:
-        user, assistant, end, open_think, close_think = map(enc.encode_single_token, names)
-    except KeyError:
-        raise ValueError(f'the tokenizer lacks one of the special tokens {" ".join(names)}') from None
-    sample = []
-    for question, reply in zip(messages[::2], messages[1::2]):
-        think, answer = split_think(reply['content'])
-        prompt = [user, *enc.encode_ordinary(question['content']), end, assistant]
-        reasoning = [] if think is None else [open_think, *enc.encode_ordinary(think), close_think]
-        sample.append(Turn(prompt, reasoning, [*enc.encode_ordinary(answer), end]))
-    return sample
+        if role == 'assistant':
+            think, answer = message['reasoning'], language.encode(content)      # whatever the text is, no special token
+            prompt = language.prompt(history, think=think is not None)
+            reasoning = [] if think is None else language.open_think + language.encode(think) + language.close_think
+            samples.append([Turn(prompt, reasoning, answer + language.encode_with_special('<|end|>'))])
+            content = [answer]
+        history.append({'role': role, 'content': content})
+    return samples
 
 
 def length(sample):
@@ -268,7 +206,7 @@ def padding(lengths, bins, capacity):
 
 
 def write_packed(splits, out, capacity, enc):
-    """Write a packed dataset with its tokenizer enc to the folder out; meta.json comes last, as in prepare.py.
+    """Write a packed dataset with its tokenizer enc to the folder out, as `replacing` does.
 
     splits: {"train": [(tokens, scored), ...], "val": [...], ...}, samples as `flatten` returns them. Per split:
 
@@ -291,23 +229,17 @@ def write_packed(splits, out, capacity, enc):
         except ValueError as error:
             raise ValueError(f'{split}: {error}') from None
 
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / 'meta.json').unlink(missing_ok=True)    # from here on, the folder is incomplete
-    save_tokenizer(out / 'bpe.json', enc)
-    dtype = token_dtype(enc.n_vocab)
-    meta = {'vocab_size': enc.n_vocab, 'tokenizer': digest(enc), 'dtype': dtype.name, 'packed': capacity}
-    for split, bins in packed.items():
-        meta[split] = write_windows(out / f'{split}.bin', splits[split], bins, capacity, dtype)
-    write_meta(out, meta)
+    meta, dtype = {'packed': capacity}, token_dtype(enc.n_vocab)
+    with replacing(out) as folder:
+        for split, bins in packed.items():
+            meta[split] = write_windows(folder / f'{split}.bin', splits[split], bins, capacity, dtype)
+        write_tokenizer_and_meta(folder, enc, meta)
 
 
 def write_windows(path, samples, bins, capacity, dtype):
     """Write the windows of one split to path and their flags next to it. Return the split's entry in meta.json."""
-    flags_path, n_scored = path.with_suffix('.flags'), 0
-    for file in path, flags_path:                  # not overwritten: a running training may have them memory-mapped
-        file.unlink(missing_ok=True)
-    with open(path, 'wb') as bin_file, open(flags_path, 'wb') as flags_file:
+    n_scored = 0
+    with open(path, 'wb') as bin_file, open(path.with_suffix('.flags'), 'wb') as flags_file:
         for members in bins:
             window, flags = fill_window([samples[i] for i in members], capacity, dtype)
             n_scored += np.count_nonzero(flags & SCORED)

@@ -12,6 +12,7 @@ import hashlib
 import heapq
 import json
 import re
+import zlib
 from collections import Counter, defaultdict
 from itertools import pairwise
 
@@ -44,7 +45,10 @@ SPECIAL_TOKENS = [
 ]
 
 PROBE = ''.join(f'{chr(c)}a {chr(c)}{chr(c)}b1\n' for c in [*range(128), 0xe9, 0x6f22, 0x300, 0x1f642])
-MAX_PIECE = 64    # bytes; longer pieces (base64, DNA) are split for training, because a merge rewrites whole pieces
+MAX_PIECE = 64           # bytes; longer pieces (base64, DNA) are split for training: a merge rewrites whole pieces
+# Bytes of different pieces that training uses, and the length that pieces are split at if there are more. 10 MB of
+# source code has 0.6 MB of different pieces, but 10 MB of a language without spaces has up to 10 MB.
+MAX_DISTINCT, SHORT_PIECE = 600_000, 24
 
 
 def train_bpe(texts, vocab_size):
@@ -71,16 +75,15 @@ def learn_merges(pieces, n_tokens):
     pieces: Counter of str. Recounting all pairs after each merge would take time proportional to corpus x merges.
     Instead
       - equal pieces are stored once, with their count: 10 MB of source code has only about 70,000 different pieces;
+      - if the different pieces exceed MAX_DISTINCT bytes, training uses the most frequent ones;
       - a merge updates only the pieces that contain its pair (`where`), and recounts only their pairs;
       - a heap gives the most frequent pair, with lazy deletion: when a count changes, the outdated entry stays in the
         heap and is discarded when it is popped.
     """
     words, counts = [], []                         # a piece as a list of tokens; its number of occurrences
-    for piece, count in pieces.items():
-        piece = piece.encode('utf-8')
-        for i in range(0, len(piece), MAX_PIECE):
-            words.append(list(piece[i:i + MAX_PIECE]))
-            counts.append(count)
+    for piece, count in most_frequent(pieces):
+        words.append(list(piece))
+        counts.append(count)
     pair_counts = Counter()                        # (left, right) -> occurrences in the corpus
     where = defaultdict(set)                       # (left, right) -> indices of the words that contain it or once did
     for w, word in enumerate(words):
@@ -102,6 +105,33 @@ def learn_merges(pieces, n_tokens):
                 heapq.heappush(heap, (-pair_counts[new_pair], new_pair))
             tokens.append(tokens[pair[0]] + tokens[pair[1]])
     return tokens
+
+
+def most_frequent(pieces):
+    """Return [(bytes, count), ...] of a Counter of str: all pieces, or MAX_DISTINCT bytes of the most frequent ones.
+
+    A hash orders equally frequent pieces, so that those kept are a sample of them, independent of the order of texts.
+    """
+    parts = split_pieces(pieces, MAX_PIECE)
+    if sum(map(len, parts)) <= MAX_DISTINCT:
+        return list(parts.items())
+    parts, kept, n_bytes = split_pieces(pieces, SHORT_PIECE), [], 0
+    for part in sorted(parts, key=lambda part: (-parts[part], zlib.crc32(part), part)):
+        n_bytes += len(part)
+        if n_bytes > MAX_DISTINCT:
+            break
+        kept.append((part, parts[part]))
+    return kept
+
+
+def split_pieces(pieces, size):
+    """Return a Counter of the pieces as bytes, longer ones cut into parts of `size` bytes."""
+    parts = Counter()
+    for piece, count in pieces.items():
+        piece = piece.encode('utf-8')
+        for i in range(0, len(piece), size):
+            parts[piece[i:i + size]] += count
+    return parts
 
 
 def merge_everywhere(words, counts, pair, new, pair_counts, where):

@@ -118,6 +118,9 @@ def chat_loop(conversation, generate, limit, show_think=True, text=None):
     a reply; 0: as many as the context has room for.
     """
     language, grey = conversation.language, sys.stdout.isatty()
+    if not language.conversations:
+        print('sample.py: this model was trained on text without conversations, so its replies will not be answers: '
+              'leave out --chat, or train on data of data.chat.prepare', file=sys.stderr)
     if text is None:
         print('Type and press Enter; Ctrl-C stops a reply, Ctrl-D ends the conversation.', file=sys.stderr)
     while True:

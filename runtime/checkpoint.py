@@ -26,7 +26,8 @@ from validate import check, read_bytes
 
 # Schemas (see validate.py) of a checkpoint: what loading its weights needs, and what resuming needs in addition.
 SIZES = {field.name: field.type for field in fields(ZayaConfig)}
-WEIGHTS = {'step': range(2 ** 63), 'model': {str: torch.Tensor}, 'model_config': SIZES, 'tokenizer?': str}
+WEIGHTS = {'step': range(2 ** 63), 'model': {str: torch.Tensor}, 'model_config': SIZES, 'tokenizer?': str,
+           'packed?': bool}
 MUON = {'state': {int: {'momentum': torch.Tensor}}}
 ADAMW = {'state': {int: {'step': torch.Tensor, 'exp_avg': torch.Tensor, 'exp_avg_sq': torch.Tensor}}}
 RESUMABLE = WEIGHTS | {'config': {str: (bool, int, float, str)}, 'optimizers': [MUON, ADAMW], 'balancer': ADAMW}
@@ -45,7 +46,7 @@ def exclusive_lock(path):
         except BlockingIOError:
             file.seek(0)
             raise ValueError(f'{path}: in use by {file.read(99).strip() or "another process"}: wait for it, stop it, '
-                             'or use another folder') from None
+                             'or use another folder or file') from None
         except (ImportError, OSError):                          # a file system without locks
             pass
         file.truncate(0)
@@ -242,6 +243,7 @@ def load_run(folder, device='cpu'):
         compare(Zaya(config), checkpoint['model'], folder)
     model = Zaya(config).to(device).eval()
     model.load_state_dict(checkpoint['model'])
+    language.conversations = checkpoint.get('packed', True)
     return model, language
 
 

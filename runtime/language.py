@@ -1,145 +1,16 @@
-"""Tokenizer and chat template of a model: text to tokens and back, and a conversation to the prompt that it answers.
-
-Released folders and runs of train.py have the same interface. A released folder has tokenizer.json and a chat template
-in jinja2, as most released models do. A run has bpe.json, and its template is RUN_TEMPLATE, the format of its training
-data (data/reasoning.py).
-
-Special tokens (`<|im_end|>` ends a turn, `<think>` opens the reasoning) need care in two places:
-
-  - Some tokenizers add special tokens to every text they encode. That of ZAYA1-8B adds BOS before AND the end of a turn
-    after it, so that a prompt encoded that way ends before the model's reply. Text is therefore encoded without added
-    tokens, and `bos` is prepended to a prompt once.
-  - A user who types `<|im_end|>` could end the user turn and write in the name of the model. Only the template may
-    therefore produce special tokens. In the content of messages their names are split after the first character, and
-    the parts encoded separately: `<` and `|im_end|>` are ordinary tokens.
-"""
-import datetime
-import functools
-import json
+"""The tokenizer and the chat template of a folder, as a Language (data/language.py): of a released folder, which has
+tokenizer.json and a template in jinja2, and of a run, which has bpe.json and the template of its training data."""
 import os
 import re
-from dataclasses import dataclass, field
 
 from configurator import package
-from validate import read_bytes, read_json, reading
-from data.tokenizer import digest, load_tokenizer
+from data.language import ChatTemplate, Language, language_of
+from data.tokenizer import load_tokenizer
+from runtime.legacy import is_legacy
+from validate import read_json, read_text, reading
 
 STOP = {'eos_token_id?': (None, int, [int])}
 TEMPLATES = {'chat_template?': (None, str, [{'name': str, 'template': str}])}
-CUT, LIST = '\ufdd0', '\ufdd1'      # noncharacters: CUT splits a text, two LISTs enclose the index of a token list
-
-RUN_TEMPLATE = """\
-{%- for message in messages -%}
-{{ '<|user|>' + message.content + '<|end|><|assistant|>' if message.role == 'user' else message.content + '<|end|>' }}
-{%- endfor -%}
-{{ '<think></think>' if not enable_thinking and add_generation_prompt }}"""
-
-
-@dataclass
-class ChatTemplate:
-    path: str                                       # of its file, for error messages
-    source: str | None = None                       # jinja2
-    names: dict = field(default_factory=dict)       # variables that it may use, such as bos_token
-
-    def render(self, **variables):
-        """Return the text of a conversation, rendered in jinja2's sandbox with the variables that `transformers` gives.
-
-        Raise ValueError, one line, if there is no template, it fails, or it does something forbidden.
-        """
-        if not self.source:
-            raise ValueError(f'{self.path}: there is no chat template (chat_template.jinja) next to the tokenizer')
-        try:
-            return compile_template(self.source).render(tools=None, documents=None, **self.names, **variables)
-        except Exception as error:                              # a template may raise any exception
-            line = f', line {error.lineno}' if hasattr(error, 'lineno') else ''
-            text = f'{error}'.splitlines() or [type(error).__name__]
-            raise ValueError(f'{self.path}{line}: the chat template cannot be rendered ({text[0]})') from None
-
-
-@functools.lru_cache
-def compile_template(source):
-    """Return the compiled jinja2 template, with the filters and functions that `transformers` provides."""
-    def raise_exception(message):
-        raise ValueError(message)
-    environment = package('jinja2.sandbox').ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
-    environment.filters['tojson'] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    environment.globals |= {'raise_exception': raise_exception,
-                            'strftime_now': lambda format: datetime.datetime.now().strftime(format)}
-    return environment.from_string(source)
-
-
-class Language:
-    """The tokenizer and the chat template of one folder.
-
-    encode_with_special(text) -> tokens; names of special tokens in the text become those tokens, nothing is added
-    decode(tokens) -> text, including the names of special tokens
-    special_tokens: the names of all of them. bos: [BOS token], or [] if the tokenizer has none. stop: the tokens that
-    end a reply. template: a ChatTemplate. vocab_size: number of tokens. digest: of a run's tokenizer, else None.
-    """
-
-    def __init__(self, encode_with_special, decode, special_tokens, bos, stop, template, vocab_size, digest=None):
-        self.encode_with_special, self.decode, self.bos, self.stop = encode_with_special, decode, bos, stop
-        self.template, self.vocab_size, self.digest = template, vocab_size, digest
-        longest_first = '|'.join(map(re.escape, sorted(special_tokens, key=len, reverse=True)))
-        self.special_start = re.compile(f'(?s)(?={longest_first or "(?!)"})(.)')
-        self.open_think, self.close_think = encode_with_special('<think>'), encode_with_special('</think>')
-
-    def escape(self, text):
-        """Return the text with CUT inside each name of a special token, so that none becomes a special token."""
-        return self.special_start.sub(rf'\1{CUT}', re.sub(f'[{CUT}{LIST}]', '', text))
-
-    def encode_escaped(self, text):
-        """Return the tokens of a text, its parts between CUTs encoded separately."""
-        return [token for part in text.split(CUT) if part for token in self.encode_with_special(part)]
-
-    def encode(self, text):
-        """Return the ordinary tokens of a text; names of special tokens stay plain text."""
-        return self.encode_escaped(self.escape(text))
-
-    def prompt(self, messages, think=True, reply=True):
-        """Render a conversation and return its tokens, which the model continues with the assistant's next turn.
-
-        messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]; a user's content may also be a list
-        of texts and lists of tokens, which are inserted unchanged. think: with reasoning, if the template has the
-        choice. reply: False omits the opening of the assistant's turn. Raise ValueError as ChatTemplate.render does.
-        """
-        lists, turns = [], []
-        for message in messages:
-            parts, text = message['content'], ''
-            for part in [parts] if isinstance(parts, str) else parts:
-                if not isinstance(part, str):
-                    lists.append(part)
-                    text += f'{LIST}{len(lists) - 1}{LIST}'
-                elif message['role'] == 'assistant':            # here <think> and </think> are special tokens
-                    text += ''.join(piece if piece in ('<think>', '</think>') else self.escape(piece)
-                                    for piece in re.split('(</?think>)', part))
-                else:
-                    text += self.escape(part)
-            turns.append(message | {'content': text})
-        rendered = self.template.render(messages=turns, add_generation_prompt=reply, enable_thinking=think)
-        texts = rendered.split(LIST)                            # text, index, text, index, ..., text
-        return [token for i, text in enumerate(texts)
-                for token in (lists[int(text)] if i % 2 else self.encode_escaped(text))]
-
-    def thought(self, output):
-        """Return the tokens of the reasoning in an output: those before the last </think>, or all."""
-        at = self.think_closes(output)
-        return [token for token in (output if at is None else output[:at]) if token not in self.stop
-                and [token] != self.open_think]
-
-    def answer(self, output):
-        """Return the tokens of the answer in an output: those after the last </think>, without the stop token.
-
-        Return None without </think>, without a stop token at the end, and for an empty answer.
-        """
-        at = self.think_closes(output)
-        return None if at is None or output[-1] not in self.stop else output[at + len(self.close_think):-1] or None
-
-    def think_closes(self, output):
-        """Return the index of the last </think>, or None."""
-        n = len(self.close_think)
-        return next((i for i in range(len(output) - n, -1, -1) if output[i:i + n] == self.close_think), None)
 
 
 def released_language(folder):
@@ -160,8 +31,9 @@ def released_stop_tokens(folder):
     path, stop = os.path.join(folder, 'generation_config.json'), None
     if os.path.exists(path):
         stop = read_json(path, STOP).get('eos_token_id')
-    if stop is None:                                            # 106 is the default of transformers' ZayaConfig
-        stop = read_json(os.path.join(folder, 'config.json'), STOP).get('eos_token_id', 106)
+    if stop is None:                                            # 1 and 106 are the defaults of the two layouts' loaders
+        config = read_json(os.path.join(folder, 'config.json'), STOP)
+        stop = config.get('eos_token_id', 1 if is_legacy(config) else 106)
     return stop if isinstance(stop, list) else [] if stop is None else [stop]
 
 
@@ -177,15 +49,9 @@ def released_template(folder):
     jinja = os.path.join(folder, 'chat_template.jinja')
     if not os.path.exists(jinja):
         return ChatTemplate(path, source, names)
-    with reading(jinja):
-        return ChatTemplate(jinja, read_bytes(jinja).decode(), names)
+    return ChatTemplate(jinja, read_text(jinja), names)
 
 
 def run_language(folder):
     """Return the Language of a run of train.py."""
-    tokenizer = load_tokenizer(os.path.join(folder, 'bpe.json'))
-    special_tokens = tokenizer.special_tokens_set
-    stop = [tokenizer.encode_single_token(name) for name in ('<|endoftext|>', '<|end|>') if name in special_tokens]
-    template = ChatTemplate(folder, RUN_TEMPLATE if '<|user|>' in special_tokens else None)
-    return Language(lambda text: tokenizer.encode(text, allowed_special='all'), tokenizer.decode, special_tokens, [],
-                    stop, template, tokenizer.n_vocab, digest(tokenizer))
+    return language_of(load_tokenizer(os.path.join(folder, 'bpe.json')), folder)

@@ -1,6 +1,7 @@
 """The tokenizer, the token files, the loader, and the prepare scripts of text (data/)."""
 
 import base64
+import itertools
 import json
 import os
 import random
@@ -18,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.prepare
-from data.loader import TokenLoader
+from data.loader import TokenLoader, open_dataset
 from data.prepare import line_chunks, prepare, split_documents, token_dtype
 from data.stdlib.prepare import stdlib_documents
-from data.text.prepare import text_documents
-from data.tokenizer import (PATTERN, SPECIAL_TOKENS, encode_bytes, gpt2_encoding, load_tokenizer,
-                            make_encoding, save_tokenizer, train_bpe)
+from data.text.prepare import TextConfig, text_documents
+from data.tokenizer import (MAX_DISTINCT, MAX_PIECE, PATTERN, SHORT_PIECE, SPECIAL_TOKENS, encode_bytes, gpt2_encoding,
+                            load_tokenizer, make_encoding, most_frequent, save_tokenizer, train_bpe)
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = (ROOT / 'data' / 'tokenizer.py').read_text(encoding='utf-8')
@@ -128,6 +129,25 @@ def test_small_corpus_gives_a_smaller_vocabulary_and_says_so(capsys):
     assert '263 tokens, not 1000' in capsys.readouterr().out
     train_bpe(['abab'], 263)
     assert capsys.readouterr().out == ''
+
+
+def chinese(n):
+    """Return a text of n frequent and rare characters, with punctuation but no spaces."""
+    rng = np.random.default_rng(0)
+    share = 1 / np.arange(1, 3001)
+    text = ''.join(chr(0x4e00 + c) for c in rng.choice(3000, n, p=share / share.sum()))
+    return regex.sub(r'(.{7,19}?)(?=[\u4e00-\u4e20])', r'\1，', text)
+
+
+def test_the_pieces_to_train_on_are_bounded_and_independent_of_order():
+    text = chinese(600_000)
+    pieces = Counter(regex.findall(PATTERN, text))
+    kept = most_frequent(pieces)
+    assert 0.99 * MAX_DISTINCT < sum(len(piece) for piece, _ in kept) <= MAX_DISTINCT < 0.5 * len(text.encode())
+    assert max(len(piece) for piece, _ in kept) <= SHORT_PIECE
+    assert kept == most_frequent(Counter(dict(reversed(pieces.items()))))
+    few = Counter({piece: n for piece, n in itertools.islice(pieces.items(), 1000) if len(piece.encode()) <= MAX_PIECE})
+    assert most_frequent(few) == [(piece.encode(), n) for piece, n in few.items()]         # all of a smaller corpus
 
 
 def test_a_huge_piece_trains_quickly():
@@ -288,6 +308,14 @@ def test_chunks_are_whole_lines_of_about_one_megabyte():
     assert all(chunk.endswith(b'\n') and len(chunk) < 1.01 * 2**20 for chunk in chunks[:-1])
 
 
+@pytest.mark.parametrize('line', ['漢é'.encode() * 1_000_000, b'\xff' * 3_000_000, '🙂'.encode() * 800_000 + b'\n'])
+def test_long_lines_are_cut_between_characters(line):
+    chunks = list(line_chunks(b'start\n' + line + b'end'))
+    assert b''.join(chunks) == b'start\n' + line + b'end' and 1 < len(chunks) and max(map(len, chunks)) <= 2**21
+    if b'\xff' not in line:
+        assert ''.join(chunk.decode() for chunk in chunks).startswith('start\n')
+
+
 def test_files_hold_every_byte_of_every_document_and_meta_counts_them(tmp_path):
     rng = random.Random(0)
     texts = [b'def f(x):\n', 'é'.encode(), b'\xff<|endoftext|>']
@@ -327,18 +355,26 @@ def test_large_vocabulary_is_written_and_read_as_uint32(tmp_path, monkeypatch):
     assert loader.batch(0)[1].max() == 70_256      # <|endoftext|>, beyond 16 bits
 
 
-def test_interrupted_prepare_leaves_an_incomplete_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize('name, error', [('encode_bytes', KeyboardInterrupt), ('train_bpe', ValueError),
+                                         ('write_tokenizer_and_meta', OSError)])
+def test_a_prepare_that_fails_leaves_the_old_dataset(tmp_path, monkeypatch, name, error):
     documents = [('a', b'abc'), ('b', b'de')]
     prepare(documents, tmp_path, 300)
-    TokenLoader(tmp_path, 'train', 1, 8, 0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def interrupt(enc, chunk):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data.prepare, 'encode_bytes', interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(documents, tmp_path, 300)
-    with pytest.raises(ValueError, match='meta.json: cannot be read'):
-        TokenLoader(tmp_path, 'train', 1, 8, 0)
+    def fail(*arguments):
+        raise error
+    monkeypatch.setattr(data.prepare, name, fail)
+    with pytest.raises(error):
+        prepare([('a', b'other'), ('b', b'text')], tmp_path, 300)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    TokenLoader(tmp_path, 'train', 1, 8, 0)
+    monkeypatch.undo()
+    (tmp_path / '.unfinished').mkdir()                          # left by a process that was killed
+    (tmp_path / '.unfinished' / 'train.bin').write_bytes(b'half')
+    prepare([('a', b'other'), ('b', b'text')], tmp_path, 300)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(before)
+    assert TokenLoader(tmp_path, 'train', 1, 8, 0).n_tokens == 6
 
 
 # --- loader ------------------------------------------------------------------------------------------------
@@ -495,7 +531,7 @@ def test_text_script_prepares_a_folder_the_same_each_time(tmp_path):
     for seed, out in enumerate(outs):
         done = run('text', tmp_path / 'in', f'--out={out}', '--vocab_size=300', PYTHONHASHSEED=str(seed))
         assert done.returncode == 0, done.stderr
-        assert 'skipped 1 binary' in done.stdout and 'bytes per token' in done.stdout
+        assert f"left out {tmp_path / 'in' / 'c.bin'}: 50.00% of" in done.stdout and 'bytes per token' in done.stdout
     written = sorted(path.name for path in outs[0].iterdir())
     assert written == ['bpe.json', 'meta.json', 'train.bin', 'val.bin']
     assert all((outs[0] / name).read_bytes() == (outs[1] / name).read_bytes() for name in written)
@@ -518,6 +554,56 @@ def test_text_skips_hidden_and_binary_and_counts_a_file_once(tmp_path):
     found = text_documents([tmp_path / 'in', tmp_path / 'in' / 'a.txt', tmp_path / 'in2'])
     assert sorted(names(found)) == ['in/a.txt', 'in/empty', 'in/sub/b.txt', 'in2/a.txt']
     assert names(text_documents([tmp_path / 'in' / '.hidden'])) == ['.hidden']  # given by name
+
+
+TEXT = 'naïve 漢字\n' * 30
+
+
+@pytest.mark.parametrize('content, expected', [
+    (TEXT.encode('utf-8-sig'), TEXT.encode()), (TEXT.encode('utf-16'), TEXT.encode()),
+    (b'\xfe\xff' + TEXT.encode('utf-16-be'), TEXT.encode()), (TEXT.encode('utf-32'), TEXT.encode()),
+    (TEXT.encode() + b'\0', TEXT.encode() + b'\0'), (b'one \0 NUL', b'one \0 NUL'),
+    (b'caf\xe9 \0', b'caf\xe9 \0'),                             # Latin-1
+])
+def test_text_is_known_by_its_byte_order_mark_and_its_share_of_nul_bytes(tmp_path, content, expected):
+    (tmp_path / 'a.txt').write_bytes(content)
+    assert text_documents([tmp_path / 'a.txt']) == [('a.txt', expected)]
+
+
+@pytest.mark.parametrize('content, why', [
+    (random.Random(0).randbytes(5000), '% of its bytes are NUL'), (b'\x7fELF' + b'\0' * 60 + b'code' * 9, 'are NUL'),
+    ('ascii'.encode('utf-16-le'), '50.00% of its bytes are NUL: it is binary, or UTF-16'),
+    (b'\xff\xfe\x00\xd8', 'is not valid'),
+])
+def test_each_file_left_out_is_named_with_the_reason(tmp_path, capsys, content, why):
+    (tmp_path / 'a.txt').write_bytes(content)
+    assert text_documents([tmp_path]) == []
+    out = capsys.readouterr().out
+    assert out.startswith(f"left out {tmp_path / 'a.txt'}: ") and why in out and out.count('\n') == 1
+
+
+def test_documents_inside_files(tmp_path):
+    write_files(tmp_path, {'a.txt': b'one<|endoftext|>two\n<|endoftext|>\n',
+                           'b.jsonl': b'{"text": "x\\ny", "id": 1}\n\n{"text": "p<|endoftext|>q"}\n'})
+    assert [data for _, data in text_documents([tmp_path], '<|endoftext|>')] == [
+        b'one', b'two\n', b'x\ny', b'p', b'q']
+    found = text_documents([tmp_path])
+    assert [data for _, data in found] == [b'one<|endoftext|>two\n<|endoftext|>\n', b'x\ny', b'p<|endoftext|>q']
+    assert len(set(names(found))) == 3
+    (tmp_path / 'b.jsonl').write_bytes(b'{"text": "a"}\n{"content": "b"}\n')
+    with pytest.raises(ValueError, match='b.jsonl, line 2: text is missing') as raised:
+        text_documents([tmp_path])
+    one_line(raised)
+
+
+def test_text_takes_the_tokenizer_of_another_dataset(tmp_path):
+    write_files(tmp_path, FILES)
+    prepare([('a', SOURCE.encode()), ('b', b'text')], tmp_path / 'first', 400)
+    done = run('text', tmp_path / 'a.txt', f"--out={tmp_path / 'out'}", f"--tokenizer_from={tmp_path / 'first'}")
+    assert done.returncode == 0, done.stderr
+    open_dataset(f"{tmp_path / 'first'} {tmp_path / 'out'}", 'train', 1, 8, 0)          # one vocabulary
+    with pytest.raises(ValueError, match='give one'):
+        TextConfig(tokenizer='gpt2', tokenizer_from='first')
 
 
 def test_stdlib_skips_tests_tables_packages_and_generated_files(tmp_path):

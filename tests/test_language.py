@@ -1,13 +1,13 @@
-"""The tokenizer and the chat template of a folder (runtime/language.py), compared with `transformers`."""
+"""Tokenizers and chat templates (data/language.py, runtime/language.py), compared with `transformers`."""
 import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
 
+from data.language import RUN_TEMPLATE, ChatTemplate
+from data.tokenizer import save_tokenizer, train_bpe
 from runtime.language import released_language, run_language
-from data.reasoning import flatten, render
-from data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
 tokenizers = pytest.importorskip('tokenizers')
 transformers = pytest.importorskip('transformers')
@@ -121,17 +121,41 @@ characters = st.characters(exclude_categories=('Cs', 'Cn'), exclude_characters='
 said = st.text(characters, min_size=1, max_size=8).filter(str.strip)
 
 
-@given(st.lists(st.tuples(said, said, st.none() | said), max_size=3), said)
-def test_the_template_of_a_run_writes_the_format_of_its_training_data(run_folder, turns, last):
-    language, enc, messages = run_language(run_folder), load_tokenizer(run_folder / 'bpe.json'), []
-    for question, answer, think in turns:
-        content = answer if think is None else f'<think>{think}</think>{answer}'
-        messages += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': content}]
-    messages += [{'role': 'user', 'content': last}, {'role': 'assistant', 'content': 'a'}]
-    *earlier, turn = render(messages, enc)
-    expected = flatten(earlier)[0] + turn.prompt
-    assert language.prompt(messages[:-1]) == expected
-    assert language.prompt(messages[:-1], think=False) == expected + language.encode_with_special('<think></think>')
+@given(st.none() | said, st.lists(st.tuples(said, said), max_size=3), said)
+def test_the_template_of_a_run_is_that_of_transformers_and_begins_the_user_s_turn_with_the_system(run_folder, system,
+                                                                                                  turns, last):
+    language = run_language(run_folder)
+    messages = [{'role': 'system', 'content': system}] if system else []
+    text = f'<|user|>{system}\n\n' if system else ''
+    for question, answer in [*turns, (last, '')]:
+        messages += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]
+        text += '<|user|>' * (not system or len(messages) > 3) + f'{question}<|end|><|assistant|>'
+        text += f'{answer}<|end|>' if answer else ''
+    messages = messages[:-1]
+    assert language.decode(language.prompt(messages)) == text
+    assert language.decode(language.prompt(messages, think=False)) == text + '<think></think>'
+    rendered, _ = transformers.utils.chat_template_utils.render_jinja_template(
+        conversations=[messages], chat_template=RUN_TEMPLATE, add_generation_prompt=True)
+    assert rendered == [text]                                   # enable_thinking is not given: as if true
+
+
+EXTENDED = """\
+{%- set said = 'outside' %}
+{% for message in messages %}
+{% generation %}
+{% set said = message.content %}
+{{- {'b': said, 'a': '漢'} | tojson }}{{ [1, said] | tojson(indent=2) }}
+{%- endgeneration -%}
+{{ {'b': said, 'a': '漢'} | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}
+{{- ['漢'] | tojson(True, 1) }}
+{%- endfor %}"""
+
+
+def test_a_template_has_the_blocks_and_filters_of_transformers():
+    messages = [{'role': 'user', 'content': 'hi <'}, {'role': 'assistant', 'content': 'so'}]
+    rendered, _ = transformers.utils.chat_template_utils.render_jinja_template(
+        conversations=[messages], chat_template=EXTENDED)
+    assert [ChatTemplate('here', EXTENDED).render(messages=messages)] == rendered
 
 
 def test_reasoning_and_answer_are_split_at_the_last_closing_tag(released):

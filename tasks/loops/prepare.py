@@ -15,6 +15,7 @@ from pathlib import Path
 
 import configurator
 from tasks.loops.task import ENC, MAX_OPERATIONS, NOISE_RATE, aggregation_sample, draw_problem, trace_sample
+from data.prepare import replacing
 from data.reasoning import RULES, trim_and_report, write_packed
 
 # Number of candidates in an aggregation sample, each equally likely: half of the samples have 4, RSA's default;
@@ -54,11 +55,14 @@ def prepare_loops(config):
         problem, candidates = draw_problem(rng, 3, 72, split, config.operations), rng.choice(CANDIDATES)
         return aggregation_sample(rng, problem, candidates, config.budget, config.tail, config.noise)
 
-    for name, n, draw, rule in (('traces', config.traces, trace, config.rule),
-                                ('votes', config.votes, aggregation, 'drop')):
-        packed = {split: trim_and_report(f'{name}, {split}', (draw(split) for _ in range(size)), config.context, rule)
-                  for split, size in (('train', n), ('val', max(1, n // 20)))}
-        write_packed(packed, Path(config.out) / name, config.context, ENC)
+    out = Path(config.out)
+    with replacing(out / 'traces') as traces, replacing(out / 'votes') as votes:        # both or neither
+        for folder, name, n, draw, rule in ((traces, 'traces', config.traces, trace, config.rule),
+                                            (votes, 'votes', config.votes, aggregation, 'drop')):
+            packed = {split: trim_and_report(f'{name}, {split}', (draw(split) for _ in range(size)), config.context,
+                                             rule)
+                      for split, size in (('train', n), ('val', max(1, n // 20)))}
+            write_packed(packed, folder, config.context, ENC)
 
 
 if __name__ == '__main__':

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from runtime.language import run_language
 from tasks.loops import task
 from tasks.loops.prepare import CANDIDATES
 from tasks.problems import INSTRUCTION, message, read_words
+from data.language import language_of
+from data.prepare import replacing
 from data.reasoning import Turn, trim_and_report, write_packed
-from data.tokenizer import save_tokenizer, train_bpe
+from data.tokenizer import train_bpe
 
 HERE = Path(__file__).parent
 PER_ROUND = 8                                       # steps per continuation: 59 tokens with <think> and first value
@@ -71,24 +72,22 @@ def training_sample(language, aggregation_prompt, problem, tails, chain):
     return [Turn(prompt, think + language.close_think, answer)]
 
 
-def train_language(out, rng, aggregation_prompt):
-    """Train a tokenizer on 2000 problems and solutions and write it to the folder out. Return (encoding, Language)."""
+def train_tokenizer(rng, aggregation_prompt):
+    """Return a tokenizer trained on 2000 problems and solutions."""
     texts = []
     for _ in range(2000):
         problem = task.draw_problem(rng, 3, 36, 'train')
         chain = task.continue_chain(problem, [(0, problem.start)], problem.steps, rng, 0)
         texts += [in_words(problem) + INSTRUCTION, ''.join(lines_of(problem, chain)), aggregation_prompt,
                   '--- 1 ---\n--- 2 ---\n', 'The last digit is \\boxed{5}.']
-    out.mkdir(parents=True, exist_ok=True)
-    enc = train_bpe(texts, 400)
-    save_tokenizer(out / 'bpe.json', enc)
-    return enc, run_language(out)
+    return train_bpe(texts, 400)
 
 
 def prepare_words(config):
     """Draw, trim and pack the samples, and write them and the held-out problems as the WordsConfig says."""
-    rng, out, aggregation_prompt = random.Random(config.seed), Path(config.out), read_words(HERE / 'prompt.txt')
-    enc, language = train_language(out, rng, aggregation_prompt)
+    rng, aggregation_prompt = random.Random(config.seed), read_words(HERE / 'prompt.txt')
+    enc = train_tokenizer(rng, aggregation_prompt)
+    language = language_of(enc, config.out)
 
     def trace(split):
         problem = task.draw_problem(rng, 3, 24, split)
@@ -106,11 +105,12 @@ def prepare_words(config):
         samples = [draw(split) for n, draw in ((config.traces, trace), (config.votes, aggregation))
                    for _ in range(max(1, n // share))]
         splits[split] = trim_and_report(split, samples, config.context, 'drop')
-    write_packed(splits, out, config.context, enc)
-    with open(out / 'problems.jsonl', 'w') as file:
-        for problem in task.test_problems('hard', config.problems):
-            line = {'problem': in_words(problem), 'answer': str(task.solve(problem.question))}
-            file.write(json.dumps(line) + '\n')
+    with replacing(config.out) as folder:
+        write_packed(splits, folder, config.context, enc)
+        with open(folder / 'problems.jsonl', 'w') as file:
+            for problem in task.test_problems('hard', config.problems):
+                line = {'problem': in_words(problem), 'answer': str(task.solve(problem.question))}
+                file.write(json.dumps(line) + '\n')
 
 
 if __name__ == '__main__':
