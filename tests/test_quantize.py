@@ -227,7 +227,7 @@ def test_invalid_input_gets_a_one_line_error_and_leaves_no_files(folder, tmp_pat
 
 
 def test_int8_codes_at_any_address_work_on_many_tokens():
-    """torch's kernel crashes on codes that are not 16-byte aligned, as a mapped file has them: in a separate process."""
+    """torch's kernel crashes on codes that are not 16-byte aligned, as in a mapped file: in a separate process."""
     script = """
 import torch
 from quantize import Matrix
