@@ -101,14 +101,15 @@ def read_problems(path):
                    for i, line in enumerate(text.split('\n'), 1) if line.strip()}
     if not entries:
         raise ValueError(f'{path} holds no problem')
-    problems, answers, *keys = zip(*(read_problem(entry, where) for where, entry in entries.items()))
-    shown = (f'{" or ".join(sorted(set(of)))} ({shorten(texts[0])})' for of, texts in zip(keys, (problems, answers)))
-    print(f'{path}: {len(problems):,} problems; problem: {next(shown)}, answer: {next(shown)}', file=sys.stderr)
-    return list(zip(problems, answers))
+    texts, places = zip(*(read_problem(entry, where) for where, entry in entries.items()))
+    shown = ', '.join(f'{name}: {" or ".join(sorted(set(of)))} ({shorten(text)})'
+                      for name, of, text in zip(('problem', 'answer'), zip(*places), texts[0]))
+    print(f'{path}: {len(texts):,} problem{"s" * (len(texts) > 1)}; {shown}', file=sys.stderr)
+    return list(texts)
 
 
 def read_problem(entry, where):
-    """Return the problem, its answer, and in words where in the entry each was found. The case of keys is ignored."""
+    """Return (problem, answer), and as texts where in the entry they were found. The case of keys is ignored."""
     keys, found = {key.lower(): key for key in reversed(entry)}, []
 
     def texts(names, schema):
@@ -122,8 +123,7 @@ def read_problem(entry, where):
         found.append(next(items, None))
         if found[-1] is None:
             raise ValueError(f'{where}: {name} is missing or empty')
-    (problem, problem_place), (answer, answer_place) = found
-    return problem, answer, problem_place, answer_place
+    return tuple(zip(*found))
 
 
 def answer_in(text, key):
@@ -406,7 +406,7 @@ def change_since(path, before, rows, header, problems):
             return f'{key} was changed since {path} was started'
     for k, of_problem in sorted(rows.items()):
         if k >= len(problems):
-            return f'{path} has results of problem {k + 1}, but there are only {len(problems)} problems now'
+            return f'problem {k + 1}, which has results in {path}, was removed'
         if {row['digest'] for row in of_problem} != {digest(repr(problems[k]))}:
             return f'problem {k + 1} ({shorten(problems[k][0])}) or its answer was changed since {path} was started'
 
