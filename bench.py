@@ -33,7 +33,7 @@ import decode
 from model import Zaya, ZayaConfig, sizes
 from optim import make_optimizers
 from router import Balancer, load_entropy
-from runtime.device import name_and_peak, pick_device, pick_dtype, products_in
+from runtime.device import name_and_peak, pick_device, pick_dtype, matmuls_in
 from runtime.pretrained import save_pretrained
 from sample import SamplingOptions, generate
 
@@ -113,7 +113,7 @@ def training(model, B, S, optimizer='AdamW', dtype=torch.float32, compiled=False
     tokens = random_tokens(model.train(), B, S)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-7, fused=True)]          # as in transformers' Trainer
     if isinstance(model, Zaya):
-        targets, precision = tokens.roll(-1, 1), lambda: products_in(dtype, tokens.device)
+        targets, precision = tokens.roll(-1, 1), lambda: matmuls_in(dtype, tokens.device)
         loss_of = lambda: model(tokens, targets)[1]
         optimizers = make_optimizers(model, 1e-7) if optimizer == 'own' else optimizers
         for layer in model.layers if compiled else ():
@@ -131,7 +131,7 @@ def training(model, B, S, optimizer='AdamW', dtype=torch.float32, compiled=False
         for o in optimizers:
             o.step()
             o.zero_grad()
-        torch.set_float32_matmul_precision('highest')           # undo products_in
+        torch.set_float32_matmul_precision('highest')           # undo matmuls_in
     return step
 
 

@@ -4,7 +4,7 @@ Attention needs the key and the value of every past token. In CCA (cca.py) they 
 layer, 512 in the 8B model against 4096 for full multi-head attention. In addition, each layer keeps a state of constant
 size: what the convolutions and the value shift need of the last two tokens.
 
-    k, v     (B, Hk, capacity + 1, d)   keys after norm and RoPE, and values; the last position is for padding
+    k, v     (B, Hk, capacity + 1, d)   keys after norm and RoPE, and values; the last position takes padding
     qk       (B, 2, C) float32          [q~; k~] of the last two tokens, before the convolutions
     v_last   (B, 1, Hk d / 2) float32   the last token's W_V2 x, which is half of the next token's value
 
@@ -45,7 +45,7 @@ class Cache:
         if needed > self.capacity:
             raise ValueError(f'the cache holds {self.capacity} positions, this forward needs {needed}: '
                              'make it with a larger capacity')
-        causal = S > 1 and not any(self.lengths)                # no past; S = 1 keeps the shapes of a decode step
+        causal = S > 1 and not any(self.lengths)                # no past; S = 1 is handled as a decode step
         self.P = None if causal else self.capacity if whole else needed
         self.rows = torch.arange(len(self.lengths), device=self.device)[:, None]               # (B, 1), b for indexing
         t = torch.arange(S, device=self.device)

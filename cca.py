@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import bf16_inside, upcast
+from layers import bf16_matmuls, upcast
 
 
 # ---- step 2 ----
@@ -64,7 +64,7 @@ def qk_mean(q, k):
 
 # ---- step 4 ----
 def norm(x, size):
-    """Scale each vector of x (H, B, S, d) to the norm size (H) of its head. A zero vector stays zero, not 0 / 0."""
+    """Scale the vectors of head h to norm size[h]. x (H, B, S, d), size (H). A zero vector stays zero, not 0 / 0."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)     # (H, B, S, 1)
     return x * (size[:, None, None, None] / length)
 
@@ -156,7 +156,7 @@ class CCA(nn.Module):
         # 7. Attend, scale 1 / sqrt(d); each KV head serves G query heads.
         if cache is not None:
             k, v = cache.update(self.layer, torch.cat([past, qk], 1), v2, k, v)     # (B, Hk, P, d)
-        if v.device.type == 'cpu' and bf16_inside():
+        if v.device.type == 'cpu' and bf16_matmuls():
             q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()                  # faster here than float32 attention
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(-2).to(qk.dtype))           # (B, S, Hq d) -> (B, S, E)

@@ -26,14 +26,14 @@ def matmul_precision():
     return torch.get_float32_matmul_precision()
 
 
-def bf16_inside():
-    """Return whether float32 matmuls may use bf16 products (set by products_in, runtime/device.py)."""
+def bf16_matmuls():
+    """Return whether float32 matmuls may run in bf16 (set by matmuls_in, runtime/device.py)."""
     return matmul_precision() != 'highest'
 
 
 @contextlib.contextmanager
-def float32_products():
-    """Compute float32 matmuls in full precision, whatever products_in has set."""
+def float32_matmuls():
+    """Compute float32 matmuls in full precision, whatever matmuls_in has set."""
     before = matmul_precision()
     torch.set_float32_matmul_precision('highest')
     try:

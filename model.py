@@ -23,7 +23,7 @@ from torch import nn
 from cache import Cache
 from cca import CCA, rope_table
 from configurator import check_ranges
-from layers import ResidualScaling, RMSNorm, bf16_inside, float32_products, upcast
+from layers import ResidualScaling, RMSNorm, bf16_matmuls, float32_matmuls, upcast
 from router import Router
 
 
@@ -72,7 +72,7 @@ class ZayaConfig:
 def logits(x, W):
     """Return x W^T in float32 (report, IV-D). x (..., E) float32, W (V, E) of any dtype -> (..., V).
     Unless compiled, other dtypes are upcast in pieces (4 MiB on CPUs, 512 MiB on GPUs): no float32 copy of all of W."""
-    with float32_products():
+    with float32_matmuls():
         if W.dtype == x.dtype or torch.compiler.is_compiling():
             return F.linear(x, W.to(x.dtype))
         entries = 2 ** (20 if x.device.type == 'cpu' else 27) // W.shape[1]     # vocabulary entries per piece
@@ -90,7 +90,7 @@ grouped_mm = torch.compiler.disable(F.grouped_mm)               # torch.compile 
 
 
 def sort_by_expert(expert, N, multiple):
-    """Sort tokens by expert (T) int64, skipped ones (expert N) last, each slice padded to a `multiple` of tokens.
+    """Sort tokens by expert (T) int64, skipped ones (expert N) last, each slice padded to a multiple of `multiple`.
     Return the place of each token in the sorted order, (T) int64, and the ends of the slices, (N) int32."""
     count = F.one_hot(expert, N + 1).sum(0)                     # (N + 1): tokens per expert, then skipped tokens
     padded = (count + (multiple - 1)) // multiple * multiple
@@ -115,7 +115,7 @@ class Experts(nn.Module):
         T, N, device = len(x), len(self.down), x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         # oneDNN JIT-compiles a bf16 kernel per shape: pad slices to multiples of 2^k <= min(64, T / (4 N)).
-        bf16_on_cpu = device == 'cpu' and (dtype == torch.bfloat16 or bf16_inside())
+        bf16_on_cpu = device == 'cpu' and (dtype == torch.bfloat16 or bf16_matmuls())
         multiple = min(64, 1 << max(1, T // (4 * N)).bit_length() - 1) if bf16_on_cpu else 1
         place, ends = sort_by_expert(expert, N, multiple)
         # grouped_mm leaves results and gradients after the last slice undefined: set both to zero for skipped tokens.

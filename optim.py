@@ -6,7 +6,7 @@ directions the same weight (K. Jordan, kellerjordan.github.io/posts/muon). No SV
 
     X <- a X + b (X X^T) X + c (X X^T)^2 X
 
-maps each singular value s to a s + b s^3 + c s^5 and keeps the singular vectors; five bring all but tiny s near 1. The
+maps each singular value s to a s + b s^3 + c s^5 and keeps the singular vectors; five steps bring most near 1. The
 elements of an orthogonal m x n matrix have RMS 1 / sqrt(max(m, n)), those of an AdamW update about 0.2. Muon's update
 is scaled by 0.2 sqrt(max(m, n)) (arXiv 2502.16982), and both optimizers share one learning rate and weight decay.
 
@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             lr, momentum = group['lr'], group['momentum']
-            stacks = {}                                         # same-shape matrices: one batch; a stack is one
+            stacks = {}                                         # one batch per shape of matrices; a stack: its own
             for p in group['params']:
                 stacks.setdefault(p.shape if p.ndim == 2 else id(p), []).append(p)
             for params in stacks.values():

@@ -10,7 +10,7 @@ arXiv 2605.05365, II-A2, eqs. 1-5):
     w   = s_l[e]                                             the expert's output is weighted by s, without the bias
 
 Without balancing, the experts that learn first receive ever more tokens. After each optimizer step the Balancer moves
-b_l so that each of N experts receives about 1/N of the tokens. There is no auxiliary loss, and b_l gets no gradient.
+b_l so that each of N experts receives about 1/N of the tokens. There is no auxiliary loss; b_l has no gradient.
 
 Legend:  B batch   S sequence   E residual width   R router width   N experts   M classes: N, or N + 1 with 'skip'
 """
@@ -72,7 +72,7 @@ class Balancer:
 
     The error of expert e is p_e - 1/N, where p_e is its fraction of the tokens that are not skipped. Three rules:
         'pid'   ZAYA1: AdamW (no decay) steps on b_l with the error as gradient. PID-inspired: the error is the
-                proportional term, AdamW's first moment integrates it, its second moment damps oscillations.
+                proportional signal, b_l accumulates it, AdamW's moments smooth and damp it.
         'sign'  DeepSeek's rule, for comparison: a step of fixed size against the sign of the error.
         'none'  no balancing, to show the collapse.
     Any other raises ValueError. Create it after the model is on its device: it holds views of the routers' buffers."""
@@ -87,7 +87,7 @@ class Balancer:
 
     @torch.no_grad()
     def step(self, update=True):
-        """Move the biases, unless `update` is False (a rejected step), and clear the loads. Return the load
+        """Move the biases, unless `update` is False (a skipped step), and clear the loads. Return the load
         fractions, tokens per expert / tokens that were not sent to 'skip', over all ranks, (layers, N) float32."""
         loads = torch.stack([router.load[:router.n_expert] for router in self.routers])
         if dist.is_initialized():

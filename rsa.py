@@ -9,7 +9,7 @@ each candidate reads the question and C tails, sampled uniformly without replace
     result       the N outputs of round T; their score is their mean accuracy, not that of the best one
 
 T = 0 is parallel sampling. tau = beta is full-chain RSA. C = 1, where each candidate continues its own tail, is
-Delethink. A prompt holds the question and C tails, whatever beta and T are: longer reasoning needs no longer context.
+Delethink. A prompt holds the question and C tails, whatever beta and T are: more rounds need no longer context.
 The cost is the total number of generated tokens; prompts do not count.
 
 Source: ZAYA1-8B report (arXiv 2605.05365), section VI; RSA: 2509.26626; Delethink, Markovian thinking: 2510.06557.

@@ -78,7 +78,7 @@ def generate(model, prompts, max_new_tokens, options=SamplingOptions(), *, stop=
     A sequence ends after max_new_tokens or with its first token in `stop`. Up to rounding, its tokens do not depend on
     the other sequences of the batch. stream(i, token) is called with every new token of prompt i; watch(active, logits,
     tokens) once per step with the prompt indices of the batch, their logits (B, V) and sampled tokens (B). step: the
-    decode step, by default the uncompiled decode.folded(model). cache: a Cache that holds the tokens before the
+    decode step, by default decode.folded(model) (merged weights). cache: a Cache that holds the tokens before the
     prompts. Raises ValueError for prompts that check_prompts refuses, and for logits that are not finite.
     """
     held = cache.lengths if cache else [0] * len(prompts)

@@ -32,7 +32,7 @@ from model import Zaya, ZayaConfig, initial_value, sizes
 from optim import make_optimizers, orthogonalize
 from router import Balancer, load_entropy
 from runtime.checkpoint import exclusive_lock, log_columns, resume, save_checkpoint, write_log
-from runtime.device import name_and_peak, pick_dtype, products_in
+from runtime.device import name_and_peak, pick_dtype, matmuls_in
 from runtime.distributed import copy_into, is_rank0, orthogonalize_shards, print0, shard, start_processes
 from sample import SamplingOptions, generate
 
@@ -56,7 +56,7 @@ class TrainConfig:
     balancer_lr: float = 3e-2       # step size of the balancing biases; not used by 'none'
     eval_every: int = 100           # steps between evaluations, each with a sample of text
     eval_batches: int = 20          # micro-batches of held-out data per evaluation, always the same ones
-    sample_tokens: int = 100        # length of that sample; 0: no sample, which --shard=True always has
+    sample_tokens: int = 100        # length of that sample; 0 (or --shard=True): no sample
     checkpoint_every: int = 100     # steps
     log_every: int = 10             # steps between rows of log.csv
     seed: int = 0                   # of the initial weights and of the order of the data
@@ -143,7 +143,7 @@ def set_up(config, model_config, device, loader, val_loader, tokenizer):
     balancer = Balancer(model.routers, config.balancer, config.balancer_lr)
     step = resume(config, model, optimizers, balancer, tokenizer)
     dtype = pick_dtype(config.dtype, device, model_config.n_embd)
-    config.dtype, autocast = str(dtype)[6:], products_in(dtype, device)         # 'auto' is resolved once for the run
+    config.dtype, autocast = str(dtype)[6:], matmuls_in(dtype, device)         # 'auto' is resolved once for the run
     kernels.use(model, config.kernel, torch.float32 if device.type == 'cpu' else dtype)
     for layer in model.layers if config.compile else ():        # all layers share the graph compiled for the first
         layer.compile()

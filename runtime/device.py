@@ -27,7 +27,7 @@ def pick_dtype(name, device, width=256):
     width, seconds, results = max(width, 256), {torch.float32: [], torch.bfloat16: []}, {}
     x, W = torch.randn(512, width), torch.randn(width, 2 * width)
     for dtype in 10 * list(seconds):                            # interleaved; the minimum is robust to other load
-        products_in(dtype, device)
+        matmuls_in(dtype, device)
         began = time.perf_counter()
         results[dtype] = x @ W
         seconds[dtype].append(time.perf_counter() - began)
@@ -49,7 +49,7 @@ def name_and_peak(device, dtype):
     return name, next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name and dtype == torch.bfloat16), None)
 
 
-def products_in(dtype, device):
+def matmuls_in(dtype, device):
     """Set torch's global matmul precision so that products of float32 tensors round their inputs to dtype (float32 or
     bfloat16) and accumulate in float32, and return the autocast context for the forward pass.
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import configurator
 from common import ENV, ROOT
-from layers import bf16_inside
+from layers import bf16_matmuls
 from model import logits
 from runtime import device
-from runtime.device import pick_dtype, products_in
+from runtime.device import pick_dtype, matmuls_in
 
 
 @dataclasses.dataclass
@@ -365,9 +365,9 @@ def test_auto_is_bf16_on_a_cpu_with_bf16_units_that_is_faster(monkeypatch, secon
 def test_products_in_bf16_leave_the_head_in_float32(monkeypatch, dtype):
     """Checked by the setting, not by the result: a CPU without bf16 units gives the same products in both."""
     linear, seen = F.linear, []
-    monkeypatch.setattr(F, 'linear', lambda x, W: [seen.append(bf16_inside()), linear(x, W)][1])
+    monkeypatch.setattr(F, 'linear', lambda x, W: [seen.append(bf16_matmuls()), linear(x, W)][1])
     x, W = torch.randn(6, 8), torch.randn(5, 8)
-    with products_in(dtype, torch.device('cpu')):
+    with matmuls_in(dtype, torch.device('cpu')):
         F.linear(x, W)
         assert logits(x, W).equal(x @ W.T) or dtype == torch.bfloat16
         F.linear(x, W)

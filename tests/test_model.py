@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 import model as model_module
 from runtime.pretrained import save_pretrained
 from common import randomize, tiny_config, tiny_model, tokens
-from layers import ResidualScaling, RMSNorm, float32_products
+from layers import ResidualScaling, RMSNorm, float32_matmuls
 from model import CrossEntropy, Experts, Zaya, ZayaConfig, initial_value, sizes, swiglu
 
 seeds = st.integers(0, 10**6)
@@ -87,7 +87,7 @@ def test_skipped_tokens_get_zero_and_finite_gradients_from_undefined_rows(monkey
 
 def test_float32_products_restores_the_precision_it_found():
     torch.set_float32_matmul_precision('high')
-    with pytest.raises(KeyError), float32_products():
+    with pytest.raises(KeyError), float32_matmuls():
         assert torch.get_float32_matmul_precision() == 'highest'
         raise KeyError
     assert torch.get_float32_matmul_precision() == 'high'
