@@ -1,4 +1,4 @@
-"""A policy on a server with the OpenAI API: vLLM, SGLang and `transformers serve` support ZAYA1-8B.
+"""A policy on a server with the OpenAI API (for ZAYA1-8B: Zyphra's vLLM fork; SGLang with ZAYA1-8B-legacy).
 
     rounds_of -- prompts --> generate -- one request per prompt, at most `parallel` at a time --> server
               <-- replies --          <-- text in chunks, then the token counts (usage)       --
