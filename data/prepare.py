@@ -35,7 +35,7 @@ def prepare(documents, out, vocab_size, tokenizer='bpe', tokenizer_from=''):
     start = time.time()
     splits = split_documents(documents)
     for split, docs in splits.items():
-        print(f'{split}: {len(docs):,} files, {sum(len(data) for _, data in docs):,} bytes')
+        print(f'{split}: {len(docs):,} documents, {sum(len(data) for _, data in docs):,} bytes')
     if tokenizer_from:
         enc = load_tokenizer(Path(tokenizer_from) / 'bpe.json')
     elif tokenizer == 'gpt2':

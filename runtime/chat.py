@@ -16,6 +16,8 @@ import sys
 import torch
 
 DIM, PLAIN = '\033[2m', '\033[0m'   # terminal codes: start and end of grey text
+NO_CONVERSATIONS = ('sample.py: this model was trained on text without conversations, so it does not answer, it continues: '
+                    'leave out --chat, or train on data of data.chat.prepare')
 
 
 def read_line():
@@ -119,8 +121,7 @@ def chat_loop(conversation, generate, limit, show_think=True, text=None):
     """
     language, grey = conversation.language, sys.stdout.isatty()
     if not language.conversations:
-        print('sample.py: this model was trained on text without conversations, so its replies will not be answers: '
-              'leave out --chat, or train on data of data.chat.prepare', file=sys.stderr)
+        print(NO_CONVERSATIONS, file=sys.stderr)
     if text is None:
         print('Type and press Enter; Ctrl-C stops a reply, Ctrl-D ends the conversation.', file=sys.stderr)
     while True:

@@ -5,7 +5,11 @@ from hypothesis import given, settings, strategies as st
 
 pytest.importorskip('tokenizers')
 
-from common import run_script, tiny_model
+import configurator
+import train
+from common import TINY_RUN, run_script, tiny_model
+from model import ZayaConfig
+from runtime.checkpoint import load_run
 from runtime.pretrained import save_pretrained
 from runtime import chat
 from runtime.chat import DIM, PLAIN, Conversation, Printer, chat_loop
@@ -99,6 +103,22 @@ def test_a_conversation_s_replies_are_those_of_a_model_that_reads_it_all_anew(mo
     assert len(prompts) == 3
     for prompt, output in prompts:
         assert output == generate(model, [prompt], 9, SamplingOptions(0), stop=language.stop)[0]
+
+
+def test_chatting_with_a_model_that_saw_no_conversations_is_said(dataset, tmp_path, monkeypatch, capsys):
+    flags = [f'--{key}={value}' for key, value in dict(dataset=dataset, out_dir=tmp_path / 'text', max_steps=1).items()]
+    train.train(*configurator.read(TINY_RUN + flags, train.TrainConfig, ZayaConfig))
+    chatting = [f"--ckpt={tmp_path / 'text'}", '--prompt=hi', '--max_new_tokens=2', '--device=cpu', '--chat=True']
+    _, message = run_script(monkeypatch, capsys, 'sample.py', *chatting)
+    assert message is None
+    model, language = load_run(tmp_path / 'text')
+    assert not language.conversations
+    reply = lambda batch, n, stream, cache: [stream(0, token) for token in language.stop[:1]]
+    chat_loop(Conversation(model, language), reply, 2, text='hi')
+    assert 'trained on text without conversations' in capsys.readouterr().err
+    language.conversations = True
+    chat_loop(Conversation(model, language), reply, 2, text='hi')
+    assert 'without conversations' not in capsys.readouterr().err
 
 
 def test_a_full_context_is_said_and_ends_nothing(model, language, monkeypatch, capsys):

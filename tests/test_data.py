@@ -19,6 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.prepare
+import tasks.loops.prepare
+import tasks.words.prepare
 from data.loader import TokenLoader, open_dataset
 from data.prepare import line_chunks, prepare, split_documents, token_dtype
 from data.stdlib.prepare import stdlib_documents
@@ -633,6 +635,29 @@ def test_stdlib_script_prepares_a_corpus(tmp_path):
     text = load_tokenizer(tmp_path / 'bpe.json').decode(loader.tokens[:20_000].tolist())
     assert 'import ' in text and 'def ' in text
     assert 0.01 < loader.meta['val']['bytes'] / loader.meta['train']['bytes'] < 0.15
+
+
+@pytest.mark.parametrize('module, prepare_dataset, config', [
+    (tasks.loops.prepare, tasks.loops.prepare.prepare_loops, tasks.loops.prepare.LoopsConfig),
+    (tasks.words.prepare, tasks.words.prepare.prepare_words, tasks.words.prepare.WordsConfig)])
+def test_a_task_whose_prepare_fails_keeps_its_old_datasets(tmp_path, monkeypatch, module, prepare_dataset, config):
+    def contents():
+        return {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    prepare_dataset(config(str(tmp_path), traces=40, votes=40))
+    before, write, calls = contents(), module.write_packed, []
+
+    def fail_at_last(*arguments):
+        write(*arguments)
+        calls.append(arguments)
+        if len(calls) == (2 if module is tasks.loops.prepare else 1):
+            raise KeyboardInterrupt
+    monkeypatch.setattr(module, 'write_packed', fail_at_last)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(config(str(tmp_path), traces=40, votes=40, seed=1))
+    assert contents() == before
+    monkeypatch.undo()
+    prepare_dataset(config(str(tmp_path), traces=40, votes=40, seed=1))
+    assert contents().keys() == before.keys() and contents() != before
 
 
 @pytest.mark.parametrize('script, arguments, says', [

@@ -83,10 +83,10 @@ if __name__ == '__main__':
 # Measured with `python -m data.chat.prepare sums.jsonl --context=128 --vocab_size=400 --rule=RULE` (1 s)
 # on 2000 conversations about sums, of one or two turns, with digit-by-digit addition as reasoning. The train split:
 #
-# rule       conversations                             tokens, scored     windows of 128, padding
-# ap         562 kept, 734 cut, 601 earlier dropped    216,431, 175,231   1,801, 6.12%
-# truncate   562 kept, 1,335 truncated                 222,144, 188,145   1,817, 4.49%
-# drop       562 kept, 1,335 dropped                   51,264, 44,083     482, 16.91%
+# rule       samples                        tokens, scored     windows of 128, padding
+# ap         1,423 kept, 1,443 cut          314,280, 252,696   2,657, 7.59%
+# truncate   1,423 kept, 1,443 truncated    314,280, 252,696   2,657, 7.59%
+# drop       1,423 kept, 1,443 dropped      129,576, 104,821   1,214, 16.61%
 #
 # This script prints sums.jsonl:
 #
