@@ -16,8 +16,8 @@ import sys
 import torch
 
 DIM, PLAIN = '\033[2m', '\033[0m'   # terminal codes: start and end of grey text
-NO_CONVERSATIONS = ('sample.py: this model was trained on text without conversations, so it does not answer, it continues: '
-                    'leave out --chat, or train on data of data.chat.prepare')
+NO_CONVERSATIONS = ('sample.py: this model was trained on text without conversations, so it continues text instead of '
+                    'answering: leave out --chat, or train on data of data.chat.prepare')
 
 
 def read_line():

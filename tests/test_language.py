@@ -122,7 +122,7 @@ said = st.text(characters, min_size=1, max_size=8).filter(str.strip)
 
 
 @given(st.none() | said, st.lists(st.tuples(said, said), max_size=3), said)
-def test_the_template_of_a_run_is_that_of_transformers_and_begins_the_user_s_turn_with_the_system(run_folder, system,
+def test_the_template_of_a_run_is_that_of_transformers_and_starts_the_user_s_turn_with_the_system(run_folder, system,
                                                                                                   turns, last):
     language = run_language(run_folder)
     messages = [{'role': 'system', 'content': system}] if system else []
