@@ -88,6 +88,8 @@ def main():
 
 
 if __name__ == '__main__':
+    if {'-h', '--help'} & set(sys.argv):
+        sys.exit(print(__doc__))
     try:
         main()
     except (RuntimeError, ValueError) as reason:

@@ -65,6 +65,8 @@ def load(device='cuda'):
 
 
 if __name__ == '__main__':
+    if {'-h', '--help'} & set(sys.argv):
+        sys.exit(print(__doc__))
     if sys.argv[1:]:
         sys.exit('kernels.build takes no options; what the compilers make of the kernel: python -m tests.assembly')
     if trouble := gpu_trouble():

@@ -539,12 +539,22 @@ BAD_ARGUMENTS = {
     '--question=': 'is not a question like',
     '--temperature=1e999': 'temperature is inf',
     '--sho=True': "unknown key 'sho'; did you mean 'show'?",
+    '--out=x': 'out has no effect without --problems: leave it out',
+    '--dry_run=True': 'dry_run has no effect without --problems: leave it out',
+    '--model=x': 'model has no effect without --server: leave it out',
+    '--parallel=2': 'parallel has no effect without --server: leave it out',
+    '--problems=x --question=y': 'question has no effect with --problems: leave it out',
+    '--problems=x --show=True': 'show has no effect with --problems: leave it out',
+    '--server=http://x --device=cpu': 'device has no effect with --server: leave it out',
+    '--aggregation_prompt=WORDS': 'aggregation_prompt has no effect on a model trained on the loops task: leave it out',
 }
 
 
 @pytest.mark.parametrize('argument', BAD_ARGUMENTS)
-def test_bad_arguments_get_one_line(run_folder, monkeypatch, capsys, argument):
-    _, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', *FLAGS, argument)
+def test_bad_arguments_get_one_line(run_folder, tmp_path, monkeypatch, capsys, argument):
+    (tmp_path / 'words').write_text('{problem} {candidates}')
+    arguments = argument.replace('WORDS', str(tmp_path / 'words')).split(' ')
+    _, message = run_script(monkeypatch, capsys, 'rsa.py', f'--ckpt={run_folder}', *FLAGS, *arguments)
     assert BAD_ARGUMENTS[argument] in message
 
 
