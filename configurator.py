@@ -90,12 +90,14 @@ def check_flags(arguments, classes):
 def print_settings(classes):
     """Print the start of the program's docstring, then each setting with its default and its comment in the source."""
     first, *others = (inspect.getdoc(sys.modules['__main__']) or '').split('\n\n')
-    print('\n\n'.join([first, *(paragraph for paragraph in others if 'python ' in paragraph)]), end='\n\n')
+    lines = ['\n\n'.join([first, *(paragraph for paragraph in others if 'python ' in paragraph)]), '']
     for cls in classes:
         source = ''.join(map(inspect.getsource, cls.__mro__[-2::-1]))           # inherited fields first
         comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', source, re.M))
         for field in dataclasses.fields(cls):
-            print(f'{f"--{field.name}={shlex.quote(str(field.default))}":<32} {comments.get(field.name, "")}'.rstrip())
+            flag = f'--{field.name}={shlex.quote(str(field.default))}'
+            lines.append(f'{flag:<32} {comments.get(field.name, "")}'.rstrip())
+    print('\n'.join(lines))
 
 
 def read(arguments, *classes, **defaults):

@@ -305,7 +305,7 @@ def command_line(rng, world):
         key, text, value = setting(rng, rng.choice(cls))
         flags.append(f'--{key}={text}')
         last[key] = value
-        if rng.random() < 0.1:
+        if rng.random() < 0.05:
             odd = rng.choice([[f'-{key}'], [f'--{key}'], [f'--{key}', text], [f'-{key}={text}'], [f'--{key}x=1'],
                               ['--']])
             flags += odd
