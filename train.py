@@ -33,7 +33,8 @@ from optim import make_optimizers, orthogonalize
 from router import Balancer, load_entropy
 from runtime.checkpoint import exclusive_lock, log_columns, resume, save_checkpoint, write_log
 from runtime.device import name_and_peak, pick_dtype, matmuls_in
-from runtime.distributed import copy_into, is_rank0, orthogonalize_shards, print0, shard, start_processes
+from runtime.distributed import (copy_into, is_rank0, orthogonalize_shards, print0, shard, start_processes,
+                                 stop_processes)
 from sample import SamplingOptions, generate
 
 
@@ -291,8 +292,7 @@ def train(config, model_config):
     with exclusive_lock(os.path.join(config.out_dir, 'lock')) if is_rank0() else contextlib.nullcontext():
         history = take_steps(set_up(config, model_config, device, loader, val_loader, tokenizer))
     print0(f'python -m evidence.plot {config.out_dir}   plots its log')
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    stop_processes()
     return history
 
 

@@ -43,6 +43,13 @@ def start_processes(config):
     return device
 
 
+def stop_processes():
+    """Leave torchrun's process group, if there is one, when all ranks are done: one that ended earlier could abort."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def is_rank0():
     """Return whether this process has rank 0 or is the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
