@@ -24,15 +24,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from configurator import check_ranges, one_line_errors, package, read
 import kernels
+from configurator import check_ranges, one_line_errors, package, read
 from data.loader import open_dataset
 from data.tokenizer import digest, save_tokenizer
 from model import Zaya, ZayaConfig, initial_value, sizes
 from optim import make_optimizers, orthogonalize
 from router import Balancer, load_entropy
 from runtime.checkpoint import exclusive_lock, log_columns, resume, save_checkpoint, write_log
-from runtime.device import name_and_peak, pick_dtype, matmuls_in
+from runtime.device import matmuls_in, name_and_peak, pick_dtype
 from runtime.distributed import (copy_into, is_rank0, orthogonalize_shards, print0, shard, start_processes,
                                  stop_processes)
 from sample import SamplingOptions, generate
