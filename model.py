@@ -30,21 +30,21 @@ from router import Router
 @dataclass
 class ZayaConfig:
     """The model's hyperparameters. The defaults are a small model that trains on a laptop."""
-    vocab_size: int = 4096
+    vocab_size: int = 4096          # V; train.py takes it from the dataset
     context: int = 256              # maximum sequence length, in tokens
-    n_layer: int = 6
+    n_layer: int = 6                # blocks of attention and experts
     n_embd: int = 256               # E, width of the residual stream
-    n_head: int = 4                 # query heads; the query latent is n_head * head_dim, E / 2 here (C1 = 2)
-    n_kv_head: int = 1              # key/value heads; the KV latent is n_kv_head * head_dim, E / 8 here (C2 = 8)
-    head_dim: int = 32
-    n_expert: int = 8
+    n_head: int = 4                 # query heads; the query latent is n_head * head_dim, E / 2 here
+    n_kv_head: int = 1              # key/value heads; the KV latent is n_kv_head * head_dim, E / 8 here
+    head_dim: int = 32              # d
+    n_expert: int = 8               # N, of which one is active per token
     expert_dim: int = 256           # F, hidden width of an expert
-    router_dim: int = 64            # R
+    router_dim: int = 64            # R, width of the router
     skip_expert: bool = False       # an additional class without an expert; the released model has it
     rope_base: float = 10_000.0     # 10K at 4K context, 1M at 32K, 5M at 131K (report, III)
     rope_fraction: float = 0.5      # fraction of each head's dims that RoPE rotates
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
+    norm_eps: float = 1e-5          # of RMSNorm
+    init_std: float = 0.02          # of matrices and convolutions, except the router's
 
     def __post_init__(self):
         check_ranges(self, **{field.name: (1, 10**9) for field in fields(self) if field.type is int} | dict(

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from configurator import check_ranges, one_line_errors, read, refuse_unused
-from runtime import pretrained
 import decode
 import kernels
+from configurator import check_ranges, one_line_errors, read, refuse_unused
+from runtime import pretrained
 from runtime.chat import Conversation, chat_loop, complete_prompts
 from runtime.device import pick_device
 
