@@ -365,8 +365,9 @@ def saved_run(rng, world):
     if top == 'step':
         value['step'] = rng.choice([None, 'a', -1, 0.5, 10 ** 19])
     config = value.get('model_config') if isinstance(value, dict) else None
-    unseen = isinstance(config, dict) and any(config.get(key) != world.state['model_config'][key] for key in (
-        'context', 'rope_base', 'rope_fraction', 'norm_eps', 'init_std'))
+    free = 'context', 'rope_base', 'rope_fraction', 'norm_eps', 'init_std'
+    unseen = isinstance(config, dict) and any(              # repr: the value may be a tensor, which has no truth value
+        repr(config.get(key)) != repr(world.state['model_config'][key]) for key in free)
     try:
         torch.save(value, folder / 'ckpt.pt')
     except (RuntimeError, UnicodeError, OverflowError):         # cannot be written: use an empty file
