@@ -8,7 +8,7 @@ Special tokens (`<|im_end|>` ends a turn, `<think>` opens the reasoning) need ca
 
   - Some tokenizers add special tokens to every text they encode. That of ZAYA1-8B adds BOS before AND the end of a turn
     after it, so that a prompt encoded that way ends before the model's reply. Text is therefore encoded without added
-    tokens, and `bos` is prepended to a prompt once.
+    tokens. A chat template writes its own BOS; in front of plain text, callers put `bos`.
   - A user who types `<|im_end|>` could end the user turn and write in the name of the model. Only the template may
     therefore produce special tokens. In the content of messages their names are split after the first character, and
     the parts encoded separately: `<` and `|im_end|>` are ordinary tokens.
@@ -105,8 +105,8 @@ class Language:
     def prompt(self, messages, think=True, reply=True):
         """Render a conversation and return its tokens, which the model continues with the assistant's next turn.
 
-        messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]; a user's content may also be a list
-        of texts and lists of tokens, which are inserted unchanged. think: with reasoning, if the template has the
+        messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]; content may also be a list of texts
+        and lists of tokens, which are inserted unchanged. think: with reasoning, if the template has the
         choice. reply: False omits the opening of the assistant's turn. Raise ValueError as ChatTemplate.render does.
         """
         lists, turns = [], []

@@ -6,8 +6,8 @@ it, rendered by the same template (language.py), and the reply:
     <|user|> q <|end|> <|assistant|> <think> t </think> a <|end|>               a reply with reasoning
     <|user|> q <|end|> <|assistant|> <think> </think> a <|end|>                 without: --think=False asks this way
 
-In the prompt, earlier replies are without their reasoning. The loss covers the reply only: what follows <|assistant|>,
-and <think> </think> if there is no reasoning. No <|endoftext|> follows: <|end|> ends the turn, and the flags of
+In the prompt, earlier replies are without their reasoning. The loss covers what follows <|assistant|>, except an
+empty <think> </think>, which belongs to the prompt. No <|endoftext|> follows: <|end|> ends the turn, and the flags of
 write_packed mark where the next document starts.
 
 Two methods let a model with a short context learn from long reasoning (ZAYA1-8B report, arXiv 2605.05365, III):

@@ -44,6 +44,7 @@ SPECIAL_TOKENS = [
     '</think>',                                    # ends the reasoning
 ]
 
+# Text that a pattern must cut into pieces without loss: ASCII, an accent, Chinese, a combining mark, an emoji.
 PROBE = ''.join(f'{chr(c)}a {chr(c)}{chr(c)}b1\n' for c in [*range(128), 0xe9, 0x6f22, 0x300, 0x1f642])
 MAX_PIECE = 64           # bytes; longer pieces (base64, DNA) are split for training: a merge rewrites whole pieces
 # Bytes of different pieces that training uses, and the length that pieces are split at if there are more. 10 MB of

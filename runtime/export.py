@@ -7,9 +7,6 @@ from data.language import RUN_TEMPLATE
 from data.tokenizer import load_tokenizer
 from runtime.language import run_language
 
-# A run's template leaves no choice to its caller; callers of `transformers` may omit enable_thinking.
-TEMPLATE = '{%- set enable_thinking = enable_thinking is not defined or enable_thinking -%}\n' + RUN_TEMPLATE
-
 
 def write_tokenizer(run, folder):
     """Write tokenizer.json, tokenizer_config.json and generation_config.json for the tokenizer of a run. Return the
@@ -19,7 +16,7 @@ def write_tokenizer(run, folder):
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
                 'eos_token': '<|endoftext|>', 'pad_token': '<|endoftext|>'}
     if '<|user|>' in enc.special_tokens_set:
-        settings['chat_template'] = TEMPLATE
+        settings['chat_template'] = RUN_TEMPLATE
     tokens = {'bos_token_id': None, 'pad_token_id': None, 'eos_token_id': run_language(run).stop}
     for name, content in {'tokenizer_config.json': settings,
                           'generation_config.json': tokens | {'pad_token_id': enc.eot_token}}.items():

@@ -19,8 +19,8 @@ CONFIG = {
     'vocab_size': int, 'max_position_embeddings': int, 'norm_epsilon': float, 'rope_theta': float,
     'partial_rotary_factor': float}
 
-# Keys of the released config -> legacy keys, of which the first that is there counts. Where it is a list, it has one
-# entry per legacy layer, 0 for the layers of the other kind.
+# Keys of the released config -> legacy keys, in order of precedence. A list has one entry per legacy layer; those of
+# the other kind (attention or MoE) may be 0.
 SIZES = {'num_attention_heads': ('cca_num_q_heads', 'num_attention_heads'),
          'num_key_value_heads': ('num_query_groups_list', 'num_query_groups', 'num_key_value_heads'),
          'moe_intermediate_size': ('ffn_hidden_size_list', 'ffn_hidden_size'),  # of gate and up together: twice as wide
@@ -66,7 +66,8 @@ def released_config(given, path):
         if isinstance(value, list):
             size = max(value, default=0)
             if value not in ([size, 0] * (n // 2), [0, size] * (n // 2), [size] * n):
-                raise ValueError(f'{path}: {legacy_key} must hold one size for all {n} layers, and 0 for the others')
+                raise ValueError(f'{path}: {legacy_key} must hold the same size for all {n} layers, or for every '
+                                 'second one, with 0 between')
             value = size
         sizes[key] = value
     if sizes['moe_intermediate_size'] % 2:

@@ -162,7 +162,7 @@ def compare_tensors(name, tensor, like):
     if tensor.shape != like.shape:
         raise ValueError(f'{name} has shape {list(tensor.shape)}, config.json asks for {list(like.shape)}')
     if tensor.dtype not in ([like.dtype] if name.endswith(CODES) else FLOATS):
-        raise ValueError(f'{name} is {tensor.dtype}, which is none of nanoZAYA\'s')
+        raise ValueError(f'{name} is {tensor.dtype}, which is not supported')
 
 
 def save_pretrained(model, folder, run=None):
@@ -186,6 +186,8 @@ def save_pretrained(model, folder, run=None):
         weight_map |= dict.fromkeys(full, file)
         if writes:
             safetensors.save_file(full, os.path.join(folder, file), metadata={'format': 'pt'})
+    if writes and files[1:] and os.path.exists(single := os.path.join(folder, 'model.safetensors')):
+        os.remove(single)                                       # of a model saved before: it would be read instead
     dtype = {'dtype': str(model.dtype).removeprefix('torch.')}
     if writes:
         tokens = write_tokenizer(run, folder) if run else {}
@@ -256,8 +258,8 @@ def bytes_of(tensor):
 
 
 def copy_folder(folder, out, change, settings, share):
-    """Copy a released folder in the released layout, completely or not at all, with little more than half a GiB of
-    tensors in memory.
+    """Copy a released folder in the released layout, completely or not at all, with half a GiB of tensors and
+    one more in memory.
 
     change(name, tensor) returns [(name, tensor), ...], which replace the tensor. settings are added to config.json.
     share: the size of the new weights divided by that of the old. Raise ValueError if the folder is incomplete or is
@@ -286,7 +288,8 @@ def copy_folder(folder, out, change, settings, share):
                 batch |= {key: value.contiguous() for key, value in change(name, tensor)}
             if sum(value.nbytes for value in batch.values()) > 2 ** 29:
                 weight_map, batch = weight_map | write_shard(unfinished, weight_map, batch), {}
-        weight_map |= write_shard(unfinished, weight_map, batch)
+        if batch:
+            weight_map |= write_shard(unfinished, weight_map, batch)
         write_json(unfinished, content | settings, weight_map)
         for name in os.listdir(folder):                         # tokenizer, chat template, ...
             if name.endswith(('.json', '.jinja', '.model', '.txt')) and name not in os.listdir(unfinished):

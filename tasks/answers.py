@@ -57,9 +57,11 @@ def argument(text):
 # tests/test_answers.py has a pair of answers for each.
 TEXT = r'\\(?:text[a-z]*|mathrm|mathbf|mbox) *\{'
 LITERALS = {'–': '-', '·': r'\cdot ', '∞': r'\infty ', '°': r'^\circ ', '½': r' 1/2', '¼': r' 1/4', '¾': r' 3/4',
-            '⅓': r' 1/3', '⅔': r' 2/3', **{digit: f'^{{{n}}}' for n, digit in enumerate('⁰¹²³⁴⁵⁶⁷⁸⁹')},
-            r'\lbrace': r'\{', r'\rbrace': r'\}', r'\varnothing': r'\emptyset', r'\degree': r'^\circ '}
+            '⅓': r' 1/3', '⅔': r' 2/3', r'\lbrace': r'\{', r'\rbrace': r'\}', r'\varnothing': r'\emptyset',
+            r'\degree': r'^\circ '}
+SUPERSCRIPTS = str.maketrans('⁰¹²³⁴⁵⁶⁷⁸⁹', '0123456789')
 PATTERNS = [(re.compile(pattern), replacement) for pattern, replacement in [
+    ('[⁰¹²³⁴⁵⁶⁷⁸⁹]+', lambda found: f'^{{{found[0].translate(SUPERSCRIPTS)}}}'),
     (r'√ *(?:\(([^()]*)\)|(\d+|\w))', r'\\sqrt{\1\2}'),
     (r'\\\\\[[^\]]*\]', r'\\\\'),                               # \\[4pt] ends a row of a matrix
     (r'\\\$|[$€£`]|\*\*|(?<!\\)\\[()\[\]]|\\[bB]igg?[lrm]?(?![a-zA-Z])|\\! *|^ *\\approx', ''),
@@ -96,7 +98,7 @@ def normalize(text):
 
 @functools.lru_cache(maxsize=4096)                              # a majority vote compares the same pairs many times
 def equal(gold, answer):
-    """Return True if an answer equals the reference answer (gold). The order matters: 7 = 'x=7', but 'x=7' != 'y=7'."""
+    """Return True if an answer equals the reference answer (gold). math-verify is not symmetric: the order matters."""
     if gold.strip() == answer.strip():
         return True
     if max(len(gold), len(answer)) > LENGTH:
@@ -112,7 +114,7 @@ def equal(gold, answer):
     if all(bases) and bases[0] != bases[1]:     # 12_8 and 12_9: math-verify drops the base
         return False
     pairs = [(gold, answer)]
-    if ('%' in gold) != ('%' in answer):        # 12.5 = 12.5\%, where the problem asks for a percentage
+    if ('%' in gold) != ('%' in answer):        # 12.5 = 12.5\%: the problem may ask for a percentage
         pairs.append([re.sub(r'\\?%', '', text) for text in pairs[0]])
     return any(ask_worker(*pair) for pair in pairs)
 

@@ -89,6 +89,7 @@ EQUAL = [
     (r'\text{even}', 'even'), (r'\text{June 20}', 'June 20'), ('no solution', r'\text{No solution}'), ('True', 'true'),
     ('red', r'\mbox{red}'), ('Ellipse', 'ellipse'), ('Saturday', '**Saturday**'), ('blue', r'\textit{blue}'),
     # equations: a value may be given with its name
+    ('2^{10}', '2¹⁰'),
     ('7', 'x=7'), ('x=7', '7'), ('x=7', '$x = 7$'), ('7', '3+4=7'), ('x=7', '7=x'), ('7', r'\approx 7'),
     ('y=2x+1', '2x+1=y'), ('y=2x+1', 'y-2x-1=0'), ('3x-2y=5', '3x - 2y - 5 = 0'), ('x^2+y^2=1', 'y^2+x^2=1'),
     ('2x+1', 'y=2x+1'), ('2x+1', 'f(x) = 2x+1'), (r'\{1,2\}', r'x \in \{1,2\}'), ('1,2', 'x=1 or x=2'),

@@ -156,8 +156,9 @@ REFUSED = [
     ({'num_hidden_layers': 81}, 'num_hidden_layers must alternate attention and 16 experts'),
     ({'zaya_layers': ['a', 16, 16, 'a'] * 20}, 'zaya_layers must alternate'),
     ({'zaya_layers': ['a', 16] * 39 + ['a', 8]}, 'zaya_layers must alternate'),
-    ({'zaya_mlp_expansion': [0, 256] * 39 + [0, 128]}, 'zaya_mlp_expansion must hold one size for all 80 layers'),
-    ({'cca_num_q_heads': [8, 0] * 39}, 'cca_num_q_heads must hold one size'), ({'ffn_hidden_size': 33}, 'must be even'),
+    ({'zaya_mlp_expansion': [0, 256] * 39 + [0, 128]}, 'zaya_mlp_expansion must hold the same size for all 80 layers'),
+    ({'cca_num_q_heads': [8, 0] * 39}, 'cca_num_q_heads must hold the same size'),
+    ({'ffn_hidden_size': 33}, 'must be even'),
     ({'rope_theta': None}, 'rope_theta is None'), ({'vocab_size': '9'}, "vocab_size is '9', it must be a whole number"),
     ({'zaya_mlp_expansion': None}, 'zaya_mlp_expansion is None'),
 ]

@@ -39,7 +39,7 @@ def one_line(raised):
 # --- conversations -----------------------------------------------------------------------------------------
 
 TEXT = st.lists(st.sampled_from([*SPECIAL_TOKENS, 'the sum', ' ', '\n', '<', 'think>', 'é漢😀', '12', '\u2028'])
-                | st.text(max_size=5)).map(''.join).filter(lambda text: text.strip())
+                | st.text(st.characters(exclude_categories=('Cs', 'Cn')), max_size=5)).map(''.join).filter(str.strip)
 TEXT = TEXT.map(lambda text: text.replace('think>', '')).filter(str.strip)
 PLAIN = TEXT
 THOUGHT = st.tuples(st.sampled_from(['', '\n ']), TEXT, TEXT)
