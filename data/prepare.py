@@ -45,7 +45,7 @@ def prepare(documents, out, vocab_size, tokenizer='bpe', tokenizer_from=''):
         enc = train_bpe((chunk.decode('utf-8', 'replace') for _, data in splits['train']
                          for chunk in line_chunks(data)), vocab_size)
     print(f'bpe.json: {enc.n_vocab:,} tokens, ready at {time.time() - start:.1f} s')
-    meta = {split: {} for split in splits}
+    meta = {}
     with replacing(out) as folder:
         for split, docs in splits.items():
             meta[split] = counts = write_documents(folder / f'{split}.bin', docs, enc)

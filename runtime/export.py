@@ -3,9 +3,8 @@ import json
 import os
 
 from configurator import package
-from data.language import RUN_TEMPLATE
+from data.language import RUN_TEMPLATE, language_of
 from data.tokenizer import load_tokenizer
-from runtime.language import run_language
 
 
 def write_tokenizer(run, folder):
@@ -17,7 +16,7 @@ def write_tokenizer(run, folder):
                 'eos_token': '<|endoftext|>', 'pad_token': '<|endoftext|>'}
     if '<|user|>' in enc.special_tokens_set:
         settings['chat_template'] = RUN_TEMPLATE
-    tokens = {'bos_token_id': None, 'pad_token_id': None, 'eos_token_id': run_language(run).stop}
+    tokens = {'bos_token_id': None, 'pad_token_id': None, 'eos_token_id': language_of(enc, run).stop}
     for name, content in {'tokenizer_config.json': settings,
                           'generation_config.json': tokens | {'pad_token_id': enc.eot_token}}.items():
         with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
