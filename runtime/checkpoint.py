@@ -181,7 +181,8 @@ def restore(optimizers, states, folder):
         parameters = parameters_of(optimizer)
         for i, momenta in state.items():
             if len(state) != len(parameters) or i not in range(len(parameters)) or any(
-                    t.shape != (() if name == 'step' else parameters[i].shape) for name, t in momenta.items()):
+                    t.shape != (() if name == 'step' else parameters[i].shape) or not t.is_floating_point()
+                    for name, t in momenta.items()):
                 raise ValueError(f"{folder}: the checkpoint's optimizers are not those of its model")
         state = {i: {name: t if name == 'step' else distribute_like(t, parameters[i]) for name, t in momenta.items()}
                  for i, momenta in state.items()}

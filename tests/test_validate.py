@@ -151,9 +151,11 @@ def test_a_checkpoint_with_an_invalid_part_is_not_resumed(dataset, finished, tmp
         assert 'every checkpoint is damaged' in message or 'the checkpoint has nothing as' in message, wrong
 
 
-def test_momenta_of_other_parameters_are_refused(finished, dataset, tmp_path):
+@pytest.mark.parametrize('group, name, wrong', [('optimizers', 'momentum', torch.zeros(3)),
+                                                ('balancer', 'step', torch.tensor(1))])         # an integer
+def test_optimizer_states_of_other_parameters_are_refused(finished, dataset, tmp_path, group, name, wrong):
     state = load_checkpoint(finished, RESUMABLE)
-    state['optimizers'][0]['state'][0]['momentum'] = torch.zeros(3)
+    (state['balancer'] if group == 'balancer' else state['optimizers'][0])['state'][0][name] = wrong
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     save_checkpoint(tmp_path, state)
     with pytest.raises(ValueError, match='optimizers are not those of its model'):
