@@ -129,19 +129,22 @@ class CCA(nn.Module):
         self.conv_grouped_bias = nn.Parameter(torch.empty(C))                   # b2
         self.temperature = nn.Parameter(torch.empty(self.Hk))                   # T
 
+    def project(self, x):
+        """x (..., E) -> [q~; k~; W_V1 x; W_V2 x] (..., C + Hk d), in one matmul."""
+        W = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.v_proj_delayed.weight])
+        return F.linear(x, W)
+
     def forward(self, x, cos, sin, mask=None, start=None, cache=None):
         """x (B, S, E) -> (B, S, E). cos, sin (B or 1, S, n): from rope_table.
         mask (B or 1, 1, S, P) bool: True where a token may attend; None: plain causal attention.
         start (B, S) bool: True at the first token of a document (packed sequences). Convolutions and value shift do not
             read tokens of earlier documents; mask must do the same for attention.
         cache: a Cache after its reserve()."""
-        B, S, _ = x.shape
         Hq, Hk, d = self.Hq, self.Hk, self.head_dim
-        # 1. Project, all four in one matmul.
-        W = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.v_proj_delayed.weight])
-        qk, v1, v2 = F.linear(x, W).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)
+        # 1. Project.
+        qk, v1, v2 = self.project(x).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)
         # The state of the past tokens: None or zero at the start of a sequence, else from the cache.
-        past, v_last = None, v2.new_zeros(B, 1, v2.shape[-1])
+        past, v_last = None, v2.new_zeros(len(v2), 1, v2.shape[-1])
         if cache is not None:
             past, v_last = cache.qk[self.layer].to(qk.dtype), cache.v_last[self.layer].to(v2.dtype)
         v2 = torch.cat([v_last, v2], 1)                                         # (B, S + 1, Hk d / 2), from t = -1
@@ -149,9 +152,7 @@ class CCA(nn.Module):
         q, k = self.mix(qk, past, self.conv_depthwise_weight, self.conv_depthwise_bias, self.conv_grouped_weight,
                         self.conv_grouped_bias, self.temperature, cos, sin, start)       # (B, Hq or Hk, S, d)
         # 6. Value shift. With 2 KV heads, head 0 has the values of this token, head 1 those of the previous one.
-        v2_shifted = v2[:, :-1]                                                 # (B, S, Hk d / 2)
-        if start is not None:
-            v2_shifted = v2_shifted.masked_fill(start[..., None], 0)
+        v2_shifted = v2[:, :-1] if start is None else v2[:, :-1].masked_fill(start[..., None], 0)  # (B, S, Hk d / 2)
         v = torch.cat([v1, v2_shifted], -1).unflatten(-1, (Hk, d)).transpose(1, 2)         # (B, Hk, S, d)
         # 7. Attend, scale 1 / sqrt(d); each KV head serves G query heads.
         if cache is not None:

@@ -6,7 +6,7 @@ step(cache, tokens) that equals model(tokens[:, None], cache=cache) up to roundi
 batch size and the cache capacity must stay the same from step to step.
 
 `folded(model)`, ready at once: the same computation written for S = 1, with a third of the calls.
-  - Adjacent linear maps are merged in advance: W_Q, W_K and both W_V are one matrix (quantize.py may have made it); the
+  - Adjacent linear maps are merged in advance: W_Q, W_K and both W_V are one matrix (or one of quantize.py's); the
     weight of the router's norm is folded into the next matrix; the two convolutions are one of kernel 3.
   - QK-mean needs no factor 1/2: q and k are normalized next, so only their directions matter and both may be twice as
     long: (2 q + q~) + k~, and (2 k + k~) + the mean of q~. The term in parentheses is a convolution, like q itself.
@@ -31,6 +31,7 @@ from torch import nn
 from cca import merge_convolutions, rope_table
 from layers import upcast
 from model import Experts, swiglu
+from quantize import Matrix
 
 
 def fold(layer):
@@ -45,11 +46,12 @@ def fold(layer):
     taps = 2 * taps
     taps[..., 2 * d:] += torch.eye(d, device=taps.device)
     return SimpleNamespace(
-        down=product(attn.q_proj, attn.k_proj, attn.v_proj, attn.v_proj_delayed),           # (B, E) -> (B, C + Hk d)
+        down=attn.project if isinstance(attn.o_proj, Matrix) else merged(
+            attn.q_proj, attn.k_proj, attn.v_proj, attn.v_proj_delayed),                    # (B, E) -> (B, C + Hk d)
         attn_norm=norm_weight(layer.attn_norm),                                             # (E) *
         taps=taps.mT.contiguous(), taps_bias=2 * bias[:, None],                             # (H, 3 d, d), (H, 1, d) *
         size=torch.cat([T.new_ones(attn.Hq), T * d ** 0.5])[:, None],                       # (H, 1) *: norm per head
-        o=product(attn.o_proj),                                                             # (B, Hq d) -> (B, E)
+        o=attn.o_proj if isinstance(attn.o_proj, Matrix) else merged(attn.o_proj),          # (B, Hq d) -> (B, E)
         attn_scale=upcast(a.residual_scale), attn_constant=constant(a), attn_branch=upcast(a.branch_scale), # (E) * each
         moe_norm=norm_weight(layer.moe_norm),                                               # (E) *
         router_down=router.down_proj.weight, router_bias=router.down_proj.bias,             # (R, E), (R)
@@ -60,10 +62,8 @@ def fold(layer):
         moe_scale=upcast(m.residual_scale), moe_constant=constant(m), moe_branch=upcast(m.branch_scale))    # (E) * each
 
 
-def product(*linears):
+def merged(*linears):
     """Return the function x -> [W_1; W_2; ...] x, one matrix product."""
-    if hasattr(linears[0], 'codes'):                            # quantize.Matrix
-        return linears[0].joined(linears)
     W = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
     return lambda x: F.linear(x, W)
 

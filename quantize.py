@@ -16,29 +16,40 @@ depends on the routing and the attention temperature, and CCA's norm and the res
 (report, IV-D).
 
     y = x W^T          by definition: dequantize, then multiply
-                       on a CPU, for few tokens: torch's int8 and int4 kernels, which read the codes (`Matrix.forward`)
+                       on a CPU: kernels/int4.cpp, which also rounds x to int8; where it cannot be built or is slower,
+                       torch's int8 and int4 operators
 
-`python quantize.py FOLDER OUT --bits=4` reads a released folder tensor by tensor and writes one that sample.py and
-rsa.py read like any other. Legend: out, in: dims of a matrix; G groups per output; N experts; T tokens; E, F: model.py.
+Codes and scales are stored in the order in which the kernel reads them (`interleave`), so a memory-mapped file needs
+no conversion. `python quantize.py FOLDER OUT --bits=4` reads a released folder tensor by tensor and writes one that
+sample.py and rsa.py read like any other.
+
+Legend: out, in: dims of a matrix; G groups per output; R = out / 8; N experts; T tokens; E, F: model.py.
 """
+import functools
 import re
 import runpy
+import sys
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import int4
 from model import swiglu
 
 GROUP = 32                      # inputs that share s and z, with 4 bits
+BLOCK = {8: 256, 4: 160}        # bytes of 8 outputs x 32 inputs
 SPANS = [1 - 0.05 * i for i in range(6)]        # ranges to try, as fractions of the group's
 QUANTIZED = re.compile(r'.*(self_attn\..*_proj(_current|_delayed)?\.weight|mlp\.experts\.\w+|embed_tokens\.weight)')
 
 
+# ---- codes ----
+
 @torch.no_grad()
 def quantize(W, bits, spans=SPANS):
     """Quantize W (out, in). Return a dict. 8 bits: codes (out, in) int8, scale (out, 1) float32. 4 bits: codes
-    (out, in / 2) uint8, two per byte, scale and offset (out, G) bf16. Raise ValueError if `in` is no multiple of 32."""
+    (out, in) uint8, scale and offset (out, G) bf16. Raise ValueError if `in` is no multiple of 32 then."""
     W = W.float()
     if bits == 8:
         scale = W.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
@@ -54,87 +65,130 @@ def quantize(W, bits, spans=SPANS):
         new = (s * (c - 8) + z - w).square_().sum(-1, keepdim=True), c, s, z    # error first
         best = new if best is None else [torch.where(new[0] < best[0], a, b) for a, b in zip(new, best)]
     _, c, s, z = best
-    c = c.to(torch.uint8).flatten(-2)
-    return {'codes': c[:, ::2] | c[:, 1::2] << 4, 'scale': s[..., 0].bfloat16(), 'offset': z[..., 0].bfloat16()}
+    return {'codes': c.to(torch.uint8).flatten(-2), 'scale': s[..., 0].bfloat16(), 'offset': z[..., 0].bfloat16()}
 
 
 def dequantize(codes, scale, offset=None):
-    """Return W (..., in) float32, by definition. ...: (out), or the dims of the tokens whose embeddings are read."""
+    """Return W (..., in) float32, by definition."""
     if offset is None:
         return codes * scale
-    c = unpack(codes).unflatten(-1, (-1, GROUP)).float() - 8                    # (..., G, 32)
+    c = codes.unflatten(-1, (-1, GROUP)).float() - 8                            # (..., G, 32)
     return torch.addcmul(offset[..., None].float(), c, scale[..., None].float()).flatten(-2)
 
 
-def unpack(codes):
-    """Return int4 codes as (..., in) uint8, from (..., in / 2) bytes."""
-    return torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+# ---- blocks: the layout of kernels/int4.cpp, which has a picture of it ----
 
+def interleave(codes, scale=None, offset=None):
+    """Return the blocks (R, G, 160 or 256) uint8 of a quantized matrix: codes (out, in), with 4 bits also scale and
+    offset (out, G). Outputs are padded to a multiple of 8, inputs to one of 32: zero codes."""
+    codes = F.pad(codes.view(torch.uint8), (0, -codes.shape[1] % GROUP, 0, -codes.shape[0] % 8))
+    c = codes.unflatten(1, (-1, 8, 4)).unflatten(0, (-1, 8))                    # (R, 8, G, 8, 4): input 4 j + i
+    c = c.permute(0, 2, 3, 1, 4).flatten(3)                                     # (R, G, 8, 32): output 4 r + i
+    if offset is None:
+        return c.flatten(2)
+    s = F.pad(torch.stack([scale, offset], -1), (0, 0, 0, 0, 0, -len(scale) % 8)).unflatten(0, (-1, 8))
+    s = s.permute(0, 2, 3, 1).contiguous().view(torch.uint8)                    # (R, G, 2, 16): of r = 0, 1, ..., 7
+    return torch.cat([(c[:, :, :4] | c[:, :, 4:] << 4).flatten(2), s.flatten(2)], -1)
+
+
+def separate(blocks):
+    """Return codes (8 R, in), scale and offset (8 R, G), the inverse of interleave; with 8 bits, scale is None."""
+    R, G, _ = blocks.shape
+    scale = offset = None
+    if blocks.shape[-1] == BLOCK[4]:
+        s = blocks[:, :, 128:].contiguous().view(torch.bfloat16).view(R, G, 2, 8).permute(2, 0, 3, 1)
+        scale, offset = s.flatten(1, 2)
+        blocks = torch.cat([blocks[:, :, :128] & 15, blocks[:, :, :128] >> 4], -1)
+    c = blocks.view(R, G, 8, 8, 4).permute(0, 3, 1, 2, 4).reshape(8 * R, GROUP * G)
+    return c if offset is not None else c.view(torch.int8), scale, offset
+
+
+# ---- modules ----
 
 class Matrix(nn.Module):
-    """A quantized matrix. forward: x (..., in) -> x W^T (..., out), in x's dtype."""
+    """A quantized matrix W, or N of them (experts). forward: x (..., in) -> x W^T (..., out), in x's dtype."""
 
-    def __init__(self, bits, out, width):
+    def __init__(self, bits, out, width, *N):
         super().__init__()
-        self.bits, self.dtype, self.packed = bits, torch.float32, None
-        kinds = {8: [('codes', torch.int8, width), ('scale', torch.float32, 1)],
-                 4: [('codes', torch.uint8, width // 2), ('scale', torch.bfloat16, width // GROUP),
-                     ('offset', torch.bfloat16, width // GROUP)]}
-        for name, dtype, n in kinds[bits]:
-            self.register_buffer(name, torch.empty(out, n, dtype=dtype))
-        if bits == 8:
-            self.register_buffer('offset', None)
+        self.bits, self.out, self.width = bits, out, width
+        self.dtype, self.kernel, self.packed = torch.float32, False, {}         # set by `prepare`
+        shape = *N, -(-out // 8), -(-width // GROUP), BLOCK[bits]
+        self.register_buffer('blocks', torch.empty(shape, dtype=torch.uint8))
+        self.register_buffer('scale', torch.empty(*N, out) if bits == 8 else None)
+
+    def codes(self, e=()):
+        """Return codes, scale and offset of the matrix, or of expert e, as `quantize` does."""
+        codes, scale, offset = separate(self.blocks[e])
+        scale, offset = (self.scale[e][:, None], None) if self.bits == 8 else (scale[:self.out], offset[:self.out])
+        return {'codes': codes[:self.out, :self.width], 'scale': scale, 'offset': offset}
 
     @property
     def weight(self):
-        """Return W (out, in), dequantized at every call: for many tokens."""
-        return dequantize(self.codes, self.scale, self.offset).to(self.dtype)
+        """Return W (out, in), dequantized at every call."""
+        return dequantize(**self.codes()).to(self.dtype)
 
-    def forward(self, x):
-        return self.product(x)
+    def forward(self, x, expert=None):
+        """expert (T) int64, with x (T, in): the matrix of each token; zero for one that does not exist."""
+        if self.kernel:
+            x_flat = F.pad(x.flatten(0, -2), (0, -self.width % GROUP))          # (T, 32 G)
+            return int4.product(x_flat, self.blocks, self.scale, self.out, expert).view(*x.shape[:-1], self.out)
+        if expert is None:
+            return self.multiply(x, ())
+        y = x.new_zeros(len(x), self.out)
+        for e in expert.unique().tolist():
+            if e < len(self.blocks):
+                chosen = (expert == e).nonzero()[:, 0]                          # its tokens
+                y[chosen] = self.multiply(x[chosen], e)
+        return y
 
-    def product(self, x):
-        if self.packed is None:
-            return F.linear(x, self.weight.to(x.dtype))
-        if x.dtype != self.dtype:                               # the head's float32 input: as a sum of two in bf16
-            high = x.to(self.dtype)
-            return self.product(high).to(x.dtype) + self.product((x - high).to(self.dtype))
-        x_flat = x.flatten(0, -2)                               # (T, in)
+    def multiply(self, x, e):
+        """x (..., in) -> (..., out) with the matrix of expert e, without the kernel."""
+        if e not in self.packed:
+            return F.linear(x, dequantize(**self.codes(e)).to(x.dtype))
+        packed, scales = self.packed[e]
+        x_flat, scales = x.flatten(0, -2), scales.to(x.dtype)
         if self.bits == 8:
-            y = torch.ops.aten._weight_int8pack_mm(x_flat, self.packed, self.scale[:, 0].to(x.dtype))
+            y = torch.ops.aten._weight_int8pack_mm(x_flat, packed, scales)
         else:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_flat, self.packed, GROUP, self.scales.to(x.dtype))
-        return y.view(*x.shape[:-1], -1)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_flat, packed, GROUP, scales)
+        return y.view(*x.shape[:-1], self.out)
 
-    def pack(self, dtype, keep):
-        """On a CPU, convert the codes to the layout of torch's kernels. dtype: of the model. keep: keep the codes too,
-        which `weight` needs."""
-        self.dtype = dtype
-        if self.codes.device.type == 'cpu' and (self.bits == 8 or len(self.codes) % 32 == 0):
-            # torch's int8 kernel crashes on several tokens if the codes, as a file maps them, are not 16-byte aligned.
-            self.packed = self.codes if self.codes.data_ptr() % 16 == 0 else self.codes.clone()
-            if self.bits == 4:
-                self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(self.codes).int(), 1)
-                self.scales = torch.stack([self.scale, self.offset], -1).transpose(0, 1).contiguous()      # (G, out, 2)
-                if not keep:
-                    self.codes = self.scale = self.offset = None
-
-    @staticmethod
-    def joined(matrices):
-        """Return one Matrix whose output concatenates those of matrices with the same input."""
-        parts = [[getattr(m, name) for m in matrices] for name in ('codes', 'scale', 'offset')]
-        bits, width = matrices[0].bits, matrices[0].codes.shape[1] * 8 // matrices[0].bits
-        joined = Matrix(bits, sum(len(m.codes) for m in matrices), width)
-        joined.codes, joined.scale, joined.offset = (None if part[0] is None else torch.cat(part) for part in parts)
-        joined.pack(matrices[0].dtype, keep=False)              # only used for few tokens
-        return joined
+    def pack(self):
+        """Convert the codes to the layout of torch's operators, where they have one for this shape."""
+        for e in range(len(self.blocks)) if self.blocks.ndim == 4 else [()]:
+            m = self.codes(e)
+            if self.bits == 8:
+                self.packed[e] = m['codes'].contiguous(), m['scale'][:, 0]
+            elif self.out % 32 == 0:
+                packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(m['codes'].int(), 1)
+                self.packed[e] = packed, torch.stack([m['scale'], m['offset']], -1).transpose(0, 1).contiguous()
 
 
 class Embedding(Matrix):
-    """forward: tokens (...) int64 -> embeddings (..., E) float32. product: the output head."""
+    """forward: tokens (...) int64 -> embeddings (..., E) float32. head: the output head."""
 
     def forward(self, tokens):
-        return dequantize(*(None if t is None else t[tokens] for t in (self.codes, self.scale, self.offset)))
+        codes, scale, offset = separate(self.blocks[tokens.flatten() // 8])                     # 8 T outputs
+        chosen = torch.arange(tokens.numel(), device=tokens.device) * 8 + tokens.flatten() % 8
+        if self.bits == 8:
+            scale, offset = self.scale[tokens.flatten()][:, None], None
+            return dequantize(codes[chosen, :self.width], scale).view(*tokens.shape, -1)
+        return dequantize(codes[chosen], scale[chosen], offset[chosen]).view(*tokens.shape, -1)
+
+    def head(self, x):
+        """x (..., E) float32 -> logits (..., V) float32. The product rounds x, to int8 or bf16: x is the sum of what
+        that keeps and of the rest, and both are multiplied together."""
+        if self.kernel:
+            groups = x.unflatten(-1, (-1, GROUP))                               # (..., G, 32)
+            d = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+            high = ((groups / d).round() * d).flatten(-2)
+        elif self.packed and self.dtype == torch.bfloat16:
+            high = x.bfloat16().float()
+        else:
+            return super().forward(x)
+        dtype = torch.float32 if self.kernel else self.dtype
+        high, low = super().forward(torch.stack([high, x - high]).to(dtype)).float()
+        return high + low
 
 
 class Experts(nn.Module):
@@ -143,17 +197,25 @@ class Experts(nn.Module):
     def __init__(self, bits, config):
         super().__init__()
         N, E, F_ = config.n_expert, config.n_embd, config.expert_dim
-        self.gate_up = nn.ModuleList(Matrix(bits, 2 * F_, E) for _ in range(N))
-        self.down = nn.ModuleList(Matrix(bits, E, F_) for _ in range(N))
+        self.gate_up, self.down = Matrix(bits, 2 * F_, E, N), Matrix(bits, E, F_, N)
 
     def forward(self, x, expert, weight):
         """x (T, E), expert (T) int64, weight (T) float32 -> (T, E)."""
-        y = torch.zeros_like(x)
-        for e in expert.unique().tolist():
-            if e < len(self.down):                              # expert N is 'skip': zero
-                chosen = (expert == e).nonzero()[:, 0]          # its tokens
-                y[chosen] = self.down[e](swiglu(self.gate_up[e](x[chosen])))
-        return y * weight[:, None].to(x.dtype)
+        return self.down(swiglu(self.gate_up(x, expert)), expert) * weight[:, None].to(x.dtype)
+
+
+def joined(matrices):
+    """Return the function x -> [W_1; W_2; ...] x. With the kernel it is one product, of a Matrix of whose memory the
+    given matrices become parts."""
+    first, outs = matrices[0], [m.out for m in matrices]
+    if any(out % 8 for out in outs) or not first.kernel:
+        return lambda x: torch.cat([m(x) for m in matrices], -1)
+    whole = Matrix(first.bits, sum(outs), first.width)
+    whole.kernel, whole.blocks = True, torch.cat([m.blocks for m in matrices])
+    whole.scale = torch.cat([m.scale for m in matrices]) if first.bits == 8 else None
+    for m, part in zip(matrices, whole.blocks.split([out // 8 for out in outs])):
+        m.blocks = part
+    return whole
 
 
 def replace(model, bits):
@@ -165,22 +227,59 @@ def replace(model, bits):
             setattr(layer.attn, name, Matrix(bits, linear.out_features, linear.in_features))
         layer.moe.experts = Experts(bits, config)
     model.embedding = Embedding(bits, config.vocab_size, config.n_embd)
-    model.head = lambda x: model.embedding.product(model.norm(x).float())
+    model.head = lambda x: model.embedding.head(model.norm(x).float())
 
 
-def pack(model):
-    """Pack the quantized matrices of a model after their codes have been loaded."""
-    for module in model.modules():
-        if isinstance(module, Experts):
-            for matrices in module.gate_up, module.down:
-                for matrix in matrices:
-                    matrix.pack(model.dtype, keep=False)
-                # Freeing many small tensors fragments memory: stack them, and make each a view of its stack.
-                for name in ('packed', 'scales') if matrices[0].codes is None else ():
-                    for matrix, part in zip(matrices, torch.stack([getattr(matrix, name) for matrix in matrices])):
-                        setattr(matrix, name, part)
-        elif isinstance(module, Matrix) and module.packed is None:
-            module.pack(model.dtype, keep=True)
+# ---- the choice of a product ----
+
+def prepare(model):
+    """Choose how the quantized matrices of a model multiply, after their blocks have been loaded: on a CPU with
+    kernels/int4.cpp, or with torch's operators and one line that says why; elsewhere dequantized at every call."""
+    matrices = [module for module in model.modules() if isinstance(module, Matrix)]
+    on_cpu = model.device.type == 'cpu'
+    reason = on_cpu and (trouble(matrices[0].bits) or slower(model.layers[0].moe.experts.gate_up, model.dtype))
+    if reason:
+        print(f'torch multiplies by the quantized matrices, which takes longer to load: {reason}', file=sys.stderr)
+    for matrix in matrices:
+        matrix.dtype, matrix.kernel = model.dtype, on_cpu and not reason
+        if on_cpu and reason:
+            matrix.pack()
+    for attn in (layer.attn for layer in model.layers):
+        attn.project = joined([attn.q_proj, attn.k_proj, attn.v_proj, attn.v_proj_delayed])
+
+
+@functools.cache
+def trouble(bits):
+    """Return why kernels/int4.cpp cannot be used on this machine, or None. Its products are compared with those of the
+    definition."""
+    try:
+        int4.load()
+    except RuntimeError as error:
+        return str(error)
+    generator = torch.Generator().manual_seed(0)
+    W, x = (torch.randn(n, 96, generator=generator) for n in (20, 7))
+    m = quantize(W, bits)
+    scale = m['scale'][:, 0] if bits == 8 else None
+    y, exact = int4.product(x, interleave(**m), scale, 20), x @ dequantize(**m).T
+    error = ((y - exact).norm() / exact.norm()).item()
+    return None if error < 0.02 else f'on this CPU, the results of kernels/int4.cpp are {error:.0%} off'      # not NaN
+
+
+def slower(experts, dtype):
+    """Return None if kernels/int4.cpp multiplies one token by a matrix of these experts (a Matrix) faster than torch's
+    operator, else the reason not to use it. Both read four matrices; they take turns, and the shortest times count."""
+    matrices = experts.blocks[:4]
+    probe = Matrix(experts.bits, experts.out, experts.width, len(matrices))
+    probe.blocks, probe.scale = matrices, None if experts.scale is None else experts.scale[:4]
+    probe.pack()
+    x, seconds = torch.ones(1, experts.width, dtype=dtype), {True: [], False: []}
+    for probe.kernel in 5 * [True, False] if probe.packed else []:
+        start = time.perf_counter()
+        for e in range(len(matrices)):
+            probe(x, torch.tensor([e]))
+        seconds[probe.kernel].append(time.perf_counter() - start)
+    if probe.packed and min(seconds[True]) > min(seconds[False]):
+        return f'kernels/int4.cpp takes {min(seconds[True]) / min(seconds[False]):.1f} times as long here'
 
 
 if __name__ == '__main__':      # the command's module imports this file, so this file cannot import it

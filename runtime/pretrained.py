@@ -58,10 +58,11 @@ optional = lambda schema: {f'{key}?': kind for key, kind in schema.items()}
 types = lambda names: {theirs: SIZES[ours] for ours, theirs in names.items()}
 CONFIG = optional(CONFIG_FIXED | UNSUPPORTED | types(CONFIG_NAMES) | {
     'rope_parameters': (None, {'hybrid': optional({'rope_type': 'default'} | types(ROPE_NAMES))}),
-    'layer_types': (None, ['hybrid']), 'dtype': (None, str), 'nanozaya_quantization': {'bits': (4, 8)}})
+    'layer_types': (None, ['hybrid']), 'dtype': (None, str),
+    'nanozaya_quantization': {'bits': (4, 8), 'format?': (1, 2)}})
 
 FILE_BYTES = 5 * 2 ** 30         # maximum size of one weights file that save_pretrained writes
-CODES = '.codes', '.scale', '.offset'                           # of a quantized matrix
+CODES = '.blocks', '.scale', '.codes', '.offset'                # of a quantized matrix
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -82,11 +83,10 @@ def from_pretrained(folder, device='cpu', dtype=None):
     quantized = content.get('nanozaya_quantization')            # by quantize.py
     model, wanted = empty_model(folder, content)
     names, state = {released_name(name): name for name in model.state_dict()}, {}
-    for name, tensor in read_tensors(folder, wanted):
+    old = quantized and quantized.get('format', 1) == 1
+    for name, tensor in read_format_1(folder, model, wanted) if old else read_tensors(folder, wanted):
         keeps_dtype = name.endswith((*CODES, 'balancing_biases'))
-        # Without a copy, the memory-mapped file stays open. quantize.pack copies the int4 experts below.
-        copy = bool(quantized) and quantized['bits'] == 4 and '.experts.' not in name
-        state[names[name]] = tensor.to(device, wanted[name].dtype if keeps_dtype else dtype or tensor.dtype, copy=copy)
+        state[names[name]] = tensor.to(device, wanted[name].dtype if keeps_dtype else dtype or tensor.dtype)
     weights = [name for name, _ in model.named_parameters()]
     widest = functools.reduce(torch.promote_types, {state[name].dtype for name in weights})
     for name in weights:                                        # of mixed dtypes, the widest holds all values exactly
@@ -97,7 +97,7 @@ def from_pretrained(folder, device='cpu', dtype=None):
         router.load = torch.zeros_like(router.load, device=device)
     model.released_config = content                             # with the end-of-text token and other keys
     if quantized:
-        quantize.pack(model)
+        quantize.prepare(model)
     return model.eval()
 
 
@@ -155,6 +155,38 @@ def read_tensors(folder, wanted):
                 yield name, tensor
     if places:
         raise ValueError(f'{folder}: {len(places)} tensors are missing, the first is {min(places)}')
+
+
+def read_format_1(folder, model, wanted):
+    """As read_tensors, for a folder that quantize.py wrote before it interleaved the codes (format 1): each matrix has
+    codes, of 4 bits two per byte, scale and offset. model: on 'meta'."""
+    matrices = {released_name(f'{name}.blocks').removesuffix('.blocks'): module
+                for name, module in model.named_modules() if isinstance(module, quantize.Matrix)}
+    old = {name: tensor for name, tensor in wanted.items() if name.rpartition('.')[0] not in matrices}
+    place, found = {}, {}       # old name -> (matrix, expert, part); matrix -> {expert: {part: tensor}}
+    for base, m in matrices.items():
+        parts = {8: {'codes': (m.width, torch.int8), 'scale': (1, torch.float32)},
+                 4: {'codes': (m.width // 2, torch.uint8)} | dict.fromkeys(
+                     ('scale', 'offset'), (m.width // quantize.GROUP, torch.bfloat16))}[m.bits]
+        for e in range(len(m.blocks)) if m.blocks.ndim == 4 else ['']:
+            for part, (n, dtype) in parts.items():
+                name = f'{base}.{e}.{part}'.replace('..', '.')
+                old[name], place[name] = torch.empty(m.out, n, dtype=dtype, device='meta'), (base, e, part)
+    for name, tensor in read_tensors(folder, old):
+        if name not in place:
+            yield name, tensor
+            continue
+        base, e, part = place[name]
+        found.setdefault(base, {}).setdefault(e, {})[part] = tensor
+        experts, m = found[base], matrices[base]
+        if sum(map(len, experts.values())) == m.blocks[..., 0, 0, 0].numel() * (3 if m.bits == 4 else 2):
+            experts = [experts[e] for e in sorted(found.pop(base))]
+            for q in experts if m.bits == 4 else ():
+                q['codes'] = torch.stack([q['codes'] & 15, q['codes'] >> 4], -1).flatten(-2)
+            join = (lambda tensors: torch.stack(tensors)) if m.blocks.ndim == 4 else (lambda tensors: tensors[0])
+            yield f'{base}.blocks', join([quantize.interleave(**q) for q in experts])
+            if m.bits == 8:
+                yield f'{base}.scale', join([q['scale'][:, 0] for q in experts])
 
 
 def compare_tensors(name, tensor, like):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import configurator
-from quantize import QUANTIZED, quantize
+from quantize import QUANTIZED, interleave, quantize
 from runtime.pretrained import copy_folder
 
 
@@ -23,18 +23,21 @@ def quantized_tensors(name, tensor, bits):
     if not QUANTIZED.fullmatch(name):
         yield name, tensor
         return
-    matrices = [('', tensor)] if tensor.ndim == 2 else [(f'.{e}', expert) for e, expert in enumerate(tensor)]
-    for expert, W in matrices:
+    blocks, scales = [], []                                     # per expert, or of the only matrix
+    for W in tensor.flatten(0, -3) if tensor.ndim > 2 else [tensor]:
         pieces = [quantize(piece, bits) for piece in W.split(256)]              # each fits into a CPU's cache
-        for part in pieces[0]:
-            yield f'{name.removesuffix(".weight")}{expert}.{part}', torch.cat([piece[part] for piece in pieces])
+        blocks.append(torch.cat([interleave(**piece) for piece in pieces]))
+        scales.append(torch.cat([piece['scale'][:, 0] for piece in pieces]))
+    for part, values in ('blocks', blocks), ('scale', scales):
+        if part == 'blocks' or bits == 8:
+            yield f'{name.removesuffix(".weight")}.{part}', torch.stack(values) if tensor.ndim > 2 else values[0]
 
 
 def quantize_folder(folder, out, bits):
     """Write OUT, completely or not at all. Raise ValueError as copy_folder does, and for a matrix that cannot be
     quantized."""
     copy_folder(folder, out, lambda name, tensor: quantized_tensors(name, tensor, bits),
-                {'nanozaya_quantization': {'bits': bits}}, share={8: 0.51, 4: 0.33}[bits])
+                {'nanozaya_quantization': {'bits': bits, 'format': 2}}, share={8: 0.51, 4: 0.33}[bits])
 
 
 if __name__ == '__main__':

@@ -1,0 +1,70 @@
+"""Build and call int4.cpp: y = x W^T for few tokens on a CPU, W in int4 or int8 blocks (quantize.py).
+
+The library is compiled at first use, in some seconds, for the instruction set that torch uses, which the environment
+variable ATEN_CPU_CAPABILITY=avx2 or =default lowers. It is stored where build.py stores the GPU kernel. It has no
+threads of its own: its OpenMP calls go to the runtime that torch has loaded.
+"""
+import ctypes
+import functools
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import torch
+
+from kernels.build import cache_folder
+
+SOURCE = Path(__file__).with_name('int4.cpp')
+ARGUMENTS = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 4]
+
+
+def instruction_set():
+    """Return the compiler flags of the best instruction set that int4.cpp and this CPU have."""
+    has = getattr(torch.cpu, 'get_capabilities', dict)()        # from torch 2.12 on
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == 'AVX512' and has.get('avx512_vnni'):
+        return ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512vnni', '-mfma']
+    if capability in ('AVX2', 'AVX512'):
+        return ['-mavx2', '-mfma']
+    return ['-march=armv8.2-a+dotprod'] if has.get('dot') else []
+
+
+@functools.cache
+def load():
+    """Return the function nanozaya_product of int4.cpp, which is built at first use. Raise RuntimeError with the reason
+    if that is not possible."""
+    flags = instruction_set()
+    path = cache_folder('int4_' + ''.join(flags).replace('-m', '_'), [SOURCE, Path(__file__)]) / 'int4.so'
+    try:
+        if not path.exists():
+            build(path, flags)
+        product = ctypes.CDLL(str(path)).nanozaya_product
+    except Exception as error:                                  # no compiler, no ninja, a failed build: many types
+        raise RuntimeError(f'kernels/int4.cpp could not be built ({str(error).partition(chr(10))[0]})') from error
+    product.argtypes, product.restype = ARGUMENTS, None
+    return product
+
+
+def build(path, flags):
+    """Compile int4.cpp to the library `path`. Processes that do so at the same time do not wait for each other."""
+    from torch.utils import cpp_extension                       # takes a second to import
+    openmp = ['-Xpreprocessor', '-fopenmp'] if platform.system() == 'Darwin' else ['-fopenmp']
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        cpp_extension.load('int4', [str(SOURCE)], build_directory=folder, is_python_module=False,
+                           extra_cflags=['-O3', '-std=c++17', '-Wno-psabi', *openmp, *flags])
+        os.replace(os.path.join(folder, 'int4.so'), path)
+
+
+def product(x, blocks, scale, out, expert=None):
+    """Return x W^T (T, out) in x's dtype. x (T, 32 G) float32 or bf16; blocks (R, G, bytes) uint8 of
+    quantize.interleave; scale (out) float32, with int8. With expert (T) int64, blocks and scale have a leading dim of
+    several matrices, of which expert names each token's; one that does not exist gives zeros. All on the CPU, blocks,
+    scale and expert contiguous."""
+    x = x.contiguous()
+    y = x.new_empty(len(x), out)
+    load()(8 if blocks.shape[-1] == 256 else 4, x.data_ptr(), x.dtype == torch.bfloat16, blocks.data_ptr(),
+           None if scale is None else scale.data_ptr(), None if expert is None else expert.data_ptr(), y.data_ptr(),
+           len(x), blocks[..., 0, 0, 0].numel() if expert is not None else 1, out, 32 * blocks.shape[-2])
+    return y
