@@ -26,9 +26,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import configurator                             # before torch: it sets how threads wait
 import torch
 
-import configurator
 import decode
 from model import Zaya, ZayaConfig, sizes
 from optim import make_optimizers

@@ -38,10 +38,10 @@ import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 
+import configurator                             # before torch: it sets how threads wait
 import torch
 from tqdm import tqdm
 
-import configurator
 import decode
 from evaluate import measure
 from optim import make_optimizers

@@ -13,11 +13,11 @@ import functools
 import sys
 from dataclasses import dataclass
 
+from configurator import check_ranges, one_line_errors, read, refuse_unused      # before torch, see configurator.py
 import torch
 
 import decode
 import kernels
-from configurator import check_ranges, one_line_errors, read, refuse_unused
 from runtime import pretrained
 from runtime.chat import Conversation, chat_loop, complete_prompts
 from runtime.device import pick_device

@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 
+from configurator import check_ranges, one_line_errors, package, read      # before torch, see configurator.py
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -25,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import kernels
-from configurator import check_ranges, one_line_errors, package, read
 from data.loader import open_dataset
 from data.tokenizer import digest, save_tokenizer
 from model import Zaya, ZayaConfig, initial_value, sizes

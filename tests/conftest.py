@@ -3,9 +3,8 @@ import random
 
 import hypothesis
 import pytest
+from data.prepare import prepare               # before torch, see configurator.py
 import torch
-
-from data.prepare import prepare
 
 hypothesis.settings.register_profile('nanozaya', deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile('nanozaya')

@@ -372,3 +372,21 @@ def test_products_in_bf16_leave_the_head_in_float32(monkeypatch, dtype):
         assert logits(x, W).equal(x @ W.T) or dtype == torch.bfloat16
         F.linear(x, W)
     assert seen == [dtype == torch.bfloat16, False, dtype == torch.bfloat16]
+
+
+@pytest.mark.parametrize('user', [{}, {'GOMP_SPINCOUNT': '7'}, {'OMP_WAIT_POLICY': 'PASSIVE'}])
+@pytest.mark.parametrize('program', ['train', 'sample', 'rsa', 'rl', 'evaluate', 'bench', 'tests.conftest'])
+def test_how_threads_wait_is_set_before_torch_is_imported_unless_the_user_set_it(program, user):
+    code = '''
+import os, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == 'torch':
+            print(os.environ.get('GOMP_SPINCOUNT'))
+            os._exit(0)
+sys.meta_path.insert(0, Finder)
+'''
+    env = {key: value for key, value in ENV.items() if key not in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')} | user
+    out = subprocess.run([sys.executable, '-c', f'{code}import {program}'], cwd=ROOT, env=env, capture_output=True)
+    expected = user.get('GOMP_SPINCOUNT', 'None' if user else '2000')
+    assert out.stdout.decode().split() == [expected], out.stderr.decode()[-300:]
