@@ -1,10 +1,12 @@
 """Shared by all tests: fixed seeds, hypothesis without deadlines (the machine may be loaded), a tiny dataset."""
 import random
 
+import configurator                             # noqa: F401 - before torch, see there
 import hypothesis
 import pytest
-from data.prepare import prepare               # before torch, see configurator.py
 import torch
+
+from data.prepare import prepare
 
 hypothesis.settings.register_profile('nanozaya', deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile('nanozaya')
