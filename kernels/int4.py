@@ -54,7 +54,7 @@ def build(path, flags):
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         cpp_extension.load('int4', [str(SOURCE)], build_directory=folder, is_python_module=False,
                            extra_cflags=['-O3', '-std=c++17', '-Wno-psabi', *openmp, *flags])
-        os.replace(os.path.join(folder, 'int4.so'), path)
+        os.replace(next(Path(folder).glob('*.so')), path)      # torch numbers them within a process
 
 
 def product(x, blocks, scale, out, expert=None):
