@@ -163,7 +163,6 @@ template <int BITS, int TOKENS> static void product(const uint8_t* blocks, int64
 
 static void write(F32x8 y, void* to, bool is_bf16, int n) {     // the first n outputs, rounded to the nearest bf16
     U32x8 bits = (U32x8)y, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    rounded = y == y ? rounded : (bits >> 16 | 64);             // rounding could make a NaN infinite
     for (int r = 0; r < n; r++) {
         if (is_bf16) ((uint16_t*)to)[r] = rounded[r];
         else ((float*)to)[r] = y[r];
