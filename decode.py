@@ -29,29 +29,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from cca import merge_convolutions, rope_table
+from kernels import int4
 from layers import upcast
 from model import Experts, swiglu
 from quantize import Matrix
+from router import choose
 
 
 def fold(layer):
-    """Return the folded weights of a Block. Those marked * are float32, the others in the model's dtype."""
+    """Return the folded weights of a Block that both forms use. Those marked * are float32, the others in the model's
+    dtype."""
     attn, router, a, m = layer.attn, layer.moe.router, layer.attn_residual, layer.moe_residual
-    d, T = attn.head_dim, upcast(attn.temperature)
+    T = upcast(attn.temperature)
     # RMSNorm divides by |x| / sqrt(E). `step` divides by |x|; the factor sqrt(E) is folded into the norm's weight.
     norm_weight = lambda norm: upcast(norm.weight) * len(norm.weight) ** 0.5
     constant = lambda s: upcast(s.residual_bias * s.residual_scale + s.branch_bias * s.branch_scale)
-    taps, bias = merge_convolutions(attn.conv_depthwise_weight, attn.conv_depthwise_bias,
-                                    attn.conv_grouped_weight, attn.conv_grouped_bias)      # (H, d, 3 d), (H, d)
-    taps = 2 * taps
-    taps[..., 2 * d:] += torch.eye(d, device=taps.device)
     return SimpleNamespace(
-        down=attn.project if isinstance(attn.o_proj, Matrix) else merged(
-            attn.q_proj, attn.k_proj, attn.v_proj, attn.v_proj_delayed),                    # (B, E) -> (B, C + Hk d)
         attn_norm=norm_weight(layer.attn_norm),                                             # (E) *
-        taps=taps.mT.contiguous(), taps_bias=2 * bias[:, None],                             # (H, 3 d, d), (H, 1, d) *
-        size=torch.cat([T.new_ones(attn.Hq), T * d ** 0.5])[:, None],                       # (H, 1) *: norm per head
-        o=attn.o_proj if isinstance(attn.o_proj, Matrix) else merged(attn.o_proj),          # (B, Hq d) -> (B, E)
+        size=torch.cat([T.new_ones(attn.Hq), T * attn.head_dim ** 0.5])[:, None],           # (H, 1) *: norm per head
         attn_scale=upcast(a.residual_scale), attn_constant=constant(a), attn_branch=upcast(a.branch_scale), # (E) * each
         moe_norm=norm_weight(layer.moe_norm),                                               # (E) *
         router_down=router.down_proj.weight, router_bias=router.down_proj.bias,             # (R, E), (R)
@@ -60,6 +55,20 @@ def fold(layer):
         fc1_bias=router.fc1.bias, fc2=router.fc2.weight, fc2_bias=router.fc2.bias,          # (R), (R, R), (R)
         out=router.out_proj.weight,                                                         # (M, R)
         moe_scale=upcast(m.residual_scale), moe_constant=constant(m), moe_branch=upcast(m.branch_scale))    # (E) * each
+
+
+def fold_products(layer):
+    """Return fold(layer) with CCA's products and its convolutions, merged."""
+    attn, d = layer.attn, layer.attn.head_dim
+    taps, bias = merge_convolutions(attn.conv_depthwise_weight, attn.conv_depthwise_bias,
+                                    attn.conv_grouped_weight, attn.conv_grouped_bias)      # (H, d, 3 d), (H, d)
+    taps = 2 * taps
+    taps[..., 2 * d:] += torch.eye(d, device=taps.device)
+    w, quantized = fold(layer), isinstance(attn.o_proj, Matrix)
+    w.down = attn.project if quantized else merged(attn.q_proj, attn.k_proj, attn.v_proj, attn.v_proj_delayed)
+    w.o = attn.o_proj if quantized else merged(attn.o_proj)     # down: (B, E) -> (B, C + Hk d), o: (B, Hq d) -> (B, E)
+    w.taps, w.taps_bias = taps.mT.contiguous(), 2 * bias[:, None]                           # (H, 3 d, d), (H, 1, d) *
+    return w
 
 
 def merged(*linears):
@@ -122,7 +131,11 @@ def one_expert(experts, x, expert, weight):
 def folded(model):
     """Return step(cache, tokens): tokens (B) int64 -> logits (B, V) float32; it raises ValueError if the cache is full.
     The folded weights are copies: fold again after a weight update."""
-    config, layers = model.config, [fold(layer) for layer in model.layers]
+    return by_kernel(model) if kernel_fits(model) else in_pytorch(model)
+
+
+def in_pytorch(model):
+    config, layers = model.config, [fold_products(layer) for layer in model.layers]
     Hq, Hk, d, dtype = config.n_head, config.n_kv_head, config.head_dim, model.dtype
     H, half = Hq + Hk, Hk * d // 2
     mean = qk_mean(Hq, Hk).to(model.device)
@@ -167,6 +180,55 @@ def folded(model):
         cache.commit()
         return model.head(x)
     step.static_shapes = False
+    return step
+
+
+# ---- a quantized model on a CPU: kernels/decode.cpp ----
+
+# The pointers of kernels/decode.cpp's Layer, in its order.
+FOLDED = ('attn_norm moe_norm attn_scale attn_constant attn_branch moe_scale moe_constant moe_branch w1 b1 b2 size w2 '
+          'router_down router_bias eda_scale fc1 fc1_bias fc2 fc2_bias out balancing_bias').split()
+
+
+def kernel_fits(model):
+    """Return whether kernels/decode.cpp can run this model: quantized, with int4.cpp, and of these sizes."""
+    c, kv = model.config, model.config.n_kv_head * model.config.head_dim
+    whole = not (c.n_embd % 32 or c.expert_dim % 32 or c.n_head * c.head_dim % 32 or kv % 16 or c.head_dim % 8
+                 or c.router_dim % 8)
+    return (getattr(model.embedding, 'kernel', False) and whole and c.head_dim <= 512 and c.n_expert <= 1000
+            and all(router.choose is choose for router in model.routers))       # not replaced, as by evidence/view.py
+
+
+def by_kernel(model):
+    """Return the step of `folded` for a quantized model: one call of kernels/decode.cpp for all layers."""
+    c, dtype = model.config, model.dtype
+    weights = []                                                                # of each layer, a list of tensors
+    for layer in model.layers:
+        w, attn, experts = fold(layer), layer.attn, layer.moe.experts
+        w.w1, w.b1, w.b2 = (upcast(getattr(attn, f'conv_{name}')) for name in (
+            'depthwise_weight', 'depthwise_bias', 'grouped_bias'))
+        w.w2, w.balancing_bias = attn.conv_grouped_weight.mT, upcast(layer.moe.router.balancing_bias)  # (C, 2, d), (M)
+        matrices = attn.project.__self__, attn.o_proj, experts.gate_up, experts.down
+        weights.append([*(getattr(w, name) for name in FOLDED), *(m.blocks for m in matrices),
+                        *(m.scale for m in matrices)])
+    weights = [[None if t is None else t.detach().contiguous() for t in row] for row in weights]
+    pointers = torch.tensor([[0 if t is None else t.data_ptr() for t in row] + [0] * 4 for row in weights])
+    run, bits = int4.load().decode, model.embedding.bits
+
+    @torch.no_grad()
+    def step(cache, tokens):
+        positions, _ = cache.reserve(1)                                         # (B, 1)
+        cos, sin = (t.contiguous() for t in rope_table(positions[:, 0], c.rope_dim, c.rope_base))      # (B, n)
+        x = upcast((model.embedding(tokens) + model.embedding_bias) * model.embedding_scale)           # (B, E)
+        for i, tensors in enumerate((cache.k, cache.v, cache.qk, cache.v_last)):
+            pointers[:, i - 4] = torch.tensor([t.data_ptr() for t in tensors])
+        sizes = torch.tensor([len(tokens), c.n_layer, c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.rope_dim // 2,
+                              c.router_dim, c.n_expert + c.skip_expert, c.n_expert, c.expert_dim, cache.capacity,
+                              dtype == torch.bfloat16])
+        run(bits, *(t.data_ptr() for t in (sizes, pointers, x, cos, sin, positions)), c.norm_eps)
+        cache.commit()
+        return model.head(x)
+    step.static_shapes, step.weights = False, weights           # the pointers' tensors, which must stay alive
     return step
 
 

@@ -161,19 +161,47 @@ template <int BITS, int TOKENS> static void product(const uint8_t* blocks, int64
     for (int t = 0; t < TOKENS; t++) y[t] = scaled[t] + offset[t];
 }
 
-static void write(F32x8 y, void* to, bool is_bf16, int n) {     // the first n outputs, rounded to the nearest bf16
-    U32x8 bits = (U32x8)y, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    for (int r = 0; r < n; r++) {
-        if (is_bf16) ((uint16_t*)to)[r] = rounded[r];
-        else ((float*)to)[r] = y[r];
+// Write the first n outputs, as float32 or rounded to the nearest bf16.
+static inline void store(float y, void* to, int64_t i, bool is_bf16) {
+    uint32_t bits;
+    memcpy(&bits, &y, 4);
+    if (is_bf16) ((uint16_t*)to)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    else ((float*)to)[i] = y;
+}
+
+// y (T, out) = x W[e]^T for all tokens[e] of the experts in `used`. All threads of a team call it together.
+template <int BITS> static void products(const Token* x, const std::vector<std::vector<int64_t>>& tokens,
+                                         const std::vector<int64_t>& used, const uint8_t* blocks, const float* scale, void* y,
+                                         bool is_bf16, int64_t out, int64_t in) {
+    const int64_t G = in / 32, rows = (out + 7) / 8;            // rows: of blocks
+    #pragma omp for schedule(dynamic, 8)
+    for (int64_t i = 0; i < (int64_t)used.size() * rows; i++) {
+        const int64_t e = used[i / rows], row = i % rows;
+        const uint8_t* from = blocks + (e * rows + row) * G * (BITS == 4 ? 160 : 256);
+        const int n = (int)std::min<int64_t>(8, out - 8 * row);
+        F32x8 s = F32x8{} + 1.f;
+        for (int r = 0; r < n && BITS == 8; r++) s[r] = scale[e * out + 8 * row + r];
+        for (size_t first = 0; first < tokens[e].size(); first += 4) {
+            const Token* four[4];
+            F32x8 sums[4];
+            const int count = (int)std::min<size_t>(4, tokens[e].size() - first);
+            for (int t = 0; t < count; t++) four[t] = x + tokens[e][first + t];
+            if (count == 1) product<BITS, 1>(from, G, four, sums);
+            if (count == 2) product<BITS, 2>(from, G, four, sums);
+            if (count == 3) product<BITS, 3>(from, G, four, sums);
+            if (count == 4) product<BITS, 4>(from, G, four, sums);
+            for (int t = 0; t < count; t++)
+                for (int r = 0; r < n; r++)
+                    store(sums[t][r] * s[r], y, tokens[e][first + t] * out + 8 * row + r, is_bf16);
+        }
     }
 }
 
 template <int BITS> static void all_products(const void* x, bool is_bf16, const uint8_t* blocks, const float* scale,
                                              const int64_t* expert, void* y, int64_t T, int64_t N, int64_t out,
                                              int64_t in) {
-    const int64_t G = in / 32, rows = (out + 7) / 8, size = is_bf16 ? 2 : 4;    // rows: of blocks
-    static thread_local std::vector<Token> q;
+    const int64_t size = is_bf16 ? 2 : 4;
+    static thread_local std::vector<Token> q;                   // kept: allocating it takes longer than a product
     if ((int64_t)q.size() < T) q.resize(T);
     std::vector<std::vector<int64_t>> tokens(N);                // of each expert
     std::vector<int64_t> used;                                  // experts with tokens
@@ -186,28 +214,8 @@ template <int BITS> static void all_products(const void* x, bool is_bf16, const 
     #pragma omp parallel
     {
         #pragma omp for
-        for (int64_t t = 0; t < T; t++) quantize<BITS>((char*)x + t * in * size, is_bf16, G, quantized[t]);
-        #pragma omp for schedule(dynamic, 16)
-        for (int64_t i = 0; i < (int64_t)used.size() * rows; i++) {
-            const int64_t e = used[i / rows], row = i % rows;
-            const uint8_t* from = blocks + (e * rows + row) * G * (BITS == 4 ? 160 : 256);
-            const int n = (int)std::min<int64_t>(8, out - 8 * row);
-            F32x8 s = {};
-            for (int r = 0; r < n && scale; r++) s[r] = scale[e * out + 8 * row + r];
-            for (size_t first = 0; first < tokens[e].size(); first += 4) {
-                const Token* four[4];
-                F32x8 sums[4];
-                const int count = (int)std::min<size_t>(4, tokens[e].size() - first);
-                for (int t = 0; t < count; t++) four[t] = &quantized[tokens[e][first + t]];
-                if (count == 1) product<BITS, 1>(from, G, four, sums);
-                if (count == 2) product<BITS, 2>(from, G, four, sums);
-                if (count == 3) product<BITS, 3>(from, G, four, sums);
-                if (count == 4) product<BITS, 4>(from, G, four, sums);
-                for (int t = 0; t < count; t++)
-                    write(scale ? sums[t] * s : sums[t], (char*)y + (tokens[e][first + t] * out + 8 * row) * size, is_bf16,
-                          n);
-            }
-        }
+        for (int64_t t = 0; t < T; t++) quantize<BITS>((char*)x + t * in * size, is_bf16, in / 32, quantized[t]);
+        products<BITS>(quantized, tokens, used, blocks, scale, y, is_bf16, out, in);
     }
 }
 
@@ -215,6 +223,5 @@ template <int BITS> static void all_products(const void* x, bool is_bf16, const 
 // none (a zero result) if it is not below N. blocks: N matrices. scale (N, out): of int8, else null. All contiguous.
 extern "C" void nanozaya_product(int bits, const void* x, int is_bf16, const uint8_t* blocks, const float* scale,
                                  const int64_t* expert, void* y, int64_t T, int64_t N, int64_t out, int64_t in) {
-    auto product_of = bits == 4 ? all_products<4> : all_products<8>;
-    product_of(x, is_bf16, blocks, scale, expert, y, T, N, out, in);
+    (bits == 4 ? all_products<4> : all_products<8>)(x, is_bf16, blocks, scale, expert, y, T, N, out, in);
 }

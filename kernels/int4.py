@@ -10,13 +10,16 @@ import os
 import platform
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from kernels.build import cache_folder
 
-SOURCE = Path(__file__).with_name('int4.cpp')
-ARGUMENTS = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 4]
+SOURCES = [Path(__file__).with_name(name) for name in ('decode.cpp', 'int4.cpp')]       # the first includes the second
+POINTER, INT = ctypes.c_void_p, ctypes.c_int
+ARGUMENTS = {'product': [INT, POINTER, INT, *[POINTER] * 4, *[ctypes.c_int64] * 4],
+             'decode': [INT, *[POINTER] * 6, ctypes.c_float]}
 
 
 def instruction_set():
@@ -32,18 +35,26 @@ def instruction_set():
 
 @functools.cache
 def load():
-    """Return the function nanozaya_product of int4.cpp, which is built at first use. Raise RuntimeError with the reason
-    if that is not possible."""
+    """Return the functions of the library, product and decode, which is built at first use. Raise RuntimeError with the
+    reason if that is not possible."""
     flags = instruction_set()
-    path = cache_folder('int4_' + ''.join(flags).replace('-m', '_'), [SOURCE, Path(__file__)]) / 'int4.so'
+    path = cache_folder('int4_' + ''.join(flags).replace('-m', '_'), [*SOURCES, Path(__file__)]) / 'int4.so'
     try:
         if not path.exists():
             build(path, flags)
-        product = ctypes.CDLL(str(path)).nanozaya_product
+        return functions(path)
     except Exception as error:                                  # no compiler, no ninja, a failed build: many types
         raise RuntimeError(f'kernels/int4.cpp could not be built ({str(error).partition(chr(10))[0]})') from error
-    product.argtypes, product.restype = ARGUMENTS, None
-    return product
+
+
+def functions(path):
+    """Return the functions of a library."""
+    library, found = ctypes.CDLL(str(path)), SimpleNamespace()
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(library, f'nanozaya_{name}')
+        function.argtypes, function.restype = arguments, None
+        setattr(found, name, function)
+    return found
 
 
 def build(path, flags):
@@ -52,7 +63,7 @@ def build(path, flags):
     openmp = ['-Xpreprocessor', '-fopenmp'] if platform.system() == 'Darwin' else ['-fopenmp']
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        cpp_extension.load('int4', [str(SOURCE)], build_directory=folder, is_python_module=False,
+        cpp_extension.load('int4', [str(SOURCES[0])], build_directory=folder, is_python_module=False,
                            extra_cflags=['-O3', '-std=c++17', '-Wno-psabi', *openmp, *flags])
         os.replace(next(Path(folder).glob('*.so')), path)      # torch numbers them within a process
 
@@ -64,7 +75,7 @@ def product(x, blocks, scale, out, expert=None):
     scale and expert contiguous."""
     x = x.contiguous()
     y = x.new_empty(len(x), out)
-    load()(8 if blocks.shape[-1] == 256 else 4, x.data_ptr(), x.dtype == torch.bfloat16, blocks.data_ptr(),
+    load().product(8 if blocks.shape[-1] == 256 else 4, x.data_ptr(), x.dtype == torch.bfloat16, blocks.data_ptr(),
            None if scale is None else scale.data_ptr(), None if expert is None else expert.data_ptr(), y.data_ptr(),
            len(x), blocks[..., 0, 0, 0].numel() if expert is not None else 1, out, 32 * blocks.shape[-2])
     return y

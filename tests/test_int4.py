@@ -1,5 +1,4 @@
 """kernels/int4.cpp: each instruction set against the definition, within the bound that rounding x to int8 has."""
-import ctypes
 import platform
 import shutil
 import struct
@@ -35,12 +34,11 @@ def run(request, tmp_path_factory):
                         program], check=True)
         return lambda *arguments: emulated(program, *arguments)
     int4.build(folder / 'int4.so', flags)
-    function = ctypes.CDLL(str(folder / 'int4.so')).nanozaya_product
-    function.argtypes, function.restype = int4.ARGUMENTS, None
+    functions = int4.functions(folder / 'int4.so')
 
     def product(*arguments):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(int4, 'load', lambda: function)
+            patch.setattr(int4, 'load', lambda: functions)
             return int4.product(*arguments)
     return product
 

@@ -1,20 +1,18 @@
 """int8 and int4 weights: their error bounds, and that all ways to multiply by them agree."""
+import copy
 import json
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 import decode
 import quantize
 import runtime.pretrained
 from runtime.pretrained import from_pretrained, save_pretrained
-from common import ENV, run_script, tiny_model, tokens
+from common import run_script, tiny_model, tokens
 from quantize import GROUP, Embedding, Matrix, dequantize, interleave, joined, separate
 from runtime.quantize_folder import quantize_folder
 from test_language import write_language
@@ -23,6 +21,14 @@ safetensors = pytest.importorskip('safetensors.torch')
 pytestmark = pytest.mark.filterwarnings('ignore:.*found in sys.modules')        # the command's module, from runpy
 
 seeds, bits_ = st.integers(0, 10**6), st.sampled_from([4, 8])
+
+
+@pytest.fixture(autouse=True, scope='module')
+def kernel_is_faster():
+    """Take the kernel without a measurement, which says nothing for matrices as small as these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, 'slower', lambda *_: None)
+        yield
 
 
 def random_matrix(seed, out=64, width=96, outlier=False):
@@ -43,6 +49,19 @@ def matrix_of(W, bits, product='kernel', dtype=torch.float32, kind=Matrix):
     if product == 'torch':
         m.pack()
     return m
+
+
+def quantized(model, bits):
+    """Return a Zaya with its large matrices quantized, which use the kernel."""
+    weights = model.state_dict()
+    quantize.replace(model, bits)
+    for name, m in model.named_modules():
+        if isinstance(m, Matrix):
+            W = weights[f'{name}.weight' if f'{name}.weight' in weights else name]
+            made = matrix_of(W, bits)
+            m.blocks, m.scale = made.blocks, made.scale
+    quantize.prepare(model)
+    return model.eval()
 
 
 def exact_product(m, x, e=()):
@@ -181,6 +200,55 @@ def test_a_quantized_folder_equals_the_model_with_dequantized_weights(
     own = {name: t for name, t in from_pretrained(folder).state_dict().items() if 'router' in name or 'conv' in name}
     kept = quantized.state_dict()
     assert own and all(torch.equal(t, kept[name]) for name, t in own.items())
+
+
+@torch.no_grad()
+def test_the_kernel_multiplies_by_every_matrix(folder, tmp_path, monkeypatch):
+    quantize_folder(folder, tmp_path / 'out', 4)
+    model, calls, right = from_pretrained(tmp_path / 'out'), [], quantize.int4.product
+    monkeypatch.setattr(quantize.int4, 'product', lambda *arguments: (calls.append(1), right(*arguments))[1])
+    monkeypatch.setattr(Matrix, 'codes', None)                  # which `weight` and torch's operators need
+    step, cache = decode.in_pytorch(model), model.make_cache(2, 30)
+    prompt, new = tokens(2, 5, vocab_size=320), tokens(2, vocab_size=320)
+    for run in (lambda: model(prompt, cache=cache), lambda: step(cache, new)):
+        calls.clear()
+        run()
+        assert len(calls) == 4 * model.config.n_layer + 1       # CCA's two, the experts' two; the head
+
+
+@torch.no_grad()
+@given(seeds, bits_, st.sampled_from([(4, 1), (4, 2), (2, 2), (6, 2)]),
+       st.sampled_from([torch.float32, torch.bfloat16]),
+       st.lists(st.sampled_from([1, 2, 60, 255, 256, 257, 600]), min_size=1, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_the_decode_kernel_equals_the_step_in_pytorch(seed, bits, heads, dtype, lengths):
+    model = tiny_model(seed, n_embd=64, head_dim=32, n_head=heads[0], n_kv_head=heads[1], expert_dim=32, n_layer=2,
+                       skip_expert=True, context=1024, router_dim=16)
+    for router in model.routers:
+        router.balancing_bias[-1] = 0                           # so that some tokens are skipped
+    if dtype == torch.bfloat16:                                 # no folded weight is rounded: 4 W, and no bias
+        for name, p in model.named_parameters():
+            p.copy_(p if 'router.norm' not in name and 'residual.' not in name else torch.ones(()))
+            p.mul_('residual.' not in name or 'bias' not in name)
+    model, B = model.to(dtype), len(lengths)
+    exact = quantized(copy.deepcopy(model).float(), bits)       # PyTorch would also round between the products
+    model = quantized(model, bits)
+    assert decode.kernel_fits(model)
+    caches, generator = [model.make_cache(B, 700) for _ in range(2)], torch.Generator().manual_seed(seed)
+    for tensors in zip(*(cache.k + cache.v + cache.qk + cache.v_last for cache in caches)):
+        value = torch.randn(tensors[0].shape, generator=generator)
+        for t in tensors:
+            t.copy_(value)
+    for cache in caches:
+        cache.lengths = list(lengths)
+    steps, close = (decode.by_kernel(model), decode.in_pytorch(exact)), 1e-3 if dtype == torch.float32 else 0.02
+    for t in range(3):
+        new = tokens(B, seed=t, vocab_size=model.config.vocab_size)
+        a, b = (step(cache, new) for step, cache in zip(steps, caches))
+        assert (a - b).norm() < close * b.norm(), t
+    for name in 'k', 'v', 'qk', 'v_last':
+        for a, b in zip(getattr(caches[0], name), getattr(caches[1], name)):
+            assert (a - b).norm() < close * b.norm()
 
 
 def as_format_1(folder, to, bits):
