@@ -193,7 +193,7 @@ FOLDED = ('attn_norm moe_norm attn_scale attn_constant attn_branch moe_scale moe
 def kernel_fits(model):
     """Return whether kernels/decode.cpp can run this model: quantized, with int4.cpp, and of these sizes."""
     c, kv = model.config, model.config.n_kv_head * model.config.head_dim
-    whole = not (c.n_embd % 32 or c.expert_dim % 32 or c.n_head * c.head_dim % 32 or kv % 16 or c.head_dim % 8
+    whole = not (c.n_embd % 32 or c.expert_dim % 32 or c.n_head * c.head_dim % 32 or kv % 16 or c.head_dim % 16
                  or c.router_dim % 8)
     return (getattr(model.embedding, 'kernel', False) and whole and c.head_dim <= 512 and c.n_expert <= 1000
             and all(router.choose is choose for router in model.routers))       # not replaced, as by evidence/view.py

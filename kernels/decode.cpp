@@ -15,6 +15,7 @@ C = H d channels   n rotated pairs   R router width   M router classes   N exper
 #include "int4.cpp"
 
 enum { CHUNK = 256 };
+typedef float F32x4 __attribute__((vector_size(16)));
 
 struct Sizes { int64_t B, L, E, Hq, Hk, d, n, R, M, N, F, capacity, is_bf16; };
 
@@ -35,8 +36,8 @@ struct Layer {
 
 // ---- small parts ----
 
-static inline F32x8 load8(const void* p, int64_t i, bool is_bf16) {
-    return is_bf16 ? bf16((const uint16_t*)p + i) : load<F32x8>((const float*)p + i);
+template <bool BF16> static inline F32x8 load8(const void* p, int64_t i) {
+    return BF16 ? bf16((const uint16_t*)p + i) : load<F32x8>((const float*)p + i);
 }
 static inline float load1(const void* p, int64_t i, bool is_bf16) {
     if (!is_bf16) return ((const float*)p)[i];
@@ -44,23 +45,42 @@ static inline float load1(const void* p, int64_t i, bool is_bf16) {
     return load<float>(&bits);
 }
 static inline float add_up(F32x8 v) {
-    float sum = 0;
-    for (int i = 0; i < 8; i++) sum += v[i];
-    return sum;
+    const F32x4 half = load<F32x4>(&v) + load<F32x4>((float*)&v + 4);
+    return (half[0] + half[2]) + (half[1] + half[3]);
 }
 static inline F32x8 exp8(F32x8 x) {                             // x <= 0: 2^k 2^f, |f| <= 1/2, error 2e-7
-    x = x > -87.f ? x * 1.44269504f : F32x8{} - 126.f;
+    x = x > -87.f ? x * 1.44269504f : F32x8{} - 127.f;          // 2^-127: zero, as the exponent's bits are 0
     const F32x8 rounded = x + 12582912.f, f = (x - (rounded - 12582912.f)) * 0.69314718f;
     const F32x8 power = 1 + f * (1 + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333f +
                         f * 0.00138889f)))));
     return power * (F32x8)(((I32x8)rounded - 0x4b400000 + 127) << 23);
 }
-static float dot(const void* w, int64_t at, bool is_bf16, const float* x, int64_t n) {     // n: a multiple of 8
-    F32x8 sums[2] = {};
-    for (int64_t i = 0; i < n; i += 8) sums[i / 8 % 2] += load8(w, at + i, is_bf16) * load<F32x8>(x + i);
-    return add_up(sums[0] + sums[1]);
+// y[t] = w x[t] for T <= 4 vectors x[t] (n), each `stride` floats after the one before. n: a multiple of 8.
+template <bool BF16, int T> static void dots_of(const void* w, int64_t at, const float* x, int64_t stride, int64_t n,
+                                                float* y) {
+    F32x8 sums[T][2] = {};
+    for (int64_t i = 0; i < n; i += 16) {
+        const F32x8 a = load8<BF16>(w, at + i), b = i + 8 < n ? load8<BF16>(w, at + i + 8) : F32x8{};
+        for (int t = 0; t < T; t++) {
+            sums[t][0] += a * load<F32x8>(x + t * stride + i);
+            if (i + 8 < n) sums[t][1] += b * load<F32x8>(x + t * stride + i + 8);
+        }
+    }
+    for (int t = 0; t < T; t++) y[t] = add_up(sums[t][0] + sums[t][1]);
 }
-static float norm(const float* x, int64_t n) { return sqrtf(dot(x, 0, false, x, n)); }
+static void dots(const void* w, int64_t at, bool is_bf16, const float* x, int64_t stride, int64_t T, int64_t n, float* y) {
+    for (int64_t t = 0; t < T;) {
+        const bool four = T - t >= 4;
+        const auto f = is_bf16 ? (four ? dots_of<true, 4> : dots_of<true, 1>) : four ? dots_of<false, 4> : dots_of<false, 1>;
+        f(w, at, x + t * stride, stride, n, y + t);
+        t += four ? 4 : 1;
+    }
+}
+static float norm(const float* x, int64_t n) {
+    float square;
+    dots_of<false, 1>(x, 0, x, 0, n, &square);
+    return sqrtf(square);
+}
 static float rms(const float* x, int64_t n, float eps) { return hypotf(norm(x, n), sqrtf(n * eps)); }       // times sqrt(n)
 static float gelu(float x) { return x / 2 * (1 + erff(x * 0.70710678f)); }
 
@@ -71,37 +91,48 @@ template <class F> static void each(int64_t n, F f) {           // called by all
 
 // ---- attention of HEADS query heads (d floats each) to n <= CHUNK positions of their KV head ----
 // partial: of each head d sums, m, l.
-template <int HEADS> static void attend(const float* q, const void* k, const void* v, int64_t at, bool is_bf16, int n,
-                                        int64_t d, float* partial) {
+template <bool BF16, int HEADS> static void attend(const float* q, const void* k, const void* v, int64_t at, int n,
+                                                   int64_t d, float* partial) {
     float p[HEADS][CHUNK];
-    for (int i = 0; i < n; i++) {
-        F32x8 sums[HEADS] = {};
-        for (int64_t j = 0; j < d; j += 8) {
-            const F32x8 key = load8(k, at + i * d + j, is_bf16);
-            for (int h = 0; h < HEADS; h++) sums[h] += key * load<F32x8>(q + h * d + j);
+    for (int i = 0; i < n; i += 2) {                            // two positions share each read of q
+        const int64_t last = i + 1 < n ? i + 1 : i;
+        F32x8 sums[HEADS][2] = {};
+        for (int64_t j = 0; j < 2 * d; j += 32) {               // keys read soon, and values that the loop below reads
+            __builtin_prefetch((const char*)k + (at + (i + 32) * d + j) * (BF16 ? 2 : 4));
+            __builtin_prefetch((const char*)v + (at + i * d + j) * (BF16 ? 2 : 4));
         }
-        for (int h = 0; h < HEADS; h++) p[h][i] = add_up(sums[h]);
+        for (int64_t j = 0; j < d; j += 8) {
+            const F32x8 a = load8<BF16>(k, at + i * d + j), b = load8<BF16>(k, at + last * d + j);
+            for (int h = 0; h < HEADS; h++) {
+                const F32x8 query = load<F32x8>(q + h * d + j);
+                sums[h][0] += a * query, sums[h][1] += b * query;
+            }
+        }
+        for (int h = 0; h < HEADS; h++) p[h][i] = add_up(sums[h][0]), p[h][last] = add_up(sums[h][1]);
     }
     for (int h = 0; h < HEADS; h++) {
-        float m = p[h][0];
-        for (int i = 1; i < n; i++) m = std::max(m, p[h][i]);
         for (int i = n; i % 8; i++) p[h][i] = -INFINITY;
-        F32x8 l = {};
+        F32x8 most = load<F32x8>(p[h]), l = {};
+        for (int i = 8; i < n; i += 8) most = load<F32x8>(p[h] + i) > most ? load<F32x8>(p[h] + i) : most;
+        const float m = *std::max_element((float*)&most, (float*)&most + 8);
         for (int i = 0; i < n; i += 8) {
-            const F32x8 e = exp8(load<F32x8>(p[h] + i) - m), kept = load<F32x8>(p[h] + i) > -INFINITY ? e : F32x8{};
-            memcpy(p[h] + i, &kept, sizeof kept);
-            l += kept;
+            const F32x8 e = exp8(load<F32x8>(p[h] + i) - m);
+            memcpy(p[h] + i, &e, sizeof e);
+            l += e;
         }
         partial[h * (d + 2) + d] = m, partial[h * (d + 2) + d + 1] = add_up(l);
+        std::fill(partial + h * (d + 2), partial + h * (d + 2) + d, 0.f);
     }
-    for (int64_t j = 0; j < d; j += 8) {
-        F32x8 sums[HEADS] = {};
-        for (int i = 0; i < n; i++) {
-            const F32x8 value = load8(v, at + i * d + j, is_bf16);
-            for (int h = 0; h < HEADS; h++) sums[h] += value * p[h][i];
+    for (int from = 0; from < n; from += 16)                    // 16 values at a time: 4 KB, which stay in the L1 cache
+        for (int64_t j = 0; j < d; j += 16) {                   // 16 dims share each read of p
+            F32x8 sums[HEADS][2];
+            for (int h = 0; h < HEADS; h++) memcpy(sums[h], partial + h * (d + 2) + j, sizeof sums[h]);
+            for (int i = from; i < n && i < from + 16; i++) {
+                const F32x8 a = load8<BF16>(v, at + i * d + j), b = load8<BF16>(v, at + i * d + j + 8);
+                for (int h = 0; h < HEADS; h++) sums[h][0] += a * p[h][i], sums[h][1] += b * p[h][i];
+            }
+            for (int h = 0; h < HEADS; h++) memcpy(partial + h * (d + 2) + j, sums[h], sizeof sums[h]);
         }
-        for (int h = 0; h < HEADS; h++) memcpy(partial + h * (d + 2) + j, &sums[h], sizeof sums[h]);
-    }
 }
 
 // Combine the chunks of one query head into y (d). stride: floats from one chunk's partial result to the next one's.
@@ -117,30 +148,40 @@ static void combine(const float* partial, int64_t chunks, int64_t stride, int64_
     for (int64_t j = 0; j < d; j++) y[j] /= l;
 }
 
-// ---- steps 2 to 6 of cca.py for head h of one sequence ----
-// u: [q~; k~] of this token, after those of the last two (past). cos, sin (n). y (d): the query or key.
-static void mix(const Sizes& s, const Layer& w, int64_t h, const float* past, const float* u, const float* cos,
-                const float* sin, float* y) {
+// ---- steps 2 to 5 of cca.py for head h of T <= 4 sequences ----
+// u, past, cos, sin: of the first; u: [q~; k~] of the new token, `stride` floats after that of the sequence before; past
+// (2, C): those of the last two tokens; cos, sin (n). y (C): the queries and keys, of which d are written.
+static void mix(const Sizes& s, const Layer& w, int64_t h, int64_t T, const float* past, const float* u, int64_t stride,
+                const float* cos, const float* sin, float* y) {
     const int64_t d = s.d, C = (s.Hq + s.Hk) * d, G = s.Hq / s.Hk, first = h * d;
-    float a[2 * 512];                                           // a_{t-1}, a_t of this head's channels; d <= 512
-    for (int64_t j = 0; j < d; j++) {
-        const int64_t c = first + j;
-        a[j] = w.w1[2 * c] * past[c] + w.w1[2 * c + 1] * past[C + c] + w.b1[c];
-        a[d + j] = w.w1[2 * c] * past[C + c] + w.w1[2 * c + 1] * u[c] + w.b1[c];
-    }
     const bool is_query = h < s.Hq;
     const int64_t group = is_query ? h / G : h - s.Hq;
-    const float* key = u + (s.Hq + group) * d;
+    float a[4 * 2 * 512];                                       // a_{t-1}, a_t of this head's channels; d <= 512
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t j = 0; j < d; j++) {
+            const int64_t c = first + j;
+            const float *old = past + t * 2 * C, *w1 = w.w1 + 2 * c;
+            a[t * 2 * d + j] = w1[0] * old[c] + w1[1] * old[C + c] + w.b1[c];
+            a[t * 2 * d + d + j] = w1[0] * old[C + c] + w1[1] * u[t * stride + c] + w.b1[c];
+        }
     for (int64_t j = 0; j < d; j++) {
-        float mean = is_query ? u[first + j] : 0;               // QK-mean
-        for (int64_t i = 0; i < G && !is_query; i++) mean += u[(group * G + i) * d + j] / G;
-        y[j] = dot(w.w2, (first + j) * 2 * d, s.is_bf16, a, 2 * d) + w.b2[first + j] + (mean + key[j]) / 2;
+        float z[4];
+        dots(w.w2, (first + j) * 2 * d, s.is_bf16, a, 2 * d, T, 2 * d, z);
+        for (int64_t t = 0; t < T; t++) {
+            const float *now = u + t * stride, key = now[(s.Hq + group) * d + j];
+            float query = is_query ? now[first + j] : 0;        // QK-mean
+            for (int64_t i = 0; i < G && !is_query; i++) query += now[(group * G + i) * d + j] / G;
+            y[t * C + first + j] = z[t] + w.b2[first + j] + (query + key) / 2;
+        }
     }
-    const float scale = w.size[h] / std::max(norm(y, d), 1e-7f);
-    for (int64_t j = 0; j < d; j++) y[j] *= scale;
-    for (int64_t j = 0; j < s.n; j++) {                         // RoPE
-        const float x = y[j], z = y[j + s.n];
-        y[j] = x * cos[j] - z * sin[j], y[j + s.n] = z * cos[j] + x * sin[j];
+    for (int64_t t = 0; t < T; t++) {
+        float* head = y + t * C + first;
+        const float scale = w.size[h] / std::max(norm(head, d), 1e-7f);
+        for (int64_t j = 0; j < d; j++) head[j] *= scale;
+        for (int64_t j = 0; j < s.n; j++) {                     // RoPE
+            const float even = head[j], odd = head[j + s.n], c = cos[t * s.n + j], z = sin[t * s.n + j];
+            head[j] = even * c - odd * z, head[j + s.n] = odd * c + even * z;
+        }
     }
 }
 
@@ -173,21 +214,22 @@ template <int BITS> static void decode(const Sizes& s, const Layer* layers, floa
     };
     #pragma omp parallel
     for (int64_t l = 0; l < s.L; l++) {
-        Floats length(B);                                       // of each thread
+        Floats length(B), sums(B);                              // of each thread
         const Layer& w = layers[l];
         // Attention.
         each(B, [&](int64_t t) { normed(t, w.attn_norm); });
         products<BITS>(q.data(), all, only, w.down, w.down_s, u.data(), false, C + V, E);
-        each(B * H, [&](int64_t i) {
-            const int64_t head = i / B, t = i % B, g = head - s.Hq;
-            const float *now = &u[t * (C + V)], *v = now + C;
-            mix(s, w, head, w.qk + t * 2 * C, now, cos + t * s.n, sin + t * s.n, &qk[t * C + head * d]);
-            if (g < 0) return;
-            const int64_t at = ((t * s.Hk + g) * (s.capacity + 1) + position[t]) * d;
-            for (int64_t j = 0; j < d; j++) {                   // value shift: half are those of the last token
-                const int64_t c = g * d + j;
-                const float value = c < V / 2 ? v[c] : w.v_last[t * V / 2 + c - V / 2];
-                store(qk[t * C + head * d + j], w.k, at + j, is_bf16), store(value, w.v, at + j, is_bf16);
+        each(H * ((B + 3) / 4), [&](int64_t i) {                // a head of four sequences
+            const int64_t head = i % H, first = i / H * 4, T = std::min<int64_t>(4, B - first), g = head - s.Hq;
+            mix(s, w, head, T, w.qk + first * 2 * C, &u[first * (C + V)], C + V, cos + first * s.n, sin + first * s.n,
+                &qk[first * C]);
+            for (int64_t t = first; g >= 0 && t < first + T; t++) {
+                const int64_t at = ((t * s.Hk + g) * (s.capacity + 1) + position[t]) * d;
+                for (int64_t j = 0; j < d; j++) {               // value shift: half are those of the last token
+                    const int64_t c = g * d + j;
+                    const float value = c < V / 2 ? u[t * (C + V) + C + c] : w.v_last[t * V / 2 + c - V / 2];
+                    store(qk[t * C + head * d + j], w.k, at + j, is_bf16), store(value, w.v, at + j, is_bf16);
+                }
             }
         });
         each(B * s.Hk * chunks, [&](int64_t i) {
@@ -196,8 +238,9 @@ template <int BITS> static void decode(const Sizes& s, const Layer* layers, floa
             const int64_t at = ((t * s.Hk + g) * (s.capacity + 1) + from) * d;
             for (int64_t head = 0, some; n > 0 && head < G; head += some) {
                 some = G - head >= 4 ? 4 : 1;
-                const auto f = some == 4 ? attend<4> : attend<1>;
-                f(&qk[t * C + (g * G + head) * d], w.k, w.v, at, is_bf16, n, d, &partial[i * stride + head * (d + 2)]);
+                const auto f = is_bf16 ? (some == 4 ? attend<true, 4> : attend<true, 1>)
+                                       : some == 4 ? attend<false, 4> : attend<false, 1>;
+                f(&qk[t * C + (g * G + head) * d], w.k, w.v, at, n, d, &partial[i * stride + head * (d + 2)]);
             }
         });
         each(B, [&](int64_t t) {
@@ -213,20 +256,21 @@ template <int BITS> static void decode(const Sizes& s, const Layer* layers, floa
         // Router.
         each(B, [&](int64_t t) { add(t, w.attn_scale, w.attn_constant, w.attn_branch, 1), normed(t, w.moe_norm); });
         each(R, [&](int64_t i) {
+            dots(w.router_down, i * E, is_bf16, h.data(), E, B, E, sums.data());
             for (int64_t t = 0; t < B; t++) {
                 const float below = w.eda_scale ? load1(w.eda_scale, i, is_bf16) * r[t * R + i] : 0;
-                r_new[t * R + i] = dot(w.router_down, i * E, is_bf16, &h[t * E], E) + load1(w.router_bias, i, is_bf16) +
-                                   below;
+                r_new[t * R + i] = sums[t] + load1(w.router_bias, i, is_bf16) + below;
             }
         });
         for (int64_t t = 0; t < B; t++) length[t] = rms(&r_new[t * R], R, eps);
         each(R, [&](int64_t i) {
+            dots(w.fc1, i * R, is_bf16, r_new.data(), R, B, R, sums.data());
             for (int64_t t = 0; t < B; t++)
-                z[t * R + i] = gelu(dot(w.fc1, i * R, is_bf16, &r_new[t * R], R) / length[t] + load1(w.fc1_bias, i, is_bf16));
+                z[t * R + i] = gelu(sums[t] / length[t] + load1(w.fc1_bias, i, is_bf16));
         });
         each(R, [&](int64_t i) {
-            for (int64_t t = 0; t < B; t++)
-                z2[t * R + i] = gelu(dot(w.fc2, i * R, is_bf16, &z[t * R], R) + load1(w.fc2_bias, i, is_bf16));
+            dots(w.fc2, i * R, is_bf16, z.data(), R, B, R, sums.data());
+            for (int64_t t = 0; t < B; t++) z2[t * R + i] = gelu(sums[t] + load1(w.fc2_bias, i, is_bf16));
         });
         #pragma omp single
         {
@@ -234,7 +278,10 @@ template <int BITS> static void decode(const Sizes& s, const Layer* layers, floa
             for (auto& of : tokens) of.clear();
             for (int64_t t = 0; t < B; t++) {
                 float logits[1024], most = -INFINITY, sum = 0;
-                for (int64_t i = 0; i < s.M; i++) most = std::max(most, logits[i] = dot(w.out, i * R, is_bf16, &z2[t * R], R));
+                for (int64_t i = 0; i < s.M; i++) {
+                    dots(w.out, i * R, is_bf16, &z2[t * R], R, 1, R, &logits[i]);
+                    most = std::max(most, logits[i]);
+                }
                 for (int64_t i = 0; i < s.M; i++) sum += logits[i] = expf(logits[i] - most);
                 int64_t best = 0;
                 for (int64_t i = 1; i < s.M; i++)
