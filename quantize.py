@@ -25,6 +25,7 @@ sample.py and rsa.py read like any other.
 
 Legend: out, in: dims of a matrix; G groups per output; R = out / 8; N experts; T tokens; E, F: model.py.
 """
+import copy
 import functools
 import re
 import runpy
@@ -176,19 +177,12 @@ class Embedding(Matrix):
         return dequantize(codes[chosen], scale[chosen], offset[chosen]).view(*tokens.shape, -1)
 
     def head(self, x):
-        """x (..., E) float32 -> logits (..., V) float32. The product rounds x, to int8 or bf16: x is the sum of what
-        that keeps and of the rest, and both are multiplied together."""
-        if self.kernel:
-            groups = x.unflatten(-1, (-1, GROUP))                               # (..., G, 32)
-            d = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-            high = ((groups / d).round() * d).flatten(-2)
-        elif self.packed and self.dtype == torch.bfloat16:
-            high = x.bfloat16().float()
-        else:
+        """x (..., E) float32 -> logits (..., V) float32. torch's operators want bf16 in a bf16 model: they multiply x
+        as the sum of two in bf16."""
+        if self.kernel or not self.packed or self.dtype == torch.float32:
             return super().forward(x)
-        dtype = torch.float32 if self.kernel else self.dtype
-        high, low = super().forward(torch.stack([high, x - high]).to(dtype)).float()
-        return high + low
+        high = x.bfloat16()
+        return super().forward(high).float() + super().forward((x - high).bfloat16())
 
 
 class Experts(nn.Module):
@@ -228,6 +222,22 @@ def replace(model, bits):
         layer.moe.experts = Experts(bits, config)
     model.embedding = Embedding(bits, config.vocab_size, config.n_embd)
     model.head = lambda x: model.embedding.head(model.norm(x).float())
+
+
+@torch.no_grad()
+def quantized(model, bits):
+    """Return a copy of a Zaya with its large matrices quantized."""
+    weights, model = model.state_dict(), copy.deepcopy(model)
+    replace(model, bits)
+    for name, m in model.named_modules():
+        if isinstance(m, Matrix):
+            W = weights.get(f'{name}.weight', weights.get(name))                # (out, in), or (N, out, in)
+            made = [quantize(w, bits) for w in (W if W.ndim == 3 else [W])]
+            m.blocks.copy_(torch.stack([interleave(**q) for q in made]).view_as(m.blocks))
+            if bits == 8:
+                m.scale.copy_(torch.stack([q['scale'][:, 0] for q in made]).view_as(m.scale))
+    prepare(model)
+    return model.eval()
 
 
 # ---- the choice of a product ----

@@ -9,6 +9,9 @@
 Both normalize queries and keys as CCA does, so that the norm is not what is compared. They have CCA.forward's
 interface, including the mask and rotation of packed documents, but do not use the cache.
 
+GPT is a whole model, for the speedrun (speedrun.py): a plain transformer of nanoGPT's kind, with learned positions,
+LayerNorm, multi-head attention, a GELU MLP of width 4 E, and tied embeddings.
+
 Legend:  B batch   S sequence   E residual width   Hq, Hk query / KV heads   d head dim
 """
 import torch
@@ -67,3 +70,39 @@ class MLA(nn.Module):
         k = torch.cat([k_R.expand(self.H, *k_R.shape), heads(self.up_k(c))], -1)                       # (H, B, S, d)
         v = heads(self.up_v(c)).transpose(0, 1)                                                        # (B, H, S, d)
         return self.o_proj(attend(heads(self.q_proj(x)), k, v, self.temperature, cos, sin, mask))
+
+
+class GPTBlock(nn.Module):
+    """x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x)). x (B, S, E) -> (B, S, E)."""
+
+    def __init__(self, E, H):
+        super().__init__()
+        self.H, self.norm1, self.norm2 = H, nn.LayerNorm(E, bias=False), nn.LayerNorm(E, bias=False)
+        self.qkv_proj, self.o_proj = nn.Linear(E, 3 * E, bias=False), nn.Linear(E, E, bias=False)
+        self.up_proj, self.down_proj = nn.Linear(E, 4 * E, bias=False), nn.Linear(4 * E, E, bias=False)
+
+    def forward(self, x):
+        q, k, v = self.qkv_proj(self.norm1(x)).unflatten(-1, (3, self.H, -1)).permute(2, 0, 3, 1, 4)   # (B, H, S, d)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o_proj(y.transpose(1, 2).flatten(-2))
+        return x + self.down_proj(F.gelu(self.up_proj(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """forward: tokens and targets (B, S) int64 -> the mean cross entropy, -1 ignored, a scalar in nats. Uses
+    vocab_size, context, n_layer, n_embd and n_head of a ZayaConfig. Initialized as in GPT-2."""
+
+    def __init__(self, config):
+        super().__init__()
+        E = config.n_embd
+        self.embedding, self.position = nn.Embedding(config.vocab_size, E), nn.Embedding(config.context, E)
+        self.blocks = nn.Sequential(*(GPTBlock(E, config.n_head) for _ in range(config.n_layer)))
+        self.norm = nn.LayerNorm(E, bias=False)
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if 'o_proj' in name or 'down' in name else 0.02)
+
+    def forward(self, tokens, targets):
+        x = self.embedding(tokens) + self.position.weight[:tokens.shape[1]]
+        logits = self.norm(self.blocks(x)) @ self.embedding.weight.T             # (B, S, V)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)

@@ -6,7 +6,8 @@ writes random weights in the released layout and size (once), quantizes them (on
 fresh process: loading time, resident memory, prefill of 512 tokens, and decoding for 1 and 16 sequences, after an empty
 context and after 8K tokens (the cached values are arbitrary: they do not affect speed). --peer=True also measures
 `transformers` in bf16, alternating with ours in one process. The generated text is meaningless and is not looked at.
-The bandwidth bound of decoding is the memory bandwidth divided by the bytes that a step must read.
+The bandwidth bound of decoding is the memory bandwidth divided by the bytes that a step must read. The bandwidth is
+that of summing a GiB with all threads, measured alternately with the work.
 
 Legend:  B sequences   S tokens per sequence
 """
@@ -20,11 +21,11 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import configurator                             # before torch: it sets how threads wait
 import torch
 
-import configurator
 import decode
-from bench import alternate, timed
+from bench import alternate
 from model import Zaya, ZayaConfig
 from runtime import pretrained
 from runtime.quantize_folder import quantize_folder
@@ -108,12 +109,13 @@ def measure(folder, config, bits, peer, steps):
     resident = int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')     # with mapped files
     theirs = peer and configurator.package('transformers').ZayaForCausalLM.from_pretrained(
         folder, attn_implementation='sdpa', dtype=torch.bfloat16)
-    ones, name = torch.ones(2 ** 28), {16: 'bf16', 8: 'int8', 4: 'int4'}[bits]
-    bandwidth = ones.nbytes / min(timed(ones.sum, CPU) for _ in range(4))
+    ones, bandwidths, name = torch.ones(2 ** 28), [], {16: 'bf16', 8: 'int8', 4: 'int4'}[bits]
 
-    def report(work, tokens, works, repeats, bound=None):
-        times = alternate(works, CPU, repeats, warm_up=1)
+    def report(work, tokens, works, repeats, read=None):        # read: bytes
+        *times, sum_time = alternate([*works, ones.sum], CPU, repeats, warm_up=1)
+        bandwidths.append(ones.nbytes / sum_time)
         rates = [f'{tokens / t:.1f}' for t in times] + [''] * (2 - len(times))
+        bound = read and bandwidths[-1] / read                  # steps/s
         bounds = [f'{tokens * bound:.1f}', f'{1 / times[0] / bound:.0%}'] if bound else ['', '']
         print(f'| {name} | {work} | {" | ".join(rates + bounds)} |', flush=True)
 
@@ -128,10 +130,9 @@ def measure(folder, config, bits, peer, steps):
         if theirs and not context:
             past = cache_of(theirs, theirs(torch.randint(2, config.vocab_size, (B, 1)), use_cache=True))
             works.append(lambda: theirs(torch.randint(2, config.vocab_size, (B, 1)), use_cache=True, **past))
-        report(f'decode {B} after {context:,}', B, works, steps,
-               bandwidth / bytes_per_step(config, bits, B, context))
+        report(f'decode {B} after {context:,}', B, works, steps, bytes_per_step(config, bits, B, context))
     print(f'{name}: loaded in {loaded:.1f} s; {resident / 2**30:.1f} GiB resident, without a cache; memory bandwidth '
-          f'{bandwidth / 2**30:.1f} GiB/s', file=sys.stderr)
+          f'{min(bandwidths) / 2**30:.1f} to {max(bandwidths) / 2**30:.1f} GiB/s', file=sys.stderr)
 
 
 def main(config):

@@ -4,9 +4,11 @@
 
 The large matrices are quantized and dequantized (quantize.py), and the model then runs in float32. int4 is measured
 twice: with the range of each group's weights, and with the range of least squared error. bf16 is the precision of the
-released weights. The output is CSV.
+released weights. 'with int8 inputs' runs kernels/int4.cpp, which also rounds the inputs of the products. The output is
+CSV.
 """
 import copy
+import functools
 import statistics
 import sys
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ import configurator
 import decode
 from data.loader import open_dataset
 from evaluate import measure
-from quantize import dequantize, quantize
+from quantize import Matrix, dequantize, quantize, quantized
 from rsa import RSASettings, load_policy
 from runtime import checkpoint, pretrained
 from tasks.loops import task
@@ -56,6 +58,19 @@ CHANGES = {
 }
 
 
+def with_kernel(model, bits):
+    """Return a quantized copy of a Zaya that uses kernels/int4.cpp, even if that is slower at this size."""
+    model = quantized(model, bits)
+    for module in model.modules():
+        if isinstance(module, Matrix):
+            module.kernel = True
+    return model
+
+
+MODELS = {name: functools.partial(with_changed_matrices, change=change) for name, change in CHANGES.items()} | {
+    f'int{bits}, with int8 inputs': functools.partial(with_kernel, bits=bits) for bits in (8, 4)}
+
+
 @torch.no_grad()
 def main(config):
     demo, _ = pretrained.load(config.demo)
@@ -66,11 +81,11 @@ def main(config):
     rsa = RSASettings(rounds=task.rounds_needed(task.LENGTHS['hard'][1], 41), budget=41, tail=10)
     print('weights,val_loss,more_than_float32,rsa_mean,ci95')
     first = None
-    for name, change in CHANGES.items():
-        model = with_changed_matrices(demo, change)
+    for name, make in MODELS.items():
+        model = make(demo)
         loss = statistics.fmean(model(*loader.batch(index))[1].item() for index in range(config.batches))
         first = first or loss
-        model = with_changed_matrices(policy.model, change)
+        model = make(policy.model)
         row = measure(replace(policy, model=model, step=decode.folded(model)), problems, rsa, name=name)
         print(f'{name!r},{loss:.4f},{loss - first:+.4f},{100 * row.mean:.1f},{100 * row.half:.1f}', flush=True)
 
