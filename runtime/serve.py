@@ -135,7 +135,7 @@ class Service:
             if reply.finish:
                 s.cancelled, running = True, running - 1
                 job.tokens, job.reasoning = job.tokens + reply.tokens, job.reasoning + reply.reasoning
-            if text or logprobs or reply.finish:
+            if text or logprobs or reply.finish or name != 'content':         # an empty reasoning is sent, too
                 yield s.index, name, text, logprobs, reply.finish
 
     def markovian(self, job, options):
@@ -256,7 +256,8 @@ class Service:
         started = set()
         try:
             async for index, name, text, logprobs, finish in parts:
-                texts = ({} if index in started else {'role': 'assistant'}) | ({name: text} if text else {})
+                texts = {'role': 'assistant'} if index not in started else {}
+                texts |= {name: text} if text or name != 'content' else {}
                 started.add(index)
                 await event(head | {'choices': [self.choice(job, 'delta', index, texts, logprobs, finish)]})
             if job.body.get('stream_options', {}).get('include_usage'):
@@ -311,7 +312,7 @@ class Service:
         Route, HTTPException = package('starlette.routing').Route, package('starlette.exceptions').HTTPException
         self.JSONResponse = package('starlette.responses').JSONResponse
 
-        def refuse(_, error):
+        async def refuse(_, error):
             if isinstance(error, HTTPException):                # of starlette: an unknown path or method
                 error = Refused(f'{error.detail}: see the first lines of runtime/serve.py', status=error.status_code)
             elif not isinstance(error, Refused):                # of a setting, whose name is the first word
@@ -321,7 +322,7 @@ class Service:
         left = package('starlette.requests').ClientDisconnect
         return package('starlette.applications').Starlette(
             routes=[Route('/v1/models', self.models), *routes], lifespan=self.lifespan, exception_handlers={
-                ValueError: refuse, HTTPException: refuse, left: lambda *_: self.JSONResponse(None, 499)})
+                ValueError: refuse, HTTPException: refuse, left: refuse})
 
 
 def main(config, settings):
