@@ -156,13 +156,18 @@ class Matrix(nn.Module):
 
     def pack(self):
         """Convert the codes to the layout of torch's operators, where they have one for this shape."""
+        packed = []
         for e in range(len(self.blocks)) if self.blocks.ndim == 4 else [()]:
             m = self.codes(e)
             if self.bits == 8:
-                self.packed[e] = m['codes'].contiguous(), m['scale'][:, 0]
+                packed.append((m['codes'].contiguous(), m['scale'][:, 0].contiguous()))
             elif self.out % 32 == 0:
-                packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(m['codes'].int(), 1)
-                self.packed[e] = packed, torch.stack([m['scale'], m['offset']], -1).transpose(0, 1).contiguous()
+                packed.append((torch.ops.aten._convert_weight_to_int4pack_for_cpu(m['codes'].int(), 1),
+                               torch.stack([m['scale'], m['offset']], -1).transpose(0, 1).contiguous()))
+        # Freed tensors between those that stay would fragment memory: stack the latter.
+        stacks = [torch.stack(tensors) for tensors in zip(*packed)]
+        for i in range(len(packed)):
+            self.packed[i if self.blocks.ndim == 4 else ()] = [stack[i] for stack in stacks]
 
 
 class Embedding(Matrix):
@@ -199,17 +204,21 @@ class Experts(nn.Module):
 
 
 def joined(matrices):
-    """Return the function x -> [W_1; W_2; ...] x. With the kernel it is one product, of a Matrix of whose memory the
-    given matrices become parts."""
-    first, outs = matrices[0], [m.out for m in matrices]
-    if any(out % 8 for out in outs) or not first.kernel:
-        return lambda x: torch.cat([m(x) for m in matrices], -1)
+    """Return the Matrix [W_1; W_2; ...] of matrices with the same input, which become parts of its memory if their
+    outputs fill their blocks."""
+    outs, first = [m.out for m in matrices], matrices[0]
     whole = Matrix(first.bits, sum(outs), first.width)
-    whole.kernel, whole.blocks = True, torch.cat([m.blocks for m in matrices])
-    whole.scale = torch.cat([m.scale for m in matrices]) if first.bits == 8 else None
+    if first.bits == 8:
+        whole.scale = torch.cat([m.scale for m in matrices])
+    if any(out % 8 for out in outs):
+        parts = [m.codes() for m in matrices]
+        whole.blocks = interleave(*(None if part[0] is None else torch.cat(part) for part in zip(*(
+            (m['codes'], m['scale'], m['offset']) for m in parts))))
+        return whole
+    whole.blocks = torch.cat([m.blocks for m in matrices])
     for m, part in zip(matrices, whole.blocks.split([out // 8 for out in outs])):
         m.blocks = part
-    return whole.forward            # not the module: the method CCA.project would hide it
+    return whole
 
 
 def replace(model, bits):
@@ -245,17 +254,20 @@ def quantized(model, bits):
 def prepare(model):
     """Choose how the quantized matrices of a model multiply, after their blocks have been loaded: on a CPU with
     kernels/int4.cpp, or with torch's operators and one line that says why; elsewhere dequantized at every call."""
-    matrices = [module for module in model.modules() if isinstance(module, Matrix)]
-    on_cpu = model.device.type == 'cpu'
-    reason = on_cpu and (trouble(matrices[0].bits) or slower(model.layers[0].moe.experts.gate_up, model.dtype))
+    on_cpu, experts = model.device.type == 'cpu', model.layers[0].moe.experts
+    reason = on_cpu and (trouble(model.embedding.bits) or slower(experts.gate_up, model.dtype))
     if reason:
         print(f'torch multiplies by the quantized matrices, which takes longer to load: {reason}', file=sys.stderr)
+    matrices = [model.embedding]
+    for layer in model.layers:
+        attn = layer.attn
+        whole = joined([attn.q_proj, attn.k_proj, attn.v_proj, attn.v_proj_delayed])
+        attn.project = whole.forward        # a function: the method CCA.project would hide a module
+        matrices += [whole, attn.o_proj, layer.moe.experts.gate_up, layer.moe.experts.down]
     for matrix in matrices:
         matrix.dtype, matrix.kernel = model.dtype, on_cpu and not reason
         if on_cpu and reason:
             matrix.pack()
-    for attn in (layer.attn for layer in model.layers):
-        attn.project = joined([attn.q_proj, attn.k_proj, attn.v_proj, attn.v_proj_delayed])
 
 
 @functools.cache

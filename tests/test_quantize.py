@@ -130,9 +130,9 @@ def test_embeddings_are_rows_of_the_dequantized_matrix(seed, bits):
 
 
 @torch.no_grad()
-@given(seeds, bits_, st.sampled_from([(32, 64, 16), (32, 64, 10)]), st.sampled_from(['kernel', 'torch']))
-def test_joined_matrices_concatenate_their_outputs(seed, bits, outs, product):
-    parts = [matrix_of(random_matrix(seed + i, out), bits, product) for i, out in enumerate(outs)]
+@given(seeds, bits_, st.sampled_from([(32, 64, 16), (32, 60, 10)]))
+def test_a_joined_matrix_concatenates_the_outputs(seed, bits, outs):
+    parts = [matrix_of(random_matrix(seed + i, out), bits, 'definition') for i, out in enumerate(outs)]
     x = random_matrix(seed, 3)
     expected = torch.cat([m(x) for m in parts], -1)
     torch.testing.assert_close(joined(parts)(x), expected)
