@@ -220,15 +220,14 @@ def train_step(run):
 
 @torch.no_grad()
 def evaluate(run):
-    """Return log columns: the mean loss on held-out data, the residual RMS after each layer. Print a sample of text."""
+    """Return log columns: mean held-out loss, residual RMS after each layer. Print a sample; of a prompt if packed."""
     config, model, loader = run.config, run.model, run.val_loader
     n = min(config.eval_batches, max(1, loader.n_windows // loader.batch_size))            # no sequence twice
     losses, scored, squares = [], [], []                        # squares: mean squares of layer 0, 1, ... per batch
     hooks = [layer.register_forward_hook(lambda module, args, out: squares.append(out[0].float().square().mean()))
              for layer in model.layers]
     model.eval()
-    # Eager: evaluation would compile extra graphs.
-    with torch.compiler.set_stance('force_eager') if config.compile else contextlib.nullcontext():
+    with torch.compiler.set_stance('force_eager') if config.compile else contextlib.nullcontext():  # no extra graphs
         for index in range(n):
             x, y, start = (None if t is None else t.to(model.device) for t in loader.batch(index))
             with run.autocast:
@@ -239,8 +238,9 @@ def evaluate(run):
         val_loss = (sum(losses) / sum(scored).clamp_min(1)).item()
         print0(f'step {run.step}: val loss {val_loss:.4f}')
         if config.sample_tokens and run.rank == 0 and not config.shard and math.isfinite(val_loss):
-            prompt, n_new = [run.tokenizer.eot_token], min(config.sample_tokens, model.config.context - 1)
-            text = run.tokenizer.decode(generate(model, [prompt], n_new, SamplingOptions(seed=run.step))[0])
+            prompt = x[0, :(y[0] >= 0).int().argmax() + 1].tolist() if loader.packed else [run.tokenizer.eot_token]
+            n_new, options = min(config.sample_tokens, loader.context - len(prompt)), SamplingOptions(seed=run.step)
+            text = run.tokenizer.decode(prompt[:-1] + generate(model, [prompt], n_new, options)[0])
             print0('    ' + text.strip().replace('\n', '\n    '))
     model.train()
     rms = torch.stack(squares).view(n, -1).mean(0).sqrt().tolist()

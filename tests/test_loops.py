@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from common import ENV, ROOT
+from common import ENV, ROOT, TINY_RUN
+from configurator import read
 from data.loader import open_dataset
 from tasks.loops import task
 from tasks.loops.prepare import LoopsConfig, prepare_loops
@@ -19,6 +20,8 @@ from tasks.loops.task import (CLOSE, END, ENC, LENGTHS, OPERATIONS, STEP, THINK,
                               simulate_candidate, solve, split_of, tail_of, test_problems as problems_of, trace_sample)
 from data.reasoning import flatten
 from data.tokenizer import load_tokenizer, save_tokenizer
+from model import ZayaConfig
+from train import TrainConfig, train
 
 operations = st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=8).map(tuple)
 problems = st.builds(Problem, st.integers(1, 9), operations, st.integers(0, 9))
@@ -324,6 +327,14 @@ def test_a_mixture_of_both_datasets_can_be_trained_on(prepared):
     x, y, start = loader.batch(0)
     assert x.shape == y.shape == start.shape == (4, 128) and (y >= 0).any() and start[:, 0].all()
     assert loader.vocab_size == ENC.n_vocab
+
+
+def test_training_prints_the_solution_of_a_held_out_problem(prepared, tmp_path, capsys):
+    config, model_config = read([*TINY_RUN, '--context=128', f'--out_dir={tmp_path}', '--max_steps=1', '--eval_every=1',
+                                 f'--dataset={prepared}/traces:0.5 {prepared}/votes:0.5'], TrainConfig, ZayaConfig)
+    train(config, model_config)
+    shown = re.findall(r'<\|user\|>(.*?=\d)', capsys.readouterr().out)
+    assert len(shown) == 2 and {split_of(question) for question in shown} == {'val'}        # before and after the step
 
 
 def test_the_same_seed_prepares_the_same_datasets(prepared, tmp_path):
