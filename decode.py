@@ -13,6 +13,9 @@ batch size and the cache capacity must stay the same from step to step.
   - RoPE rotates all heads of a token by the same angles: one matrix for all layers. It preserves norms, so the
     normalization can follow it.
 
+For a quantized model on a CPU, `folded` is one call of kernels/decode.cpp, which does the same for all layers: even
+folded, the calls between two products take longer than the products.
+
 `compiled(model)`, after half a minute: the plain forward pass, compiled by torch.compile. Shapes are static, so
 attention covers the cache's whole capacity, with a mask.
 
@@ -289,7 +292,9 @@ def recorded(run):
 
 
 def compiled(model):
-    """Return a step like that of `folded`, but compiled for static shapes."""
+    """Return a step like that of `folded`, but compiled for static shapes. Raise ValueError for a quantized model."""
+    if isinstance(model.embedding, Matrix):
+        raise ValueError('a quantized model is not compiled, its products are faster as they are: leave out --compile')
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     model = copy.deepcopy(model, tensors)                                       # a new model with the same tensors
     for layer in model.layers:

@@ -281,6 +281,10 @@ def test_quantized_folders_are_read_like_any_other(folder, tmp_path, monkeypatch
         out, message = run_script(monkeypatch, capsys, 'sample.py', f'--ckpt={tmp_path}/{bits}', '--prompt=What',
                                   '--max_new_tokens=5', '--device=cpu')
         assert message is None and out.startswith('What')
+        _, message = run_script(monkeypatch, capsys, 'sample.py', f'--ckpt={tmp_path}/{bits}', '--prompt=a',
+                                '--compile=True', '--device=cpu')
+        assert message == 'sample.py: a quantized model is not compiled, its products are faster as they are: ' \
+            'leave out --compile'
     sizes = [sum(path.stat().st_size for path in place.glob('*.safetensors')) for place in (tmp_path / '4', folder)]
     assert sizes[0] < 0.5 * sizes[1]                            # much of a small model is not quantized
 
