@@ -87,10 +87,21 @@ class Job:
     tokens: int = 0                 # generated
     reasoning: int = 0              # of these
 
+    @property
+    def limit(self):
+        """Maximum number of new tokens, or None."""
+        return self.body.get('max_completion_tokens', self.body.get('max_tokens'))
+
     def cancel(self):
         self.cancelled = True
         for s in self.sequences:
             s.cancelled = True
+
+    async def watch(self, receive):
+        """Cancel when the client has left. receive: of ASGI, after the whole request was received."""
+        while (await receive())['type'] != 'http.disconnect':
+            pass
+        self.cancel()
 
     def usage(self):
         return {'prompt_tokens': self.prompt_tokens, 'completion_tokens': self.tokens,

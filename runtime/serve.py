@@ -8,8 +8,8 @@ GET /v1/models, POST /v1/chat/completions and /v1/completions, whole or as serve
 are those of sample.generate([prompt] * n), up to rounding, whatever else is served.
 
 The model NAME-rsa answers by Markovian RSA (rsa.py). Its settings are flags of this program; an object `rsa` in the
-request overrides them. The reply is the first candidate with the majority's answer; each round adds a line to its
-reasoning_content, and usage counts the tokens of all candidates.
+request overrides them, and max_tokens the final budget. The reply is the first candidate with the majority's answer;
+each round adds a line to its reasoning_content, and usage counts the tokens of all candidates.
 
 If the environment variable NANOZAYA_API_KEY is set, requests must send that key. Nothing of them is stored or logged.
 """
@@ -61,13 +61,6 @@ class ServeConfig:                  # more flags, the defaults of NAME-rsa: RSAS
                      max_new_tokens=(1, None))
 
 
-async def watch(receive, job):
-    """Cancel a job when its client has left."""
-    while (await receive())['type'] != 'http.disconnect':
-        pass
-    job.cancel()
-
-
 MAX_BYTES = 4 * 2**20               # of a request
 SAMPLING = 'temperature', 'top_p', 'top_k', 'min_p'
 RSA = {'rsa': {f'{setting.name}?': setting.type for setting in fields(rsa.RSASettings)}}       # a parameter's schema
@@ -93,7 +86,6 @@ class Service:
         body, n = job.body, job.body.get('n', 1)
         if 'rsa' in body:
             raise Refused(f'rsa has no effect on {self.name}: leave it out, or name the model {self.names[1]}', 'rsa')
-        given = body.get('max_completion_tokens', body.get('max_tokens'))
         prompt = self.chat_prompt(job, messages_of(body)) if job.chat else body['prompt']
         prompts = [prompt] if isinstance(prompt, str) or prompt and isinstance(prompt[0], int) else prompt
         if not 0 < len(prompts) * n <= 128:
@@ -103,7 +95,7 @@ class Service:
             if isinstance(prompt, str):
                 prompt = self.language.bos + self.language.encode(prompt)
             room = max(1, self.model.config.context - len(prompt))
-            limit = given or min(room, self.config.max_new_tokens if job.chat else 16)          # 16: the API's default
+            limit = job.limit or min(room, self.config.max_new_tokens if job.chat else 16)      # 16: as in the API
             self.check_room(job, prompt, limit)
             job.prompt_tokens += len(prompt)
             job.sequences += [Sequence(prompt, limit, options, len(job.sequences) + i, job.queue.put_nowait, top)
@@ -140,10 +132,11 @@ class Service:
 
     def markovian(self, job, options):
         """Start Markovian RSA in a thread of its own. Return its parts."""
-        for key in 'n', 'stop', 'logprobs', 'max_tokens', 'max_completion_tokens':
-            if job.body.get(key):
-                raise Refused(f'{key} has no effect on {self.names[1]}: leave it out, and see the object rsa', key)
-        settings = replace(self.settings, **{'seed': options.seed} | job.body.get('rsa', {}))
+        for key in 'n', 'stop', 'logprobs':
+            if job.body.get(key) and (key, job.body[key]) != ('n', 1):
+                raise Refused(f'{key} has no effect on {self.names[1]}: leave it out', key)
+        given = {'seed': options.seed, 'final_budget': job.limit or self.settings.final_budget}
+        settings = replace(self.settings, **given | job.body.get('rsa', {}))
         language = self.language
         policy = functools.partial(Policy, self.model, None, language.stop, language.encode, language.decode)
         if job.chat:
@@ -214,7 +207,7 @@ class Service:
         if self.open >= self.config.queue:
             raise Refused(f'{self.open} requests are running or waiting: try again', status=429, code='queue_full')
         self.open += 1
-        watcher = asyncio.create_task(watch(receive, job))
+        watcher = asyncio.create_task(job.watch(receive))
         try:
             options = SamplingOptions(**{key: job.body[key] for key in SAMPLING if key in job.body},
                                       seed=job.body.get('seed', random.getrandbits(31)))

@@ -97,6 +97,7 @@ def test_the_tokens_of_a_sequence_are_its_own_whoever_joins_and_leaves(model, re
         if found[i][-1][1] == 'cancelled':
             assert tokens == expected[:len(tokens)] and len(tokens) == patience
         else:
+            assert patience is None or len(expected) <= patience
             assert tokens == expected and found[i][-1][1] == ('stop' if expected[-1] in stop else 'length')
         assert all(finish is None for _, finish in found[i][:-1])
     assert not (engine.waiting or engine.reading or engine.active or engine.cache or engine.prompt_cache)
@@ -113,6 +114,19 @@ def test_others_get_a_token_per_step_while_a_long_prompt_is_read(model):
         assert engine.reading and engine.prompt_cache.lengths == [8 * step]
     advance(engine)
     assert not engine.reading and seen[-2][0].prompt == [2] * 80 or seen[-1][0].prompt == [2] * 80
+
+
+def test_a_long_sequence_leaves_no_long_cache_to_short_ones(model):
+    engine, ends = engine_of(model, capacity=210), []
+    put = lambda event: ends.append(event[3]) if event[3] else None
+    engine.inbox.put(Sequence([1] * 100, 2, SamplingOptions(), 0, put))
+    for i in range(8):
+        engine.inbox.put(Sequence([2, 3], 20, SamplingOptions(), i, put))
+    most = 0
+    while len(ends) < 9:
+        advance(engine)                                         # it asserts that the caches stay within 210 tokens
+        most = max(most, len(engine.active))
+    assert ends == ['length'] * 9 and most == 8
 
 
 def test_the_choices_of_a_request_read_their_prompt_once(model, monkeypatch):
@@ -366,6 +380,17 @@ def test_a_stop_string_ends_a_reply_and_its_sequence(tiny):
         assert_idle(tiny)
 
 
+def test_a_choice_that_a_stop_string_ends_leaves_before_the_others(endless):
+    body = dict(model='tiny', prompt=[9], max_tokens=300, temperature=1, seed=0, n=2)
+    (first, second), _ = lone(endless, [9], 300, 2, temperature=1, seed=0)
+    stop = next(first[i:i + 4] for i in range(5, 50) if first[i:i + 4] not in second)
+    alone = 0
+    for chunk in endless.client.completions.create(**body, stop=stop, stream=True):
+        alone += len(endless.engine.active) == 1
+        assert chunk.choices[0].index or first[:first.index(stop)].find(chunk.choices[0].text) >= 0
+    assert alone > 100
+
+
 @pytest.mark.parametrize('path, body, status, param, words', [
     ('chat', b'{"model": "tiny", ', 400, None, 'not valid JSON'), ('chat', b'[1]', 400, None, 'must be an object'),
     ('chat', b'\xff', 400, None, 'not valid Unicode'), ('chat', b'[' * 200_000, 400, None, 'nested'),
@@ -479,7 +504,7 @@ def test_who_disconnects_leaves_at_the_next_step_and_others_go_on(endless, reset
 
 
 def test_a_slow_reader_delays_nobody(endless):
-    with start_stream(endless, n=8, logprobs=20, max_tokens=400) as slow:       # 8 MB
+    with start_stream(endless, n=8, logprobs=20, max_tokens=800) as slow:       # 16 MB
         slow.recv(1)
         start = time.time()
         reply = endless.client.completions.create(model='tiny', prompt=[9, 9], max_tokens=50, temperature=0)
@@ -519,25 +544,30 @@ def test_what_does_not_fit_into_the_cache_waits_or_is_refused(folder):          
 
 # ---- Markovian RSA ----
 
-def test_the_rsa_model_answers_as_rsa_does_here(tiny, folder):                  # noqa: F811
+@pytest.mark.parametrize('seed', [0, 2])
+def test_the_rsa_model_answers_as_rsa_does_here(tiny, folder, seed):                  # noqa: F811
     settings = dict(population=4, candidates=2, rounds=2, budget=40, tail=5)
     policy = load_policy(folder, 'cpu')
-    rounds, = rsa.markovian_rsa([policy.encode('7 * 6?')], policy.sampler(SamplingOptions(temperature=0.5)), policy,
-                                rsa.RSASettings(**settings))
+    rounds, = rsa.markovian_rsa([policy.encode('7 * 6?')], policy.sampler(SamplingOptions(temperature=0.5, seed=seed)),
+                                policy, rsa.RSASettings(**settings, seed=seed))
     answers = [c.answer and policy.decode(c.answer).strip() for c in rounds[-1].candidates]
     votes = [answer for answer in answers if answer]
-    best = rounds[-1].candidates[answers.index(max(votes, key=votes.count))]
-    body = dict(model='tiny-rsa', messages=[{'role': 'user', 'content': '7 * 6?'}], seed=0, temperature=0.5,
+    best = rounds[-1].candidates[answers.index(max(votes, key=votes.count)) if votes else 0]
+    assert votes or seed
+    body = dict(model='tiny-rsa', messages=[{'role': 'user', 'content': '7 * 6?'}], seed=seed, temperature=0.5,
                 extra_body={'rsa': settings})
     reply = tiny.client.chat.completions.create(**body)
     message, cost = reply.choices[0].message, reply.usage
-    assert message.content == policy.decode(best.answer) and reply.choices[0].finish_reason == 'stop'
+    assert message.content == policy.decode(best.answer or [])
+    assert reply.choices[0].finish_reason == ('stop' if votes else 'length')
     lines = message.reasoning_content.split('\n', 3)
     assert lines[3] == policy.decode(policy.thought_of(best.output))
     assert all(f'round {t} of 2: ' in line and f'; {now.tokens} tokens' in line
                for t, (line, now) in enumerate(zip(lines, rounds)))
     assert cost.completion_tokens == sum(now.tokens for now in rounds)
     assert cost.prompt_tokens == sum(len(c.prompt) for now in rounds for c in now.candidates)
+    short = tiny.client.chat.completions.create(**body, max_tokens=3, n=1)                 # of the last round
+    assert short.usage.completion_tokens <= sum(now.tokens for now in rounds[:2]) + 4 * 3
     *chunks, last = tiny.client.chat.completions.create(**body, stream=True, stream_options={'include_usage': True})
     assert ''.join(chunk.choices[0].delta.content or '' for chunk in chunks) == message.content and last.usage == cost
     assert [chunk.choices[0].delta.reasoning_content for chunk in chunks[:3]] == [f'{line}\n' for line in lines[:3]]
@@ -623,6 +653,7 @@ def test_a_stopped_server_ends_its_streams(program, folder, signum):            
 def test_errors_of_the_command_line_are_one_line(monkeypatch, capsys, tmp_path):
     with socket.create_server(('127.0.0.1', 0)) as taken:
         port = taken.getsockname()[1]
+        monkeypatch.delitem(sys.modules, 'runtime.serve')
         for flags, words in ([f'--port={port}'], 'choose another --port'), (['--cache_gib=0'], 'cache_gib'), (
                 ['--port=0', f'--ckpt={tmp_path}'], 'holds neither'), (['--population=0'], 'population'):
             _, message = run_script(monkeypatch, capsys, 'runtime.serve', *flags)
