@@ -141,8 +141,7 @@ class CCA(nn.Module):
             read tokens of earlier documents; mask must do the same for attention.
         cache: a Cache after its reserve()."""
         Hq, Hk, d = self.Hq, self.Hk, self.head_dim
-        # 1. Project.
-        qk, v1, v2 = self.project(x).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)
+        qk, v1, v2 = self.project(x).split([(Hq + Hk) * d, Hk * d // 2, Hk * d // 2], -1)         # 1. Project.
         # The state of the past tokens: None or zero at the start of a sequence, else from the cache.
         past, v_last = None, v2.new_zeros(len(v2), 1, v2.shape[-1])
         if cache is not None:

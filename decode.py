@@ -198,7 +198,8 @@ def kernel_fits(model):
     c, kv = model.config, model.config.n_kv_head * model.config.head_dim
     whole = not (c.n_embd % 32 or c.expert_dim % 32 or c.n_head * c.head_dim % 32 or kv % 16 or c.head_dim % 16
                  or c.router_dim % 8)
-    return (getattr(model.embedding, 'kernel', False) and whole and c.head_dim <= 512 and c.n_expert <= 1000
+    return (getattr(model.embedding, 'kernel', False) and model.dtype in int4.DTYPES
+            and whole and c.head_dim <= 512 and c.n_expert <= 1000
             and all(router.choose is choose for router in model.routers))       # not replaced, as by evidence/view.py
 
 

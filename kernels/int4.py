@@ -18,6 +18,7 @@ from kernels.build import cache_folder
 
 SOURCES = [Path(__file__).with_name(name) for name in ('decode.cpp', 'int4.cpp')]       # the first includes the second
 POINTER, INT = ctypes.c_void_p, ctypes.c_int
+DTYPES = torch.float32, torch.bfloat16                          # of inputs, and of the weights that are not quantized
 ARGUMENTS = {'product': [INT, POINTER, INT, *[POINTER] * 4, *[ctypes.c_int64] * 4],
              'decode': [INT, *[POINTER] * 6, ctypes.c_float]}
 
@@ -69,13 +70,14 @@ def build(path, flags):
 
 
 def product(x, blocks, scale, out, expert=None):
-    """Return x W^T (T, out) in x's dtype. x (T, 32 G) float32 or bf16; blocks (R, G, bytes) uint8 of
-    quantize.interleave; scale (out) float32, with int8. With expert (T) int64, blocks and scale have a leading dim of
-    several matrices, of which expert names each token's; one that does not exist gives zeros. All on the CPU, blocks,
-    scale and expert contiguous."""
-    x = x.contiguous()
+    """Return x W^T (T, out) in x's dtype. x (T, 32 G); blocks (R, G, bytes) uint8 of quantize.interleave; scale (out)
+    float32, with int8, else None. With expert (T) int64, blocks and scale have a leading dim of several matrices, of
+    which expert names each token's; one that does not exist gives zeros. All on the CPU; blocks and scale contiguous."""
+    if x.dtype not in DTYPES:
+        return product(x.float(), blocks, scale, out, expert).to(x.dtype)
+    x, expert = x.contiguous(), None if expert is None else expert.contiguous()
     y = x.new_empty(len(x), out)
-    load().product(8 if blocks.shape[-1] == 256 else 4, x.data_ptr(), x.dtype == torch.bfloat16, blocks.data_ptr(),
-           None if scale is None else scale.data_ptr(), None if expert is None else expert.data_ptr(), y.data_ptr(),
-           len(x), blocks[..., 0, 0, 0].numel() if expert is not None else 1, out, 32 * blocks.shape[-2])
+    pointers = [None if t is None else t.data_ptr() for t in (blocks, scale, expert, y)]
+    N, bits = 1 if expert is None else len(blocks), 8 if blocks.shape[-1] == 256 else 4
+    load().product(bits, x.data_ptr(), x.dtype == torch.bfloat16, *pointers, len(x), N, out, 32 * blocks.shape[-2])
     return y

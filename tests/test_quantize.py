@@ -90,7 +90,8 @@ def test_separate_is_the_inverse_of_interleave(seed, bits, out, groups):
 
 
 @torch.no_grad()
-@given(seeds, bits_, st.sampled_from([1, 2, 3, 16, 33]), st.sampled_from([torch.float32, torch.bfloat16]),
+@given(seeds, bits_, st.sampled_from([1, 2, 3, 16, 33]),
+       st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
        st.booleans(), st.sampled_from(['kernel', 'torch', 'definition']))
 @settings(max_examples=60)
 def test_all_products_are_those_of_the_dequantized_matrix(seed, bits, T, dtype, whole_tiles, product):
