@@ -72,7 +72,7 @@ def build(path, flags):
 def product(x, blocks, scale, out, expert=None):
     """Return x W^T (T, out) in x's dtype. x (T, 32 G); blocks (R, G, bytes) uint8 of quantize.interleave; scale (out)
     float32, with int8, else None. With expert (T) int64, blocks and scale have a leading dim of several matrices, of
-    which expert names each token's; one that does not exist gives zeros. All on the CPU; blocks and scale contiguous."""
+    which expert names each token's; one that does not exist gives zeros. On the CPU; blocks and scale contiguous."""
     if x.dtype not in DTYPES:
         return product(x.float(), blocks, scale, out, expert).to(x.dtype)
     x, expert = x.contiguous(), None if expert is None else expert.contiguous()
