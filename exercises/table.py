@@ -119,7 +119,7 @@ EXERCISES = [
              'test_logits_that_are_not_finite_draw_nothing test_rows_are_drawn_independently'),
     Exercise('orthogonalize', 'optim.orthogonalize', """
         G (..., m, n) -> the same singular vectors, singular values near 1, for each matrix of a stack:
-        X = G / |G| (Frobenius), then `iterations` times  X <- A X + B (X X^T) X + C (X X^T)^2 X.
+        X = G / |G| (Frobenius), then  X <- a X + b (X X^T) X + c (X X^T)^2 X  for each a, b, c of `coefficients`.
         Transpose a tall matrix first, and back at the end: X X^T is then the smaller product.""",
              'X.norm(dim=(-2, -1), keepdim=True) is one norm per matrix; clamp it, since a gradient may be zero.',
              'test_optim: test_the_update_has_singular_values_near_1 test_the_update_keeps_the_singular_vectors '

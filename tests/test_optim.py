@@ -1,9 +1,11 @@
 """Invariants of the optimizers (optim.py)."""
+import functools
+
 import torch
 from hypothesis import given, strategies as st
 
 from common import tiny_model
-from optim import Muon, make_optimizers, orthogonalize
+from optim import POLAR_EXPRESS, Muon, make_optimizers, orthogonalize
 
 shapes = st.sampled_from([(8, 8), (16, 64), (64, 16), (32, 48), (3, 20, 30), (1, 7)])
 
@@ -14,8 +16,15 @@ def random(*shape, seed=0):
 
 @given(shapes, st.integers(0, 10**6))
 def test_the_update_has_singular_values_near_1(shape, seed):
-    s = torch.linalg.svdvals(orthogonalize(random(*shape, seed=seed), iterations=10))
+    s = torch.linalg.svdvals(orthogonalize(random(*shape, seed=seed), POLAR_EXPRESS + 7 * ((1.875, -1.25, 0.375),)))
     assert s.min() > 0.6 and s.max() < 1.3
+
+
+@given(st.lists(st.floats(0.02, 1), min_size=2, max_size=8))
+def test_singular_values_above_a_hundredth_of_the_norm_end_within_0_27_of_1(s):
+    s = torch.tensor(s)
+    end = torch.linalg.svdvals(orthogonalize(torch.diag(s)))[s.sort(descending=True).values / s.norm() >= 0.01]
+    assert (end - 1).abs().max() < 0.28
 
 
 @given(shapes, st.integers(0, 10**6))
@@ -34,11 +43,12 @@ def test_each_expert_of_a_stack_is_a_matrix_of_its_own(seed):
 
 
 def test_muon_equals_torch_s_own_for_each_of_many_matrices():
-    """torch.optim.Muon computes in bfloat16 on every device, hence the tolerance."""
+    """With its coefficients, Jordan's. It computes in bfloat16 on every device, hence the tolerance."""
     shapes = [(24, 24), (16, 40), (40, 16), (16, 40), (24, 24), (16, 40)]       # some have equal shapes
     start = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
     a = Muon(ours, lr=0.05, weight_decay=0.1)
+    a.orthogonalize = functools.partial(orthogonalize, coefficients=5 * [(3.4445, -4.7750, 2.0315)])
     b = torch.optim.Muon(theirs, lr=0.05, weight_decay=0.1, momentum=0.95, adjust_lr_fn='match_rms_adamw')
     for step in range(5):
         for i, (p, q) in enumerate(zip(ours, theirs)):
