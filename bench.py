@@ -1,4 +1,5 @@
 """Compare speed and memory with the ZAYA of transformers: `python bench.py` (how both scale: evidence/scaling.py).
+`python bench.py --speedrun=True` measures instead the seconds of whole training runs, from the start of the process.
 
 Both models have the SAME random weights, and nothing is timed unless their logits agree. Each workload alternates
 between the two, A B A B ..., in one process, so that other load on the machine slows both. The table reports medians:
@@ -19,6 +20,7 @@ import multiprocessing
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +45,7 @@ class BenchConfig:
     device: str = 'auto'
     dtype: str = 'auto'             # of 'best' training; 'auto' is bfloat16 where it is faster, else float32
     repeats: int = 5
+    speedrun: bool = False          # only the seconds of whole training runs, on the data that `make demo` prepares
     quick: bool = False             # a tiny model, two repeats, no torch.compile: a smoke test
     seed: int = 0
 
@@ -281,7 +284,43 @@ def side_by_side(device, dtype, settings):
         best_training(make_pair(MEDIUM, device, settings.seed, experts), 32, 1024, dtype, device, repeats)
 
 
+# ---- the speedrun ----
+
+RUNS = {'ours, config/demo.py': 'train.py config/demo.py --sample_tokens=0',
+        'a plain GPT, AdamW': '-m evidence.speedrun --model=gpt',
+        "transformers' ZAYA, AdamW": '-m evidence.speedrun --model=transformers',
+        'ours, config/loops.py': 'train.py config/loops.py --sample_tokens=0'}
+
+
+def run_program(words):
+    """Run `python words`. Return its seconds, from the start of the process, and its output. Raise ValueError with the
+    last line on stderr if it fails."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *words.split()], cwd=Path(__file__).parent, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f'{words}: {done.stderr.strip().splitlines()[-1]}')
+    return time.perf_counter() - began, done.stdout
+
+
+def speedrun(repeats=3):
+    """Print the seconds of each of RUNS, measured in alternation, with its last validation loss; at the end, the scores
+    of the last run of config/loops.py."""
+    seconds, losses = {name: [] for name in RUNS}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(repeats):
+            for i, (name, words) in enumerate(RUNS.items()):
+                out = f'{folder}/{i}-{repeat}'
+                took, text = run_program(words + f' --out_dir={out}' * words.startswith('train.py'))
+                seconds[name].append(took)
+                losses[name] = re.findall(r'val loss ([0-9.]+)', text)[-1]
+        print('\n| run | seconds, median | all | val loss |\n| --- | --- | --- | --- |')
+        for name, each in seconds.items():
+            every = ', '.join(f'{took:.0f}' for took in each)
+            print(f'| {name} | {statistics.median(each):.0f} | {every} | {losses[name]} |')
+        print(run_program(f'evaluate.py --split=hard --ckpt={out}')[1])
+
+
 if __name__ == '__main__':
     with configurator.one_line_errors('bench.py'):
         settings, device, dtype = set_up(sys.argv[1:], BenchConfig)
-        side_by_side(device, dtype, settings)
+        speedrun() if settings.speedrun else side_by_side(device, dtype, settings)

@@ -100,7 +100,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(E, bias=False)
         for name, p in self.named_parameters():
             if p.ndim > 1:
-                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if 'o_proj' in name or 'down' in name else 0.02)
+                residual = name.endswith(('o_proj.weight', 'down_proj.weight'))
+                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if residual else 0.02)
 
     def forward(self, tokens, targets):
         x = self.embedding(tokens) + self.position.weight[:tokens.shape[1]]

@@ -1,4 +1,6 @@
 """bench.py runs, compares equal work, and rejects what it cannot do. Its figures are not tested."""
+import itertools
+
 import pytest
 import torch
 
@@ -57,6 +59,27 @@ def test_a_training_step_does_the_same_work_every_time_and_has_gradients():
         bench.timed(step, CPU)
     assert len(seen) == 2 and seen[0] > 0 and seen[0] == pytest.approx(seen[1], rel=1e-3)
     assert all(torch.allclose(a, p, atol=1e-5) for a, p in zip(before, model.parameters()))
+
+
+def test_a_speedrun_reports_the_median_seconds_and_the_last_val_loss_of_whole_processes(monkeypatch, capsys):
+    took = itertools.count(1)
+
+    def fake(words):
+        if words.startswith('evaluate.py'):
+            return 0.0, f'scores of {words[-3:]}'
+        return float(next(took)), 'step 0: val loss 8.3\nstep 2: val loss 5.0\n'
+    monkeypatch.setattr(bench, 'run_program', fake)
+    bench.speedrun(repeats=3)
+    out = capsys.readouterr().out
+    n = len(bench.RUNS)
+    assert out.splitlines()[3:3 + n] == [f'| {name} | {i + n} | {i}, {i + n}, {i + 2 * n} | 5.0 |'
+                                         for i, name in enumerate(bench.RUNS, 1)]
+    assert f'scores of {n - 1}-2' in out                        # of the last run of the last configuration
+
+
+def test_a_program_that_fails_ends_the_speedrun_with_its_message():
+    with pytest.raises(ValueError, match='train.py config/nothing.py: .*config/nothing.py'):
+        bench.run_program('train.py config/nothing.py')
 
 
 @pytest.mark.parametrize('argument', ['--repeats=0', '--dtype=int8', '--repeat=3', '--device=nowhere'])

@@ -1,10 +1,14 @@
 """The scripts of evidence/ run (their figures are not tested), and pictures depend only on committed tables."""
+import math
+
 import pytest
 import torch
 
 import bench
-from common import run_script
-from evidence import claims, pictures, plot, scaling
+from common import run_script, tiny_config
+from evidence import claims, pictures, plot, scaling, speedrun
+from evidence.baselines import GPT
+from train import TrainConfig
 
 CPU = torch.device('cpu')
 
@@ -23,6 +27,22 @@ def test_quick_scaling_has_a_row_for_every_size(capsys, tmp_path):
     pytest.importorskip('matplotlib')
     scaling.plot(results, tmp_path / 'scaling.png')
     assert (tmp_path / 'scaling.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize('name', speedrun.BEST)
+def test_the_models_of_others_learn_in_the_speedrun(dataset, name):
+    sizes = tiny_config(vocab_size=300, context=32, n_layer=2)
+    config = TrainConfig(dataset=str(dataset), batch_size=4, max_steps=40, warmup_steps=2, lr=1e-2, eval_batches=1)
+    assert speedrun.run(config, speedrun.SpeedrunConfig(name), sizes) < 5.2 < math.log(300)
+
+
+def test_the_plain_gpt_is_causal_and_starts_at_the_uniform_loss():
+    torch.manual_seed(0)
+    model, x = GPT(tiny_config()), torch.randint(50, (2, 16))
+    early = torch.where(torch.arange(16) < 7, x.roll(-1, 1), -1)                # targets of the first 7 tokens only
+    other = torch.cat([x[:, :8], 49 - x[:, 8:]], 1)
+    torch.testing.assert_close(model(x, early), model(other, early))
+    assert abs(model(x, early).item() - math.log(50)) < 0.3
 
 
 @pytest.mark.parametrize('argument', ['--repeats=0', '--dtype=int8', '--device=nowhere', '--scale=True'])

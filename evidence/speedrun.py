@@ -1,0 +1,80 @@
+"""Train a model of others on data/stdlib, for the speedrun of bench.py: `python -m evidence.speedrun --model=gpt`.
+
+    gpt             a plain GPT of nanoGPT's kind (baselines.py), with the depth, width and context of config/demo.py
+    transformers    transformers' ZayaForCausalLM, with the sizes and initial weights of config/demo.py; its training
+                    does not update the balancing biases
+
+Both have AdamW and the data, batches and schedule of config/demo.py, with their own learning rate and number of steps.
+Prints the last validation loss; the seconds are those of the whole process.
+"""
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+
+import configurator
+import torch
+import torch.nn.functional as F
+
+from data.loader import open_dataset
+from evidence.baselines import GPT
+from model import Zaya, ZayaConfig
+from runtime.pretrained import save_pretrained
+from train import TrainConfig, lr_at
+
+BEST = {'gpt': (4e-3, 300), 'transformers': (4e-3, 300)}        # learning rate, and steps until val loss 5.06
+
+
+@dataclass
+class SpeedrunConfig:
+    model: str = 'gpt'              # or 'transformers'
+    lr: float = 0.0                 # 0: the best one
+    steps: int = 0                  # 0: as many as it needs
+    seed: int = 0
+
+    def __post_init__(self):
+        configurator.check_ranges(self, model=(*BEST,), lr=(0, 1), steps=(0, None), seed=(0, None))
+
+
+def outsider(name, config):
+    """Return a new model of that name, and a function of it, tokens and targets (B, S): its loss."""
+    if name == 'gpt':
+        return GPT(config), lambda model, x, y: model(x, y)
+    transformers = configurator.package('transformers')
+    with tempfile.TemporaryDirectory() as folder:               # with our initial weights
+        save_pretrained(Zaya(replace(config, skip_expert=True)), folder)
+        model = transformers.ZayaForCausalLM.from_pretrained(folder, attn_implementation='sdpa')
+    return model.train(), lambda model, x, y: F.cross_entropy(
+        model(x, use_cache=False).logits.flatten(0, 1), y.flatten(), ignore_index=-1)
+
+
+def run(config, settings, model_config):
+    """Train and return the loss on the held-out batches that train.py evaluates."""
+    torch.manual_seed(settings.seed)
+    loader, val_loader = (open_dataset(config.dataset, split, config.batch_size, model_config.context, settings.seed)[0]
+                          for split in ('train', 'val'))
+    model, loss_of = outsider(settings.model, model_config)
+    decays = lambda decay: [p for p in model.parameters() if (p.ndim > 1) == decay]
+    optimizer = torch.optim.AdamW([{'params': decays(True), 'weight_decay': config.weight_decay},
+                                   {'params': decays(False), 'weight_decay': 0.0}], betas=(0.9, 0.95), fused=True)
+    for step in range(config.max_steps):
+        x, y, _ = loader.batch(step)
+        loss_of(model, x, y).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for group in optimizer.param_groups:
+            group['lr'] = lr_at(step, config)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        batches = [val_loader.batch(i)[:2] for i in range(config.eval_batches)]
+        return sum(loss_of(model, x, y).item() for x, y in batches) / len(batches)
+
+
+if __name__ == '__main__':
+    with configurator.one_line_errors('evidence.speedrun'):
+        settings, = configurator.read(sys.argv[1:], SpeedrunConfig)
+        best_lr, best_steps = BEST[settings.model]
+        lr, steps = settings.lr or best_lr, settings.steps or best_steps
+        config, model_config = configurator.read(['config/demo.py', f'--lr={lr}', f'--min_lr={lr / 10}',
+                                                  f'--max_steps={steps}'], TrainConfig, ZayaConfig)
+        print(f'step {steps}: val loss {run(config, settings, model_config):.4f}')
