@@ -173,11 +173,12 @@ def load_policy(config, ckpt, words, compact, path):
 
 
 def only_model(url):
-    """Return the name of a server's model. Raise ValueError if it has several, or cannot be reached."""
+    """Return the name of a server's model, of runtime.serve's the plain one. Raise ValueError if it has several, or
+    cannot be reached."""
     openai = package('openai')
     try:
         with openai.OpenAI(base_url=url, api_key=api_key(), max_retries=0, timeout=10) as client:
-            names = [str(model.id) for model in client.models.list()]
+            names = [str(model.id) for model in client.models.list() if not str(model.id).endswith('-rsa')]
     except Exception as error:                                  # any network error
         raise ValueError(f'{url} does not list its models ({describe(error)}); is it running? Or name one '
                          'with --model') from None
@@ -257,7 +258,7 @@ async def ask(client, url, request, stream):
 async def read(client, request, stream):
     """Return the reply to one attempt, {'text', 'ended', 'tokens', 'prompt'}; without usage there
     are 0 tokens. Raise ValueError if it is incomplete."""
-    thought, answer, reason, usage = '', '', None, None
+    thought, answer, apart, reason, usage = '', '', False, None, None           # apart: reasoning has a field
     async with await client.chat.completions.create(
             **request, stream=True, stream_options={'include_usage': True}) as chunks:
         async for chunk in chunks:
@@ -265,12 +266,13 @@ async def read(client, request, stream):
             for choice in chunk.choices or ():
                 reason, delta = choice.finish_reason or reason, choice.delta
                 new = getattr(delta, 'reasoning_content', None) or getattr(delta, 'reasoning', None) or ''
+                apart |= getattr(delta, 'reasoning_content', None) is not None                  # also if it is empty
                 thought, answer = thought + new, answer + (delta.content or '')
                 if new or delta.content:
                     stream(new or delta.content)
     if reason not in ('stop', 'length'):
         raise ValueError(f'the reply ended with finish_reason {reason!r}' if reason else 'the reply is incomplete')
     tokens, prompt = (int(getattr(usage, key, None) or 0) for key in ('completion_tokens', 'prompt_tokens'))
-    text = thought + '</think>' * bool(thought and (answer or reason == 'stop')) + answer
+    text = thought + '</think>' * bool((thought or apart) and (answer or reason == 'stop')) + answer
     return {'text': text.encode('utf-8', 'replace').decode(), 'ended': reason == 'stop', 'tokens': tokens,
             'prompt': prompt}

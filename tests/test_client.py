@@ -1,6 +1,7 @@
-"""Markovian RSA on a server: `transformers serve` with a tiny random model compared with a local run; then a fake
-server that produces every kind of error."""
+"""Markovian RSA on a server: `transformers serve` and runtime.serve with a tiny random model compared with a local run;
+then a fake server that produces every kind of error."""
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -10,8 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -82,28 +81,29 @@ def rows_of(path):
 
 # ---- a real server ----
 
-@pytest.fixture(scope='session')
-def real(folder):
-    """The URL of `transformers serve` with this folder."""
-    for name in 'transformers', 'fastapi', 'uvicorn', 'accelerate':
+@pytest.fixture(scope='session', params=['runtime.serve', 'transformers serve'])
+def real(request, folder):
+    """The URL of a server with this folder, and the name of its model."""
+    command = ['runtime.serve', f'--ckpt={folder}']
+    if request.param == 'transformers serve':
+        command = ['transformers.cli.transformers', 'serve', str(folder), '--dtype=float32', '--host=127.0.0.1']
+        pytest.importorskip('transformers')
+        pytest.importorskip('accelerate')
+    for name in 'starlette', 'uvicorn':
         pytest.importorskip(name)
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     log = open(folder / 'log', 'w+')
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'transformers.cli.transformers', 'serve', str(folder), '--device=cpu', '--dtype=float32',
-         '--host=127.0.0.1', f'--port={port}'], env=ENV | {'HF_HUB_OFFLINE': '1'}, stdout=log, stderr=log)
-    ask = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    process = subprocess.Popen([sys.executable, '-m', *command, '--device=cpu', f'--port={port}'], cwd=ROOT,
+                               env=ENV | {'HF_HUB_OFFLINE': '1'}, stdout=log, stderr=log)
     try:
-        for _ in range(600):
-            try:
-                ask.open(f'http://127.0.0.1:{port}/health', timeout=5).close()
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port)):
                 break
-            except OSError:
-                assert process.poll() is None, (folder / 'log').read_text()[-2000:]
-                time.sleep(0.2)
-        yield f'http://127.0.0.1:{port}/v1'
+            assert process.poll() is None, (folder / 'log').read_text()[-2000:]
+            time.sleep(0.1)
+        yield f'http://127.0.0.1:{port}/v1', str(folder) if request.param == 'transformers serve' else folder.name
     finally:
         process.kill()
         process.wait()
@@ -111,23 +111,25 @@ def real(folder):
 
 
 def test_at_temperature_0_a_server_gives_the_results_of_the_local_run(real, folder, problems, monkeypatch, capsys):
-    problems.write_text(problems.read_text() + '{"problem": "And 3?", "answer": 3}\n')
+    """The reasoning of '4 * 6?' is empty. The tail of '7 * 6?' holds </think>, which runtime.serve reads as text."""
+    (url, name), here, there = real, problems.with_name('here'), problems.with_name('there')
+    answers = {'3 * 6?': 'j5jq', '4 * 6?': 'qjjj', 'And 3?': None} | ({'7 * 6?': '35'} if name != folder.name else {})
+    problems.write_text(''.join(json.dumps({'problem': key, 'answer': 3}) + '\n' for key in answers))
     flags = [f'--problems={problems}', f'--ckpt={folder}', '--temperature=0', *FLAGS]
-    here, there = problems.with_name('here'), problems.with_name('there')
     out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--out={here}', '--device=cpu', *flags)
     assert message is None
-    flags[-len(FLAGS):] = [f'--server={real}', f'--model={folder}', *FLAGS]
-    table, message = run_script(monkeypatch, capsys, 'rsa.py', f'--out={there}', *flags)
+    flags += [f'--model={name}'] * (name != folder.name)        # runtime.serve has one model besides its RSA
+    table, message = run_script(monkeypatch, capsys, 'rsa.py', f'--out={there}', f'--server={url}', *flags)
     assert message is None and f'tails are counted in tokens of {folder}' in table
     assert rows_of(there) == rows_of(here)                      # answers, tails, draws, tokens, the longest prompt
-    assert [row['answers'] for row in rows_of(here)] == [['35'] * 3, [None] * 3, [None] * 3, [None] * 3]
+    assert [row['answers'] for row in rows_of(here)[::2]] == [[answer] * 3 for answer in answers.values()]
     assert table.splitlines()[-1].split('|')[1:7] == out.splitlines()[-1].split('|')[1:7]
 
 
 def test_a_real_server_s_refusal_is_one_line(real, problems, monkeypatch, capsys):
-    _, message = run_script(monkeypatch, capsys, 'rsa.py', f'--server={real}', '--model=another',
+    _, message = run_script(monkeypatch, capsys, 'rsa.py', f'--server={real[0]}', '--model=another',
                             f'--problems={problems}', *FLAGS)
-    assert f'{real} refused: ' in message and "requested 'another'" in message
+    assert f'{real[0]} refused: ' in message and "'another'" in message and '\n' not in message
 
 
 # ---- a stand-in ----
@@ -231,7 +233,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
-@contextmanager
+@contextlib.contextmanager
 def stand_in(fault=lambda number, body: None):
     standing = StandIn(fault)
     threading.Thread(target=standing.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()
@@ -436,6 +438,9 @@ def test_a_server_with_one_model_need_not_be_told_which(problems, monkeypatch, c
         s.models = ['a', 'b']
         _, message, _ = run(monkeypatch, capsys, s.url, problems, 'out')
         assert 'has 2 models: name one with --model (a, b)' in message
+        s.models = ['a', 'a-rsa']
+        _, message, path = run(monkeypatch, capsys, s.url, problems, 'rsa')
+        assert message is None and {body['model'] for body in s.requests} == {'a'}
     _, message, path = run(monkeypatch, capsys, s.url, problems, 'out')         # and nobody is there any more
     assert 'is it running?' in message and not path.exists()
     _, message, _ = run(monkeypatch, capsys, 'localhost:8000', problems, 'out')

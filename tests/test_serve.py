@@ -31,7 +31,7 @@ from runtime.pretrained import load
 from sample import SamplingOptions, generate, sample_from_logits
 from tasks.loops import task
 from tasks.policy import load_policy
-from test_client import FLAGS, folder, problems, rows_of                        # noqa: F401, fixtures
+from test_client import folder                                                  # noqa: F401, a fixture
 
 openai, uvicorn = pytest.importorskip('openai'), pytest.importorskip('uvicorn')
 pytest.importorskip('starlette')
@@ -586,20 +586,6 @@ def test_rsa_whose_client_leaves_ends(endless):
     while any('run_rsa' in thread.name for thread in threading.enumerate()):
         assert time.time() < deadline
         time.sleep(0.01)
-
-
-def test_rsa_py_gives_the_results_of_the_local_run_on_this_server(
-        tiny, folder, problems, monkeypatch, capsys):                           # noqa: F811
-    problems.write_text('{"problem": "3 + 6?", "answer": 9}\n{"problem": "And 3?", "answer": 3}\n')
-    flags = [f'--problems={problems}', f'--ckpt={folder}', '--temperature=0', *FLAGS]
-    here, there = problems.with_name('here'), problems.with_name('there')
-    out, message = run_script(monkeypatch, capsys, 'rsa.py', f'--out={here}', '--device=cpu', *flags)
-    assert message is None
-    table, message = run_script(monkeypatch, capsys, 'rsa.py', f'--out={there}', f'--server={tiny.url}', '--model=tiny',
-                                *flags)
-    assert message is None and rows_of(there) == rows_of(here)
-    assert rows_of(here)[0]['answers'] == ['j5jq'] * 3 and rows_of(here)[0]['tails'] == ['5'] * 3
-    assert table.splitlines()[-1].split('|')[1:7] == out.splitlines()[-1].split('|')[1:7]
 
 
 def test_a_model_of_the_loops_task_has_completions_only():
