@@ -89,7 +89,8 @@ class Printer:
 
     def __init__(self, language, write, show_think=True, grey=False):
         self.language, self.write, self.show_think, self.grey = language, write, show_think, grey
-        self.line, self.shown, self.thinking = [], 0, False     # tokens of the line; characters written
+        self.thinking, self.recent = False, []                  # the latest tokens
+        self.shown, self.complete = 0, 0                        # characters written of them; tokens of these
 
     def __call__(self, token):
         if [token] in (self.language.open_think, self.language.close_think):
@@ -99,18 +100,19 @@ class Printer:
                 tag = '<think>' if self.thinking else '</think>'
                 self.write(tag if not self.grey else DIM if self.thinking else PLAIN)
         elif token not in self.language.stop and (self.show_think or not self.thinking):
-            self.line.append(token)
-            text = self.language.decode(self.line)
+            self.recent.append(token)
+            text = self.language.decode(self.recent)
             if not text.endswith('\ufffd'):                     # a character may span several tokens
                 self.write(text[self.shown:])
-                self.shown = len(text)
-                if text.endswith('\n'):                         # so that only one line is decoded per token
-                    self.line, self.shown = [], 0
+                if len(self.recent) > 16:                       # keep those of the last write, as context of the next
+                    self.recent = self.recent[self.complete:]
+                    text = self.language.decode(self.recent)
+                self.shown, self.complete = len(text), len(self.recent)
 
     def finish(self):
-        """Write the rest of the line, which may end within a character."""
-        self.write(self.language.decode(self.line)[self.shown:])
-        self.line, self.shown = [], 0
+        """Write the rest, which may end within a character."""
+        self.write(self.language.decode(self.recent)[self.shown:])
+        self.recent, self.shown, self.complete = [], 0, 0
 
 
 def chat_loop(conversation, generate, limit, show_think=True, text=None):

@@ -1,4 +1,6 @@
 """Conversations: the content of the KV cache between turns, and the printed part of a reply."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -6,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 pytest.importorskip('tokenizers')
 
 import configurator
+import tokenizers
 import train
 from common import TINY_RUN, run_script, tiny_model
 from model import ZayaConfig
@@ -157,6 +160,36 @@ def test_reasoning_is_grey_or_hidden(language, show_think, grey, expected):
         printer(token)
     printer.finish()
     assert ''.join(written) == expected and not any('\ufffd' in text for text in written)
+
+
+def pieces_of(text, size):
+    data = text.encode()
+    return [data[i:i + size] for i in range(0, len(data), size)]
+
+
+FALLBACK = tokenizers.decoders.Sequence([tokenizers.decoders.Replace('▁', ' '), tokenizers.decoders.ByteFallback(),
+                                         tokenizers.decoders.Fuse()])           # ZAYA1-8B's
+BYTES = lambda tokens: b''.join(tokens).decode(errors='replace')
+said = st.text('ab 漢🙂é\n', max_size=80)
+
+
+@pytest.mark.parametrize('decode, replies', [
+    (BYTES, st.lists(st.binary(min_size=1, max_size=4))), (BYTES, st.builds(pieces_of, said, st.integers(1, 5))),
+    (FALLBACK.decode, said.map(lambda text: [token for c in text for token in (
+        [c.replace(' ', '▁')] if c < '~' else [f'<0x{byte:02X}>' for byte in c.encode()])]))])
+@given(data=st.data())
+def test_a_printer_writes_all_complete_characters_and_decodes_only_the_latest_tokens(decode, replies, data):
+    decoded, written, tokens, pending = [], [], data.draw(replies), 0
+    printer = Printer(SimpleNamespace(stop=[], open_think=[0], close_think=[1], decode=lambda tokens: decoded.append(
+        len(tokens)) or decode(tokens)), written.append)
+    for n, token in enumerate(tokens, 1):
+        printer(token)
+        assert max(decoded) <= 16 + pending + 1                 # pending: tokens since the last complete character
+        pending = pending + 1 if decode(tokens[:n]).endswith('\ufffd') else 0
+        assert pending or ''.join(written) == decode(tokens[:n])
+        decoded.clear()
+    printer.finish()
+    assert ''.join(written) == decode(tokens)
 
 
 def test_a_released_model_is_talked_to_from_the_command_line(tmp_path, monkeypatch, capsys):
