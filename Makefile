@@ -1,4 +1,4 @@
-# `make demo` trains a small language model and a small reasoning model, and shows both. `make test` checks the style and runs
+# `make demo` trains a small reasoning model and a small language model, and shows both. `make test` checks the style and runs
 # all tests. Both install what they need at the first call: into .venv, or, if an environment with a CUDA or ROCm build of
 # torch is active, into that environment, without replacing its torch or any package it already has.
 PYTHON ?= python3
@@ -8,11 +8,16 @@ else
 PY := .venv/bin/python
 endif
 
-demo: data/stdlib/meta.json tasks/loops/votes/meta.json
+demo: tasks/loops/votes/meta.json data/stdlib/meta.json
+	@echo '== 1 of 4, 100 seconds: train a reasoning model. Watch the solution of a held-out problem every 200 steps.'
+	$(PY) train.py config/demo_loops.py
+	@echo '== 2 of 4, 5 seconds: it solves a problem that is longer than its budget of 41 tokens, with Markovian RSA.'
+	$(PY) rsa.py --ckpt=runs/demo_loops --question='3x:a-2b*7c+3d+4=5' --show=True
+	@echo '== 3 of 4, 40 seconds: its accuracy on 64 held-out problems of 25 to 32 steps.'
+	$(PY) evaluate.py --ckpt=runs/demo_loops --split=hard --problems=64
+	@echo '== 4 of 4, 120 seconds: train a small language model on the source of the standard library, and sample from it.'
 	$(PY) train.py config/demo.py
 	$(PY) sample.py --ckpt=runs/demo --prompt='    def __init__(self' --max_new_tokens=45 --temperature=0.5 --seed=2
-	$(PY) train.py config/loops.py
-	$(PY) evaluate.py --ckpt=runs/loops --split=hard
 
 # Two test files at a time, one thread each: the tests' tensors are too small to gain from more threads.
 test: environment

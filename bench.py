@@ -289,7 +289,7 @@ def side_by_side(device, dtype, settings):
 RUNS = {'ours, config/demo.py': 'train.py config/demo.py --sample_tokens=0',
         'a plain GPT, AdamW': '-m evidence.speedrun --model=gpt',
         "transformers' ZAYA, AdamW": '-m evidence.speedrun --model=transformers',
-        'ours, config/loops.py': 'train.py config/loops.py --sample_tokens=0'}
+        'ours, config/demo_loops.py': 'train.py config/demo_loops.py --sample_tokens=0'}
 
 
 def run_program(words):
@@ -304,7 +304,7 @@ def run_program(words):
 
 def speedrun(repeats=3):
     """Print the seconds of each of RUNS, measured in alternation, with its last validation loss; at the end, the scores
-    of the last run of config/loops.py."""
+    of the last run of config/demo_loops.py."""
     seconds, losses = {name: [] for name in RUNS}, {}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats):
