@@ -6,15 +6,15 @@ step(cache, tokens) that equals model(tokens[:, None], cache=cache) up to roundi
 batch size and the cache capacity must stay the same from step to step.
 
 `folded(model)`, ready at once: the same computation written for S = 1, with a third of the calls.
-  - Adjacent linear maps are merged in advance: W_Q, W_K and both W_V are one matrix (or one of quantize.py's); the
+  - Adjacent linear maps are merged in advance: W_Q, W_K and both W_V are one matrix (or one quantized Matrix); the
     weight of the router's norm is folded into the next matrix; the two convolutions are one of kernel 3.
   - QK-mean needs no factor 1/2: q and k are normalized next, so only their directions matter and both may be twice as
     long: (2 q + q~) + k~, and (2 k + k~) + the mean of q~. The term in parentheses is a convolution, like q itself.
   - RoPE rotates all heads of a token by the same angles: one matrix for all layers. It preserves norms, so the
     normalization can follow it.
 
-For a quantized model on a CPU, `folded` is one call of kernels/decode.cpp, which does the same for all layers: even
-folded, the calls between two products take longer than the products.
+For a quantized model on a CPU, `folded` runs all layers in one call of kernels/decode.cpp: even folded, the calls
+between two products take longer than the products.
 
 `compiled(model)`, after half a minute: the plain forward pass, compiled by torch.compile. Shapes are static, so
 attention covers the cache's whole capacity, with a mask.
@@ -25,6 +25,7 @@ Legend:  B sequences, one new token each   P cached positions   E residual width
 import contextlib
 import copy
 import functools
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -34,8 +35,8 @@ from torch import nn
 from cca import merge_convolutions, rope_table
 from kernels import int4
 from layers import upcast
-from model import Experts, swiglu
-from quantize import Matrix
+from model import Experts, Zaya, ZayaConfig, swiglu
+from quantize import Matrix, quantized
 from router import choose
 
 
@@ -67,9 +68,10 @@ def fold_products(layer):
                                     attn.conv_grouped_weight, attn.conv_grouped_bias)      # (H, d, 3 d), (H, d)
     taps = 2 * taps
     taps[..., 2 * d:] += torch.eye(d, device=taps.device)
-    w, quantized = fold(layer), isinstance(attn.o_proj, Matrix)
-    w.down = attn.project if quantized else merged(attn.q_proj, attn.k_proj, attn.v_proj, attn.v_proj_delayed)
-    w.o = attn.o_proj if quantized else merged(attn.o_proj)     # down: (B, E) -> (B, C + Hk d), o: (B, Hq d) -> (B, E)
+    w, is_quantized = fold(layer), isinstance(attn.o_proj, Matrix)
+    w.down = attn.project if is_quantized else merged(
+        attn.q_proj, attn.k_proj, attn.v_proj, attn.v_proj_delayed)                         # (B, E) -> (B, C + Hk d)
+    w.o = attn.o_proj if is_quantized else merged(attn.o_proj)                              # (B, Hq d) -> (B, E)
     w.taps, w.taps_bias = taps.mT.contiguous(), 2 * bias[:, None]                           # (H, 3 d, d), (H, 1, d) *
     return w
 
@@ -134,7 +136,9 @@ def one_expert(experts, x, expert, weight):
 def folded(model):
     """Return step(cache, tokens): tokens (B) int64 -> logits (B, V) float32; it raises ValueError if the cache is full.
     The folded weights are copies: fold again after a weight update."""
-    return by_kernel(model) if kernel_fits(model) else in_pytorch(model)
+    if kernel_fits(model) and kernel_agrees(model.embedding.bits, model.dtype):
+        return by_kernel(model)
+    return in_pytorch(model)
 
 
 def in_pytorch(model):
@@ -195,12 +199,36 @@ FOLDED = ('attn_norm moe_norm attn_scale attn_constant attn_branch moe_scale moe
 
 def kernel_fits(model):
     """Return whether kernels/decode.cpp can run this model: quantized, with int4.cpp, and of these sizes."""
-    c, kv = model.config, model.config.n_kv_head * model.config.head_dim
-    whole = not (c.n_embd % 32 or c.expert_dim % 32 or c.n_head * c.head_dim % 32 or kv % 16 or c.head_dim % 16
-                 or c.router_dim % 8)
+    c = model.config
+    aligned = not (c.n_embd % 32 or c.expert_dim % 32 or c.n_head * c.head_dim % 32 or c.head_dim % 16
+                   or c.router_dim % 8)
     return (getattr(model.embedding, 'kernel', False) and model.dtype in int4.DTYPES
-            and whole and c.head_dim <= 512 and c.n_expert <= 1000
+            and aligned and c.head_dim <= 512 and c.n_expert <= 1000
             and all(router.choose is choose for router in model.routers))       # not replaced, as by evidence/view.py
+
+
+@functools.cache
+def kernel_agrees(bits, dtype):
+    """Return whether by_kernel and in_pytorch agree on a tiny random model, after one and two chunks of positions."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = Zaya(ZayaConfig(vocab_size=64, context=400, n_layer=2, n_embd=64, n_kv_head=2, expert_dim=64,
+                                n_expert=2))
+        for router in model.routers:
+            router.balancing_bias[0] = 9                        # rounding must not change the expert
+        model, logits = quantized(model.to(dtype), bits), []
+        values = torch.randn(4, 2, 5, 500 * 64)
+    for make in by_kernel, in_pytorch:
+        cache = model.make_cache(5, 300)
+        for tensors, value in zip((cache.k, cache.v, cache.qk, cache.v_last), values):
+            for t, v in zip(tensors, value):
+                t.copy_(v.flatten()[:t.numel()].view_as(t))
+        cache.lengths = [1, 40, 255, 256, 290]
+        logits.append(make(model)(cache, torch.arange(5)))
+    error = ((logits[0] - logits[1]).norm() / logits[1].norm()).item()
+    if not error < 0.05:                                        # also if it is NaN
+        print(f'decoding runs without kernels/decode.cpp: on this CPU its results are {error:.0%} off', file=sys.stderr)
+    return error < 0.05
 
 
 def by_kernel(model):
@@ -216,20 +244,24 @@ def by_kernel(model):
         weights.append([*(getattr(w, name) for name in FOLDED), *(m.blocks for m in matrices),
                         *(m.scale for m in matrices)])
     weights = [[None if t is None else t.detach().contiguous() for t in row] for row in weights]
-    pointers = torch.tensor([[0 if t is None else t.data_ptr() for t in row] + [0] * 4 for row in weights])
+    pointers = torch.tensor([[0 if t is None else t.data_ptr() for t in row] for row in weights])
     run, bits = int4.load().decode, model.embedding.bits
 
     @torch.no_grad()
     def step(cache, tokens):
+        if len(tokens) != len(cache.lengths) or cache.k[0].dtype != dtype:
+            raise ValueError(f'{len(tokens)} tokens of a model in {dtype}, and a cache of {len(cache.lengths)} '
+                             f'sequences in {cache.k[0].dtype}')
         positions, _ = cache.reserve(1)                                         # (B, 1)
         cos, sin = (t.contiguous() for t in rope_table(positions[:, 0], c.rope_dim, c.rope_base))      # (B, n)
         x = upcast((model.embedding(tokens) + model.embedding_bias) * model.embedding_scale)           # (B, E)
-        for i, tensors in enumerate((cache.k, cache.v, cache.qk, cache.v_last)):
-            pointers[:, i - 4] = torch.tensor([t.data_ptr() for t in tensors])
+        state = torch.tensor([[t.data_ptr() for t in tensors] for tensors in zip(
+            cache.k, cache.v, cache.qk, cache.v_last)])
+        layers = torch.cat([pointers, state], 1)                                # a struct Layer per row
         sizes = torch.tensor([len(tokens), c.n_layer, c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.rope_dim // 2,
                               c.router_dim, c.n_expert + c.skip_expert, c.n_expert, c.expert_dim, cache.capacity,
                               dtype == torch.bfloat16])
-        run(bits, *(t.data_ptr() for t in (sizes, pointers, x, cos, sin, positions)), c.norm_eps)
+        run(bits, *(t.data_ptr() for t in (sizes, layers, x, cos, sin, positions)), c.norm_eps)
         cache.commit()
         return model.head(x)
     step.static_shapes, step.weights = False, weights           # the pointers' tensors, which must stay alive

@@ -23,7 +23,7 @@ Codes and scales are stored in the order in which the kernel reads them (`interl
 no conversion. `python quantize.py FOLDER OUT --bits=4` reads a released folder tensor by tensor and writes one that
 sample.py and rsa.py read like any other.
 
-Legend: out, in: dims of a matrix; G groups per output; R = out / 8; N experts; T tokens; E, F: model.py.
+Legend: out, in: dims of a matrix; G groups per output; R = out / 8, rounded up; N experts; T tokens; E, F: model.py.
 """
 import copy
 import functools
@@ -41,7 +41,7 @@ from model import swiglu
 
 GROUP = 32                      # inputs that share s and z, with 4 bits
 BLOCK = {8: 256, 4: 160}        # bytes of 8 outputs x 32 inputs
-SPANS = [1 - 0.05 * i for i in range(6)]        # ranges to try, as fractions of the group's
+SPANS = [1 - 0.05 * i for i in range(6)]        # clipped ranges to try, as fractions of the group's
 QUANTIZED = re.compile(r'.*(self_attn\..*_proj(_current|_delayed)?\.weight|mlp\.experts\.\w+|embed_tokens\.weight)')
 
 
@@ -84,7 +84,7 @@ def interleave(codes, scale=None, offset=None):
     offset (out, G). Outputs are padded to a multiple of 8, inputs to one of 32: zero codes."""
     codes = F.pad(codes.view(torch.uint8), (0, -codes.shape[1] % GROUP, 0, -codes.shape[0] % 8))
     c = codes.unflatten(1, (-1, 8, 4)).unflatten(0, (-1, 8))                    # (R, 8, G, 8, 4): input 4 j + i
-    c = c.permute(0, 2, 3, 1, 4).flatten(3)                                     # (R, G, 8, 32): output 4 r + i
+    c = c.permute(0, 2, 3, 1, 4).flatten(3)                                     # (R, G, 8, 32): byte 4 r + i
     if offset is None:
         return c.flatten(2)
     s = F.pad(torch.stack([scale, offset], -1), (0, 0, 0, 0, 0, -len(scale) % 8)).unflatten(0, (-1, 8))
@@ -204,8 +204,8 @@ class Experts(nn.Module):
 
 
 def joined(matrices):
-    """Return the Matrix [W_1; W_2; ...] of matrices with the same input, which become parts of its memory if their
-    outputs fill their blocks."""
+    """Return the Matrix [W_1; W_2; ...] of matrices with the same input. Their blocks become views of its blocks, if
+    their outputs fill them."""
     outs, first = [m.out for m in matrices], matrices[0]
     whole = Matrix(first.bits, sum(outs), first.width)
     if first.bits == 8:
@@ -245,19 +245,21 @@ def quantized(model, bits):
             m.blocks.copy_(torch.stack([interleave(**q) for q in made]).view_as(m.blocks))
             if bits == 8:
                 m.scale.copy_(torch.stack([q['scale'][:, 0] for q in made]).view_as(m.scale))
-    prepare(model)
+    prepare(model, measure=False)
     return model.eval()
 
 
 # ---- the choice of a product ----
 
-def prepare(model):
+def prepare(model, measure=True):
     """Choose how the quantized matrices of a model multiply, after their blocks have been loaded: on a CPU with
-    kernels/int4.cpp, or with torch's operators and one line that says why; elsewhere dequantized at every call."""
+    kernels/int4.cpp, or with torch's operators and one line that says why; elsewhere dequantized at every call.
+    measure: compare the times, which says nothing for tiny matrices. The model has no gradients after that."""
+    model.requires_grad_(False)
     on_cpu, experts = model.device.type == 'cpu', model.layers[0].moe.experts
-    reason = on_cpu and (trouble(model.embedding.bits) or slower(experts.gate_up, model.dtype))
+    reason = on_cpu and (why_unusable(model.embedding.bits) or measure and why_slower(experts.gate_up, model.dtype))
     if reason:
-        print(f'torch multiplies by the quantized matrices, which takes longer to load: {reason}', file=sys.stderr)
+        print(f"the quantized matrices use torch's operators, which take longer to load: {reason}", file=sys.stderr)
     matrices = [model.embedding]
     for layer in model.layers:
         attn = layer.attn
@@ -271,7 +273,7 @@ def prepare(model):
 
 
 @functools.cache
-def trouble(bits):
+def why_unusable(bits):
     """Return why kernels/int4.cpp cannot be used on this machine, or None. Its products are compared with those of the
     definition."""
     try:
@@ -287,9 +289,10 @@ def trouble(bits):
     return None if error < 0.02 else f'on this CPU, the results of kernels/int4.cpp are {error:.0%} off'      # not NaN
 
 
-def slower(experts, dtype):
+def why_slower(experts, dtype):
     """Return None if kernels/int4.cpp multiplies one token by a matrix of these experts (a Matrix) faster than torch's
-    operator, else the reason not to use it. Both read four matrices; they take turns, and the shortest times count."""
+    operator, else the reason not to use it. Both read four matrices; timings alternate, and the
+    minimum counts."""
     matrices = experts.blocks[:4]
     probe = Matrix(experts.bits, experts.out, experts.width, len(matrices))
     probe.blocks, probe.scale = matrices, None if experts.scale is None else experts.scale[:4]

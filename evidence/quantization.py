@@ -20,7 +20,6 @@ import configurator
 import decode
 from data.loader import open_dataset
 from evaluate import measure
-from evidence.claims import replaced
 from quantize import dequantize, quantize, quantized
 from rsa import RSASettings, load_policy
 from runtime import checkpoint, pretrained
@@ -59,14 +58,8 @@ CHANGES = {
 }
 
 
-def with_kernel(model, bits):
-    """Return a quantized copy of a Zaya that uses kernels/int4.cpp, even if that is slower at this size."""
-    with replaced('quantize', slower=lambda *_: None):
-        return quantized(model, bits)
-
-
 MODELS = {name: functools.partial(with_changed_matrices, change=change) for name, change in CHANGES.items()} | {
-    f'int{bits}, with int8 inputs': functools.partial(with_kernel, bits=bits) for bits in (8, 4)}
+    f'int{bits}, with int8 inputs': functools.partial(quantized, bits=bits) for bits in (8, 4)}
 
 
 @torch.no_grad()

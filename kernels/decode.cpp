@@ -1,13 +1,14 @@
 /* One decode step of a quantized model on a CPU: one new token per sequence through all layers, in one call.
 
-decode.py defines the step; here it is written so that a token costs hardly more than reading the weights. All threads run
-the whole step together, and every `each` divides one stage among them and ends with a barrier. The products are those of
-int4.cpp. What differs from decode.py:
+decode.py defines the step; here it is written so that a token costs hardly more than reading the weights. All threads
+run the whole step, and each `parallel_for` divides one stage among them and ends with a barrier. The products are those
+of int4.cpp. What differs from decode.py:
 
-  - The two convolutions stay separate: a_t = w1_old u_{t-1} + w1_new u_t + b1, then W2 [a_{t-1}; a_t] + b2 reads 2/3 of
-    the bytes of the merged one.
-  - Attention reads the cache in chunks of CHUNK positions, which threads share, for the query heads of a KV head at once.
-    Each chunk gives max m, l = sum exp(logit - m) and sum exp(logit - m) v; the next stage combines the chunks.
+  - The two convolutions stay separate: a_t = w1_old u_{t-1} + w1_new u_t + b1, then W2 [a_{t-1}; a_t] + b2 has 2/3 of
+    the weights of the merged one, in the model's dtype.
+  - Attention is an online softmax split over chunks of CHUNK positions, which threads share, for the query heads of a
+    KV head at once. A chunk gives m = max logit, l = sum exp(logit - m) and the unnormalized output, sum exp(logit - m)
+    v; the next stage combines the chunks.
   - Everything between the products is float32. Weights and cache are read as they are stored, float32 or bf16.
 
 Legend as in decode.py: B sequences   E residual width   Hq, Hk query / KV heads, H = Hq + Hk   G = Hq / Hk   d head dim
@@ -19,7 +20,7 @@ typedef float F32x4 __attribute__((vector_size(16)));
 
 struct Sizes { int64_t B, L, E, Hq, Hk, d, n, R, M, N, F, capacity, is_bf16; };
 
-// Of a layer; float32 where it is typed so. decode.py lists the same names in the same order.
+// Of a layer. float: float32; void: the model's dtype. decode.py lists the names up to balancing_bias in this order.
 struct Layer {
     const float *attn_norm, *moe_norm;                          // (E), times sqrt(E)
     const float *attn_scale, *attn_constant, *attn_branch, *moe_scale, *moe_constant, *moe_branch;     // (E)
@@ -49,7 +50,7 @@ static inline float add_up(F32x8 v) {
     return (half[0] + half[2]) + (half[1] + half[3]);
 }
 static inline F32x8 exp8(F32x8 x) {                             // x <= 0: 2^k 2^f, |f| <= 1/2, error 2e-7
-    x = x > -87.f ? x * 1.44269504f : F32x8{} - 127.f;          // 2^-127: zero, as the exponent's bits are 0
+    x = x <= -87.f ? F32x8{} - 127.f : x * 1.44269504f;         // 2^-127 is zero: the exponent's bits are 0. NaN stays
     const F32x8 rounded = x + 12582912.f, f = (x - (rounded - 12582912.f)) * 0.69314718f;
     const F32x8 power = 1 + f * (1 + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333f +
                         f * 0.00138889f)))));
@@ -68,23 +69,25 @@ template <bool BF16, int T> static void dots_of(const void* w, int64_t at, const
     }
     for (int t = 0; t < T; t++) y[t] = add_up(sums[t][0] + sums[t][1]);
 }
-static void dots(const void* w, int64_t at, bool is_bf16, const float* x, int64_t stride, int64_t T, int64_t n, float* y) {
+static void dots(const void* w, int64_t at, bool is_bf16, const float* x, int64_t stride, int64_t T, int64_t n,
+                 float* y) {
     for (int64_t t = 0; t < T;) {
         const bool four = T - t >= 4;
-        const auto f = is_bf16 ? (four ? dots_of<true, 4> : dots_of<true, 1>) : four ? dots_of<false, 4> : dots_of<false, 1>;
+        const auto f = is_bf16 ? (four ? dots_of<true, 4> : dots_of<true, 1>)
+                               : four ? dots_of<false, 4> : dots_of<false, 1>;
         f(w, at, x + t * stride, stride, n, y + t);
         t += four ? 4 : 1;
     }
 }
-static float norm(const float* x, int64_t n) {
+static float l2_norm(const float* x, int64_t n) {
     float square;
     dots_of<false, 1>(x, 0, x, 0, n, &square);
     return sqrtf(square);
 }
-static float rms(const float* x, int64_t n, float eps) { return hypotf(norm(x, n), sqrtf(n * eps)); }       // times sqrt(n)
+static float sqrt_n_rms(const float* x, int64_t n, float eps) { return hypotf(l2_norm(x, n), sqrtf(n * eps)); }
 static float gelu(float x) { return x / 2 * (1 + erff(x * 0.70710678f)); }
 
-template <class F> static void each(int64_t n, F f) {           // called by all threads
+template <class F> static void parallel_for(int64_t n, F f) {   // called by all threads; ends with a barrier
     #pragma omp for
     for (int64_t i = 0; i < n; i++) f(i);
 }
@@ -123,7 +126,7 @@ template <bool BF16, int HEADS> static void attend(const float* q, const void* k
         partial[h * (d + 2) + d] = m, partial[h * (d + 2) + d + 1] = add_up(l);
         std::fill(partial + h * (d + 2), partial + h * (d + 2) + d, 0.f);
     }
-    for (int from = 0; from < n; from += 16)                    // 16 values at a time: 4 KB, which stay in the L1 cache
+    for (int from = 0; from < n; from += 16)                    // 16 positions at a time, which stay in the L1 cache
         for (int64_t j = 0; j < d; j += 16) {                   // 16 dims share each read of p
             F32x8 sums[HEADS][2];
             for (int h = 0; h < HEADS; h++) memcpy(sums[h], partial + h * (d + 2) + j, sizeof sums[h]);
@@ -149,8 +152,8 @@ static void combine(const float* partial, int64_t chunks, int64_t stride, int64_
 }
 
 // ---- steps 2 to 5 of cca.py for head h of T <= 4 sequences ----
-// u, past, cos, sin: of the first; u: [q~; k~] of the new token, `stride` floats after that of the sequence before; past
-// (2, C): those of the last two tokens; cos, sin (n). y (C): the queries and keys, of which d are written.
+// u, past, cos, sin, y: those of the first. u (C): [q~; k~] of the new token; sequences are `stride` floats apart.
+// past (2, C): u of the last two tokens. cos, sin (n). y (C): the queries and keys, of which d are written.
 static void mix(const Sizes& s, const Layer& w, int64_t h, int64_t T, const float* past, const float* u, int64_t stride,
                 const float* cos, const float* sin, float* y) {
     const int64_t d = s.d, C = (s.Hq + s.Hk) * d, G = s.Hq / s.Hk, first = h * d;
@@ -176,11 +179,11 @@ static void mix(const Sizes& s, const Layer& w, int64_t h, int64_t T, const floa
     }
     for (int64_t t = 0; t < T; t++) {
         float* head = y + t * C + first;
-        const float scale = w.size[h] / std::max(norm(head, d), 1e-7f);
+        const float scale = w.size[h] / std::max(l2_norm(head, d), 1e-7f);
         for (int64_t j = 0; j < d; j++) head[j] *= scale;
         for (int64_t j = 0; j < s.n; j++) {                     // RoPE
-            const float even = head[j], odd = head[j + s.n], c = cos[t * s.n + j], z = sin[t * s.n + j];
-            head[j] = even * c - odd * z, head[j + s.n] = odd * c + even * z;
+            const float a = head[j], b = head[j + s.n], c = cos[t * s.n + j], d = sin[t * s.n + j];
+            head[j] = a * c - b * d, head[j + s.n] = b * c + a * d;
         }
     }
 }
@@ -188,8 +191,8 @@ static void mix(const Sizes& s, const Layer& w, int64_t h, int64_t T, const floa
 // ---- the step ----
 
 // x (B, E): the residual stream, read and written. cos, sin (B, n). position (B): tokens in the cache.
-template <int BITS> static void decode(const Sizes& s, const Layer* layers, float* x, const float* cos, const float* sin,
-                                       const int64_t* position, float eps) {
+template <int BITS> static void decode(const Sizes& s, const Layer* layers, float* x, const float* cos,
+                                       const float* sin, const int64_t* position, float eps) {
     const int64_t B = s.B, E = s.E, H = s.Hq + s.Hk, d = s.d, C = H * d, V = s.Hk * d, G = s.Hq / s.Hk, R = s.R;
     const bool is_bf16 = s.is_bf16;
     const int64_t chunks = *std::max_element(position, position + B) / CHUNK + 1, stride = G * (d + 2);
@@ -198,13 +201,13 @@ template <int BITS> static void decode(const Sizes& s, const Layer* layers, floa
         z(B * R), z2(B * R), hidden(B * 2 * s.F), weight(B), attended(B * s.Hq * d);
     std::vector<Token> q(B);
     std::vector<int64_t> expert(B);
-    std::vector<std::vector<int64_t>> all(1), tokens(s.N);      // tokens of the only matrix, of each expert
+    std::vector<std::vector<int64_t>> all(1), tokens(s.N);      // a dense product has one expert, with all tokens
     for (int64_t t = 0; t < B; t++) all[0].push_back(t);
     const std::vector<int64_t> only{0};
-    std::vector<int64_t> used;
+    std::vector<int64_t> used;                                  // experts with tokens
     // h = x / |x| * weight, in float32 and quantized.
-    auto normed = [&](int64_t t, const float* weight) {
-        const float length = rms(&x[t * E], E, eps);
+    auto rmsnorm = [&](int64_t t, const float* weight) {
+        const float length = sqrt_n_rms(&x[t * E], E, eps);
         for (int64_t i = 0; i < E; i++) h[t * E + i] = x[t * E + i] / length * weight[i];
         quantize<BITS>(&h[t * E], false, E / 32, q[t]);
     };
@@ -214,12 +217,12 @@ template <int BITS> static void decode(const Sizes& s, const Layer* layers, floa
     };
     #pragma omp parallel
     for (int64_t l = 0; l < s.L; l++) {
-        Floats length(B), sums(B);                              // of each thread
+        Floats inverse(B), sums(B);                             // of each thread
         const Layer& w = layers[l];
         // Attention.
-        each(B, [&](int64_t t) { normed(t, w.attn_norm); });
+        parallel_for(B, [&](int64_t t) { rmsnorm(t, w.attn_norm); });
         products<BITS>(q.data(), all, only, w.down, w.down_s, u.data(), false, C + V, E);
-        each(H * ((B + 3) / 4), [&](int64_t i) {                // a head of four sequences
+        parallel_for(H * ((B + 3) / 4), [&](int64_t i) {        // a head of four sequences
             const int64_t head = i % H, first = i / H * 4, T = std::min<int64_t>(4, B - first), g = head - s.Hq;
             mix(s, w, head, T, w.qk + first * 2 * C, &u[first * (C + V)], C + V, cos + first * s.n, sin + first * s.n,
                 &qk[first * C]);
@@ -232,18 +235,18 @@ template <int BITS> static void decode(const Sizes& s, const Layer* layers, floa
                 }
             }
         });
-        each(B * s.Hk * chunks, [&](int64_t i) {
+        parallel_for(B * s.Hk * chunks, [&](int64_t i) {
             const int64_t t = i / (s.Hk * chunks), g = i / chunks % s.Hk, from = i % chunks * CHUNK;
             const int n = (int)std::min<int64_t>(CHUNK, position[t] + 1 - from);
             const int64_t at = ((t * s.Hk + g) * (s.capacity + 1) + from) * d;
-            for (int64_t head = 0, some; n > 0 && head < G; head += some) {
-                some = G - head >= 4 ? 4 : 1;
-                const auto f = is_bf16 ? (some == 4 ? attend<true, 4> : attend<true, 1>)
-                                       : some == 4 ? attend<false, 4> : attend<false, 1>;
+            for (int64_t head = 0, heads; n > 0 && head < G; head += heads) {
+                heads = G - head >= 4 ? 4 : 1;
+                const auto f = is_bf16 ? (heads == 4 ? attend<true, 4> : attend<true, 1>)
+                                       : heads == 4 ? attend<false, 4> : attend<false, 1>;
                 f(&qk[t * C + (g * G + head) * d], w.k, w.v, at, n, d, &partial[i * stride + head * (d + 2)]);
             }
         });
-        each(B, [&](int64_t t) {
+        parallel_for(B, [&](int64_t t) {
             float* past = w.qk + t * 2 * C;
             memmove(past, past + C, C * sizeof(float)), memcpy(past + C, &u[t * (C + V)], C * sizeof(float));
             memcpy(w.v_last + t * V / 2, &u[t * (C + V) + C + V / 2], V / 2 * sizeof(float));
@@ -254,24 +257,24 @@ template <int BITS> static void decode(const Sizes& s, const Layer* layers, floa
         });
         products<BITS>(q.data(), all, only, w.o, w.o_s, y.data(), false, E, s.Hq * d);
         // Router.
-        each(B, [&](int64_t t) { add(t, w.attn_scale, w.attn_constant, w.attn_branch, 1), normed(t, w.moe_norm); });
-        each(R, [&](int64_t i) {
-            dots(w.router_down, i * E, is_bf16, h.data(), E, B, E, sums.data());
-            for (int64_t t = 0; t < B; t++) {
-                const float below = w.eda_scale ? load1(w.eda_scale, i, is_bf16) * r[t * R + i] : 0;
-                r_new[t * R + i] = sums[t] + load1(w.router_bias, i, is_bf16) + below;
-            }
+        parallel_for(B, [&](int64_t t) {
+            add(t, w.attn_scale, w.attn_constant, w.attn_branch, 1), rmsnorm(t, w.moe_norm);
         });
-        for (int64_t t = 0; t < B; t++) length[t] = rms(&r_new[t * R], R, eps);
-        each(R, [&](int64_t i) {
-            dots(w.fc1, i * R, is_bf16, r_new.data(), R, B, R, sums.data());
-            for (int64_t t = 0; t < B; t++)
-                z[t * R + i] = gelu(sums[t] / length[t] + load1(w.fc1_bias, i, is_bf16));
+        // f(i, t, W[i] in[t] + bias[i]) for all outputs i < R and sequences t.
+        auto linear = [&](const void* W, const void* bias, const Floats& in, int64_t n, auto scale, auto f) {
+            parallel_for(R, [&](int64_t i) {
+                dots(W, i * n, is_bf16, in.data(), n, B, n, sums.data());
+                for (int64_t t = 0; t < B; t++) f(i, t, sums[t] * scale(t) + load1(bias, i, is_bf16));
+            });
+        };
+        auto one = [](int64_t) { return 1.f; };
+        linear(w.router_down, w.router_bias, h, E, one, [&](int64_t i, int64_t t, float y) {
+            r_new[t * R + i] = y + (w.eda_scale ? load1(w.eda_scale, i, is_bf16) * r[t * R + i] : 0);
         });
-        each(R, [&](int64_t i) {
-            dots(w.fc2, i * R, is_bf16, z.data(), R, B, R, sums.data());
-            for (int64_t t = 0; t < B; t++) z2[t * R + i] = gelu(sums[t] + load1(w.fc2_bias, i, is_bf16));
-        });
+        for (int64_t t = 0; t < B; t++) inverse[t] = 1 / sqrt_n_rms(&r_new[t * R], R, eps);
+        linear(w.fc1, w.fc1_bias, r_new, R, [&](int64_t t) { return inverse[t]; },
+               [&](int64_t i, int64_t t, float y) { z[t * R + i] = gelu(y); });
+        linear(w.fc2, w.fc2_bias, z, R, one, [&](int64_t i, int64_t t, float y) { z2[t * R + i] = gelu(y); });
         #pragma omp single
         {
             r.swap(r_new), used.clear();
@@ -294,7 +297,7 @@ template <int BITS> static void decode(const Sizes& s, const Layer* layers, floa
         }
         // Experts.
         products<BITS>(q.data(), tokens, used, w.gate_up, w.gate_up_s, hidden.data(), false, 2 * s.F, E);
-        each(B, [&](int64_t t) {
+        parallel_for(B, [&](int64_t t) {
             float *gate = &hidden[t * 2 * s.F], *up = gate + s.F;
             for (int64_t i = 0; i < s.F && expert[t] < s.N; i += 8) {           // SwiGLU
                 const F32x8 x = load<F32x8>(gate + i), e = exp8(x < 0 ? x : -x);
@@ -304,7 +307,7 @@ template <int BITS> static void decode(const Sizes& s, const Layer* layers, floa
             quantize<BITS>(gate, false, s.F / 32, q[t]);
         });
         products<BITS>(q.data(), tokens, used, w.experts_down, w.experts_down_s, y.data(), false, E, s.F);
-        each(B, [&](int64_t t) { add(t, w.moe_scale, w.moe_constant, w.moe_branch, weight[t]); });
+        parallel_for(B, [&](int64_t t) { add(t, w.moe_scale, w.moe_constant, w.moe_branch, weight[t]); });
     }
 }
 

@@ -1,8 +1,8 @@
-"""Build and call int4.cpp: y = x W^T for few tokens on a CPU, W in int4 or int8 blocks (quantize.py).
+"""Build and call int4.cpp: y = x W^T on a CPU, W in int4 or int8 blocks (quantize.py).
 
 The library is compiled at first use, in some seconds, for the instruction set that torch uses, which the environment
-variable ATEN_CPU_CAPABILITY=avx2 or =default lowers. It is stored where build.py stores the GPU kernel. It has no
-threads of its own: its OpenMP calls go to the runtime that torch has loaded.
+variable ATEN_CPU_CAPABILITY=avx2 or =default lowers. It is stored where build.py stores the GPU kernel. Its OpenMP
+calls go to the runtime, and the thread pool, that torch has loaded.
 """
 import ctypes
 import functools
@@ -72,11 +72,17 @@ def build(path, flags):
 def product(x, blocks, scale, out, expert=None):
     """Return x W^T (T, out) in x's dtype. x (T, 32 G); blocks (R, G, bytes) uint8 of quantize.interleave; scale (out)
     float32, with int8, else None. With expert (T) int64, blocks and scale have a leading dim of several matrices, of
-    which expert names each token's; one that does not exist gives zeros. On the CPU; blocks and scale contiguous."""
+    which expert[t] selects token t's; an index of N or more yields zeros. blocks and scale are contiguous. Raise
+    ValueError for other shapes, and for tensors that are not on the CPU."""
+    if x.device.type != 'cpu' or blocks.device.type != 'cpu':
+        raise ValueError('a quantized model stays on the device that it was loaded to: name it when loading')
+    if x.shape[1] != 32 * blocks.shape[-2] or expert is not None and expert.shape != x.shape[:1]:
+        raise ValueError(f'x has shape {list(x.shape)}, the blocks ask for {32 * blocks.shape[-2]} inputs per token')
     if x.dtype not in DTYPES:
         return product(x.float(), blocks, scale, out, expert).to(x.dtype)
     x, expert = x.contiguous(), None if expert is None else expert.contiguous()
     y = x.new_empty(len(x), out)
+    scale = None if scale is None else scale.float()            # model.bfloat16() converts it, too
     pointers = [None if t is None else t.data_ptr() for t in (blocks, scale, expert, y)]
     N, bits = 1 if expert is None else len(blocks), 8 if blocks.shape[-1] == 256 else 4
     load().product(bits, x.data_ptr(), x.dtype == torch.bfloat16, *pointers, len(x), N, out, 32 * blocks.shape[-2])

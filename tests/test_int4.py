@@ -121,21 +121,21 @@ def test_results_do_not_depend_on_threads_or_strides(run, bits):
 def test_without_a_compiler_there_is_a_reason_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
     monkeypatch.setenv('CXX', str(tmp_path / 'no-compiler'))
-    int4.load.cache_clear(), quantize.trouble.cache_clear()
-    reason = quantize.trouble(4)
-    int4.load.cache_clear(), quantize.trouble.cache_clear()
+    int4.load.cache_clear(), quantize.why_unusable.cache_clear()
+    reason = quantize.why_unusable(4)
+    int4.load.cache_clear(), quantize.why_unusable.cache_clear()
     assert 'could not be built' in reason and '\n' not in reason and not list(tmp_path.rglob('*.so'))
 
 
 def test_a_library_with_wrong_results_is_not_used(monkeypatch):
     right = int4.product
     monkeypatch.setattr(int4, 'product', lambda *arguments: right(*arguments) * 1.1)
-    quantize.trouble.cache_clear()
-    assert '10% off' in quantize.trouble(4)
-    quantize.trouble.cache_clear()
+    quantize.why_unusable.cache_clear()
+    assert '10% off' in quantize.why_unusable(4)
+    quantize.why_unusable.cache_clear()
     monkeypatch.setattr(int4, 'product', lambda *arguments: right(*arguments) * torch.nan)
-    assert 'nan% off' in quantize.trouble(4)
-    quantize.trouble.cache_clear()
+    assert 'nan% off' in quantize.why_unusable(4)
+    quantize.why_unusable.cache_clear()
 
 
 @pytest.mark.parametrize('bits', [4, 8])
@@ -144,7 +144,7 @@ def test_the_faster_product_is_taken(monkeypatch, bits):
     experts.blocks.random_(0, 5)
     seconds = iter(range(1000))
     monkeypatch.setattr(quantize.time, 'perf_counter', lambda: next(seconds))
-    assert quantize.slower(experts, torch.float32) is None      # each takes one tick of this clock
+    assert quantize.why_slower(experts, torch.float32) is None      # each takes one tick of this clock
     right = int4.product
     monkeypatch.setattr(int4, 'product', lambda *arguments: (next(seconds), right(*arguments))[1])
-    assert 'times as long' in quantize.slower(experts, torch.float32)
+    assert 'times as long' in quantize.why_slower(experts, torch.float32)

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 import decode
 import quantize
+from cache import Cache
 import runtime.pretrained
 from runtime.pretrained import from_pretrained, save_pretrained
 from common import run_script, tiny_model, tokens
@@ -27,7 +28,7 @@ seeds, bits_ = st.integers(0, 10**6), st.sampled_from([4, 8])
 def kernel_is_faster():
     """Take the kernel without a measurement, which says nothing for matrices as small as these."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, 'slower', lambda *_: None)
+        patch.setattr(quantize, 'why_slower', lambda *_: None)
         yield
 
 
@@ -170,7 +171,7 @@ def dequantized(folder, out, bits):
 def test_a_quantized_folder_equals_the_model_with_dequantized_weights(
         folder, tmp_path, monkeypatch, capfd, bits, product):
     quantize_folder(folder, tmp_path / 'out', bits)
-    monkeypatch.setattr(quantize, 'slower', lambda *_: 'it is slower' if product == 'torch' else None)
+    monkeypatch.setattr(quantize, 'why_slower', lambda *_: 'it is slower' if product == 'torch' else None)
     plain, quantized = dequantized(folder, tmp_path / 'out', bits)
     assert ('it is slower' in capfd.readouterr().err) == (product == 'torch')
     close = {'atol': 2e-3, 'rtol': 1e-3} if product == 'torch' else {'atol': 0.1, 'rtol': 0.01}     # x in int8
@@ -236,6 +237,40 @@ def test_the_decode_kernel_equals_the_step_in_pytorch(seed, bits, heads, dtype, 
     for name in 'k', 'v', 'qk', 'v_last':
         for a, b in zip(getattr(caches[0], name), getattr(caches[1], name)):
             assert (a - b).norm() < close * b.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('broken', [0, 9, 270])
+def test_a_key_that_is_not_finite_makes_the_logits_so(broken):
+    model = quantized(tiny_model(n_embd=64, head_dim=32, expert_dim=32, context=1024, skip_expert=True), 4)
+    cache = model.make_cache(2, 400)
+    cache.lengths = [300, 300]
+    for t in cache.k + cache.v:
+        t.normal_()
+    cache.k[0][1, :, broken] = torch.nan
+    logits = decode.by_kernel(model)(cache, torch.tensor([1, 2]))
+    assert logits[0].isfinite().all() and not logits[1].isfinite().any()
+
+
+@torch.no_grad()
+def test_a_decode_step_refuses_a_cache_of_another_batch_or_dtype():
+    model = quantized(tiny_model(n_embd=64, head_dim=32, expert_dim=32, skip_expert=True), 8)
+    step = decode.by_kernel(model)
+    with pytest.raises(ValueError, match='2 tokens of a model'):
+        step(model.make_cache(1, 9), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match='bfloat16'):
+        step(Cache(model.config, 1, 9, dtype=torch.bfloat16), torch.tensor([1]))
+
+
+def test_a_decode_kernel_with_wrong_results_is_not_used(monkeypatch, capsys):
+    model = quantized(tiny_model(n_embd=64, head_dim=32, expert_dim=32, skip_expert=True), 4)
+    assert decode.folded(model).__qualname__.startswith('by_kernel')
+    decode.kernel_agrees.cache_clear()
+    library = decode.int4.load()
+    monkeypatch.setattr(decode.int4, 'load', lambda: SimpleNamespace(product=library.product, decode=lambda *_: None))
+    assert decode.folded(model).__qualname__.startswith('in_pytorch')
+    assert 'decoding runs without kernels/decode.cpp' in capsys.readouterr().err
+    decode.kernel_agrees.cache_clear()
 
 
 def as_format_1(folder, to, bits):
