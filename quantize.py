@@ -7,8 +7,9 @@ becomes an integer code c; weights of a group, neighbors along the input dim, sh
     4 bits   w ~ s (c - 8) + z     c = 0 .. 15, s and z in bf16 per group of 32 inputs: 5 bits per weight
 
 Round to nearest maps a group's smallest weight to c = 0 and its largest to c = 15. An outlier then makes s large and
-the other 31 weights coarse, so narrower ranges, which clip outliers, are tried as well, and each group keeps the range
-with the least squared error.
+the other 31 weights coarse, so narrower ranges, which clip outliers, are tried as well. Given the codes, the best s and
+z are a linear regression of w on c - 8, after which other codes may be nearer: this is repeated. Each group keeps what
+has the least squared error.
 
 The large matrices are quantized: experts (96 % of the parameters), attention projections, and the embedding, which is
 also the output head. Router, convolutions, norms, temperature and residual scaling (0.6 %) keep their dtype: everything
@@ -41,14 +42,14 @@ from model import swiglu
 
 GROUP = 32                      # inputs that share s and z, with 4 bits
 BLOCK = {8: 256, 4: 160}        # bytes of 8 outputs x 32 inputs
-SPANS = [1 - 0.05 * i for i in range(6)]        # clipped ranges to try, as fractions of the group's
+SPANS, REFITS = (1.0, 0.9, 0.8), 2              # ranges to try, as fractions of the group's; regressions of each
 QUANTIZED = re.compile(r'.*(self_attn\..*_proj(_current|_delayed)?\.weight|mlp\.experts\.\w+|embed_tokens\.weight)')
 
 
 # ---- codes ----
 
 @torch.no_grad()
-def quantize(W, bits, spans=SPANS):
+def quantize(W, bits, spans=SPANS, refits=REFITS):
     """Quantize W (out, in). Return a dict. 8 bits: codes (out, in) int8, scale (out, 1) float32. 4 bits: codes
     (out, in) uint8, scale and offset (out, G) bf16. Raise ValueError if `in` is no multiple of 32 then."""
     W = W.float()
@@ -59,14 +60,21 @@ def quantize(W, bits, spans=SPANS):
         raise ValueError(f'4 bits need an input width that is a multiple of {GROUP}, this is {W.shape[-1]}')
     w = W.unflatten(-1, (-1, GROUP))                                            # (out, G, 32)
     low, high, best = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True), None
+    mean = w.mean(-1, keepdim=True)                                             # (out, G, 1)
     for span in spans:
-        s = ((high - low) * span / 15).clamp_min(1e-12).bfloat16().float()      # (out, G, 1), rounded as stored
-        z = ((high + low - (high - low) * span) / 2 + 8 * s).bfloat16().float()
-        c = ((w - z) / s).round_().add_(8).clamp_(0, 15)
-        new = (s * (c - 8) + z - w).square_().sum(-1, keepdim=True), c, s, z    # error first
-        best = new if best is None else [torch.where(new[0] < best[0], a, b) for a, b in zip(new, best)]
+        s = (high - low) * span / 15                                            # (out, G, 1)
+        z = (high + low - (high - low) * span) / 2 + 8 * s
+        for _ in range(1 + refits):
+            s, z = s.clamp_min(1e-12).bfloat16().float(), z.bfloat16().float()  # rounded as stored
+            c = ((w - z) / s).round_().clamp_(-8, 7)                            # c - 8 of the formula
+            new = (s * c + z - w).square_().sum(-1, keepdim=True), c, s, z      # error first
+            best = new if best is None else [torch.where(new[0] < best[0], a, b) for a, b in zip(new, best)]
+            c_mean = c.mean(-1, keepdim=True)
+            s = ((c - c_mean) * (w - mean)).sum(-1, keepdim=True) / (c - c_mean).square_().sum(-1, keepdim=True)
+            s = s.nan_to_num_(0.0)                                              # all codes equal: 0 / 0
+            z = mean - s * c_mean
     _, c, s, z = best
-    return {'codes': c.to(torch.uint8).flatten(-2), 'scale': s[..., 0].bfloat16(), 'offset': z[..., 0].bfloat16()}
+    return {'codes': (c + 8).to(torch.uint8).flatten(-2), 'scale': s[..., 0].bfloat16(), 'offset': z[..., 0].bfloat16()}
 
 
 def dequantize(codes, scale, offset=None):

@@ -53,7 +53,7 @@ CHANGES = {
     'float32': lambda W: W,
     'bf16': lambda W: W.bfloat16(),
     'int8': lambda W: dequantize(**quantize(W, 8)),
-    'int4, nearest': lambda W: dequantize(**quantize(W, 4, spans=[1.0])),
+    'int4, nearest': lambda W: dequantize(**quantize(W, 4, spans=[1.0], refits=0)),
     'int4': lambda W: dequantize(**quantize(W, 4)),
 }
 
