@@ -1,6 +1,6 @@
 """Train a model of others on data/stdlib, for the speedrun of bench.py: `python -m evidence.speedrun --model=gpt`.
 
-    gpt             a plain GPT of nanoGPT's kind (baselines.py), with the depth, width and context of config/demo.py
+    gpt             a plain GPT of nanoGPT's kind (baselines.py): four layers of width 256, 4.3M parameters
     transformers    transformers' ZayaForCausalLM, with the sizes and initial weights of config/demo.py; its training
                     does not update the balancing biases
 
@@ -38,7 +38,7 @@ class SpeedrunConfig:
 def outsider(name, config):
     """Return a new model of that name, and a function of it, tokens and targets (B, S): its loss."""
     if name == 'gpt':
-        return GPT(config), lambda model, x, y: model(x, y)
+        return GPT(replace(config, n_layer=4)), lambda model, x, y: model(x, y)
     transformers = configurator.package('transformers')
     with tempfile.TemporaryDirectory() as folder:               # with our initial weights
         save_pretrained(Zaya(replace(config, skip_expert=True)), folder)
