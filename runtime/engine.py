@@ -20,8 +20,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-STOPPING = 'the server is stopping'
-
 
 @dataclass(eq=False)
 class Sequence:
@@ -33,8 +31,8 @@ class Sequence:
     options: object                 # sample.SamplingOptions
     index: int                      # of the prompt in sample.generate
     put: Callable
+    cancelled: Callable             # () -> whether to leave at the next step
     top: int | None = None
-    cancelled: bool = False         # set by any thread: leave at the next step
     token: int | None = None        # the newest, which is not in the cache yet
     finish: str | None = None
 
@@ -47,32 +45,22 @@ class Engine:
     """step: a decode step without static shapes (decode.py). sample: sample.sample_from_logits. stop: the tokens that
     end a sequence. capacity: of all caches, in tokens. batch: most sequences. chunk: prompt tokens read per step."""
 
-    def __init__(self, model, step, sample, stop, capacity, batch, chunk):
+    def __init__(self, model, step, sample, stop, capacity, batch=64, chunk=512):
         self.model, self.step, self.sample_from_logits, self.stop = model, step, sample, set(stop)
         self.capacity, self.batch, self.chunk = capacity, batch, chunk
-        self.inbox, self.events = queue.SimpleQueue(), []
+        self.inbox, self.stopping = queue.SimpleQueue(), False  # set by any thread: all sequences fail, later ones too
         self.waiting, self.reading, self.active = [], [], []    # Sequences; those in `reading` have the same prompt
         self.prompt_cache = self.cache = None                   # of `reading` and of `active`
 
     @torch.no_grad()
-    def run(self, deliver):
-        """Continue the Sequences of the inbox, and call deliver(events) after each step. With a None in the inbox, the
-        step in progress is the last, and all sequences fail; with a second None, this returns."""
+    def run(self):
+        """Continue the Sequences of the inbox. Return after a None in it."""
         while self.receive():
             try:
                 self.advance()
             except Exception as error:                          # such as out of memory: those that wait are kept
                 print(f'a step failed: {type(error).__name__}', file=sys.stderr)
                 self.fail(self.reading + self.active, 'the model failed: send fewer or shorter requests')
-                self.reading, self.active, self.prompt_cache, self.cache = [], [], None, None
-            events, self.events = self.events, []
-            deliver(events)
-        self.fail(self.waiting + self.reading + self.active, STOPPING)
-        deliver(self.events)
-        for late in iter(self.inbox.get, None):
-            self.events = []
-            self.fail([late], STOPPING)
-            deliver(self.events)
 
     def receive(self):
         """Move sequences from the inbox to `waiting`; without other work, wait for one. Return False after None."""
@@ -86,31 +74,31 @@ class Engine:
         for s in sequences:
             if not s.finish:
                 s.finish = message
-                self.events.append((s, None, None, message))
+                s.put((s, None, None, message))
 
     def advance(self):
-        """Remove cancelled sequences, read up to `chunk` tokens of prompts, and run a step of the batch."""
-        self.fail([s for s in self.waiting + self.reading + self.active if s.cancelled], 'cancelled')
-        self.waiting, self.reading = ([s for s in some if not s.finish] for some in (self.waiting, self.reading))
-        self.prompt_cache = self.prompt_cache if self.reading else None
+        """Remove finished and cancelled sequences, read up to `chunk` tokens of prompts, and run a step."""
+        sequences = self.waiting + self.reading + self.active
+        self.fail(sequences if self.stopping else [], 'the server is stopping')
+        self.fail([s for s in sequences if s.cancelled()], 'cancelled')
         self.remove_finished()
         self.read_prompts()
         if self.active:
             longest, limit = max(self.cache.lengths), max(s.size for s in self.active)
             if longest == self.cache.capacity or limit < self.cache.capacity:
-                resize(self.cache, min(limit, longest + max(longest // 2, 64)))
+                merge(self.cache, [], min(limit, longest + max(longest // 2, 64)))
             tokens = torch.tensor([s.token for s in self.active], device=self.model.device)
             self.sample(self.active, self.step(self.cache, tokens))
-            self.remove_finished()
 
     def remove_finished(self):
+        self.waiting, self.reading = ([s for s in some if not s.finish] for some in (self.waiting, self.reading))
+        self.prompt_cache = self.prompt_cache if self.reading else None
         rows = [row for row, s in enumerate(self.active) if not s.finish]
         if len(rows) < len(self.active):
             self.active = [self.active[row] for row in rows]
             if rows:
                 self.cache.keep(rows)
-            else:
-                self.cache = None
+        self.cache = self.cache if self.active else None
 
     def has_room(self):
         """Return whether the first waiting sequence may start."""
@@ -118,8 +106,8 @@ class Engine:
         return self.waiting and len(group) <= self.batch and len(group) * max(s.size for s in group) <= self.capacity
 
     def read_prompts(self):
-        """Read prompts in chunks. At the end of a prompt, its sequence joins the batch, together with those that wait
-        next and have the same prompt, such as the choices of a request."""
+        """Read prompts in chunks. At its end, a sequence joins the batch, together with those that wait next and have
+        the same prompt, such as the choices of a request."""
         left = self.chunk
         while self.reading or self.has_room():
             if not self.reading:
@@ -136,8 +124,8 @@ class Engine:
                     self.reading.append(self.waiting.pop(0))
                 self.sample(self.reading, logits[0].expand(len(self.reading), -1))
                 cache.keep([0] * len(self.reading))
-                self.cache = append(self.cache, cache) if self.active else cache
-                self.active, self.reading, self.prompt_cache = self.active + self.reading, [], None
+                self.cache = merge(self.cache, [cache], max(self.cache.capacity, len(prompt))) if self.active else cache
+                self.active, self.reading = self.active + self.reading, []
                 self.remove_finished()
 
     def sample(self, sequences, logits):
@@ -160,25 +148,18 @@ class Engine:
             x = logits.float().log_softmax(-1)
             values, likeliest = x.topk(s.top)
             logprobs = [(token, x[token].item()), *zip(likeliest.tolist(), values.tolist())]
-        self.events.append((s, token, logprobs, s.finish))
+        s.put((s, token, logprobs, s.finish))
 
 
-def resize(cache, capacity):
-    """Set the capacity of a Cache, which may also become smaller, one layer at a time to bound peak memory."""
-    for store in cache.k, cache.v:
-        for layer, t in enumerate(store):
-            store[layer] = F.pad(t, (0, 0, 0, capacity - cache.capacity))       # a negative number crops
-    cache.capacity = capacity
-
-
-def append(cache, other):
-    """Append the sequences of `other` to a Cache, and return it."""
-    capacity = max(cache.capacity, other.capacity)
-    resize(cache, capacity)
-    resize(other, capacity)
+def merge(cache, others, capacity):
+    """Append the sequences of other Caches to a Cache, set its capacity, which may also become smaller, and return it.
+    This takes one layer at a time to bound the peak memory."""
+    caches = [cache, *others]
     for name in 'k', 'v', 'qk', 'v_last':
-        layers = getattr(cache, name)
-        for layer, t in enumerate(getattr(other, name)):
-            layers[layer] = torch.cat([layers[layer], t])
-    cache.lengths = cache.lengths + other.lengths
+        for layer in range(len(cache.k)):
+            parts = [getattr(c, name)[layer] for c in caches]
+            if name in ('k', 'v'):                              # a negative number crops
+                parts = [F.pad(t, (0, 0, 0, capacity - c.capacity)) for c, t in zip(caches, parts)]
+            getattr(cache, name)[layer] = torch.cat(parts)
+    cache.lengths, cache.capacity = [n for c in caches for n in c.lengths], capacity
     return cache

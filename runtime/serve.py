@@ -1,11 +1,12 @@
 """An OpenAI-compatible server on one's own machine: `python -m runtime.serve --ckpt=RUN_OR_RELEASED_FOLDER`.
 
     the main thread: HTTP (uvicorn, starlette)              one more thread, the only one that runs the model
-      api.py: validation, text          -- sequences -->     engine.py: continuous batching
+      validation, text                  -- sequences -->     engine.py: continuous batching
                                         <-- tokens ----
 
 GET /v1/models, POST /v1/chat/completions and /v1/completions, whole or as server-sent events. With a seed, the tokens
-are those of sample.generate([prompt] * n), up to rounding, whatever else is served.
+are those of sample.generate([prompt] * n), up to rounding, whatever else is served. A parameter that is not implemented
+and could change the result is refused by name.
 
 The model NAME-rsa answers by Markovian RSA (rsa.py). Its settings are flags of this program; an object `rsa` in the
 request overrides them, and max_tokens the final budget. The reply is the first candidate with the majority's answer;
@@ -22,26 +23,27 @@ import json
 import os
 import queue
 import random
+import re
 import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from types import SimpleNamespace
 
 import decode
 import rsa
 from configurator import check_ranges, one_line_errors, package, read
 from model import sizes
 from runtime import pretrained
-from runtime.api import CHAT, TEXT, Job, Refused, Reply, format_logprobs, messages_of, validated
+from runtime.chat import Printer
 from runtime.device import pick_device
 from runtime.engine import Engine, Sequence
-from sample import SamplingOptions, check_prompts, sample_from_logits
+from sample import SamplingOptions, sample_from_logits
 from tasks import problems
 from tasks.answers import final_answer
 from tasks.loops import task
-from tasks.policy import Policy
-from validate import parse_json
+from validate import check, parse_json
 
 
 @dataclass
@@ -50,272 +52,357 @@ class ServeConfig:                  # more flags, the defaults of NAME-rsa: RSAS
     host: str = '127.0.0.1'         # 0.0.0.0: reachable from other machines
     port: int = 8000                # 0: any free port
     cache_gib: float = 4.0          # of all KV caches; what does not fit waits. Copies may briefly need as much again
-    batch: int = 64                 # most sequences in the batch
-    queue: int = 256                # most requests, running and waiting; others are refused with status 429
-    chunk: int = 512                # prompt tokens that are read between two steps of the batch
     max_new_tokens: int = 4096      # of a chat reply without max_tokens; at most what the context has left
     device: str = 'auto'
 
     def __post_init__(self):
-        check_ranges(self, port=(0, 65535), cache_gib=(1e-6, None), batch=(1, None), queue=(1, None), chunk=(1, None),
-                     max_new_tokens=(1, None))
+        check_ranges(self, port=(0, 65535), cache_gib=(1e-6, None), max_new_tokens=(1, None))
 
 
-MAX_BYTES = 4 * 2**20               # of a request
-SAMPLING = 'temperature', 'top_p', 'top_k', 'min_p'
-RSA = {'rsa': {f'{setting.name}?': setting.type for setting in fields(rsa.RSASettings)}}       # a parameter's schema
-SETTINGS = *SAMPLING, *(setting.name for setting in fields(rsa.RSASettings))
+MAX_BYTES, MAX_REQUESTS = 4 * 2**20, 256    # of a request; running and waiting, more are refused with status 429
+SAMPLING = {'temperature': float, 'top_p': float, 'top_k': int, 'min_p': float, 'seed': range(-2**63, 2**63)}
+MESSAGE = {'role': ('system', 'developer', 'user', 'assistant'), 'content': (str, [{'type': 'text', 'text': str}])}
+# The parameters of requests, as schemas (validate.py). `user` and `metadata` are labels without effect.
+optional = lambda schema: {f'{key}?': kind for key, kind in schema.items()}
+COMMON = {'model': str} | optional(SAMPLING | {
+    'stream': bool, 'stream_options': {'include_usage?': bool}, 'stop': (str, [str]), 'n': range(1, 129),
+    'max_tokens': range(1, 2**31), 'user': str, 'metadata': {str: object}})
+TEXT = COMMON | {'prompt': (str, [int]), 'logprobs?': range(21)}
+CHAT = COMMON | {'messages': [MESSAGE]} | optional({
+    'max_completion_tokens': range(1, 2**31), 'logprobs': bool, 'top_logprobs': range(21),
+    'response_format': {'type': 'text'}, 'chat_template_kwargs': {'enable_thinking?': bool}})
+RSA = CHAT | {'n?': 1, 'logprobs?': False, 'top_logprobs?': 0, 'stop?': None,
+              'rsa?': optional({setting.name: setting.type for setting in fields(rsa.RSASettings)})}
+NAMES = {key.removesuffix('?') for key in TEXT | RSA | RSA['rsa?']}
+
+
+class Refused(ValueError):
+    """An error of the API. A message that starts with the name of a parameter refers to it."""
+
+    def __init__(self, message, status=400, code=None):
+        super().__init__(message)
+        name = re.match(r'(?:the request: )?(\w*)', message)[1]
+        kinds = {401: 'authentication_error', 429: 'rate_limit_error', 500: 'server_error'}
+        self.status, self.body = status, {'error': {
+            'message': message, 'type': kinds.get(status, 'invalid_request_error'), 'code': code,
+            'param': name if name in NAMES else None}}
+
+
+def validated(body, schema):
+    """Return the parameters that are given, `stop` as a list, messages as Language.prompt reads them. Raise ValueError,
+    naming the parameter at fault. null and [] mean that one is not given; for an unknown one, so do false, 0, {}."""
+    body = {key: value for key, value in body.items() if value not in (None, [])}
+    for where in '', 'chat_template_kwargs', 'rsa':
+        given, known = (body.get(where), schema.get(f'{where}?', {})) if where else (body, schema)
+        for name in given if isinstance(given, dict) else ():
+            if given[name] and not {name, f'{name}?'} & known.keys():
+                raise Refused(f'{f"{where}: " * bool(where)}{name} is not supported by {body["model"]}: leave it out')
+    check(body, schema, 'the request')
+    stop = body.get('stop', [])
+    body['stop'] = [stop] if isinstance(stop, str) else stop
+    if not all(0 < len(text) <= 200 for text in body['stop']) or len(body['stop']) > 16:
+        raise Refused('stop must be at most 16 texts of 1 to 200 characters')
+    text = lambda content: content if isinstance(content, str) else ''.join(part['text'] for part in content)
+    body['messages'] = [{'role': message['role'].replace('developer', 'system'), 'content': text(message['content'])}
+                        for message in body.get('messages', [])]
+    return body
+
+
+class Reply:
+    """The text of one choice, in which the reasoning is apart from the answer.
+
+    The reasoning of a chat starts at <think>, if that is the prompt's last tag or the reply's first token, and ends at
+    </think>. Elsewhere these tags are text. stop: texts that end the answer. As one may span tokens, text that could be
+    its start is held back until the next tokens decide: with the stop text 'END', 'E', 'N', 'x' gives '', '', 'ENx'.
+    chat: False for a completion, all of whose text is `content`.
+    """
+
+    def __init__(self, language, stop, prompt, chat):
+        tags = [token for token in prompt if [token] in (language.open_think, language.close_think)]
+        self.language, self.stop, self.pieces, self.held, self.finish = language, stop, [], '', None
+        self.thinking = chat and tags[-1:] == language.open_think
+        self.may_open = chat and not self.thinking              # only with the first token
+        self.printer = Printer(language, self.pieces.append)    # a character may span tokens, too
+
+    def add(self, token, finish):
+        """Add a token. Return (field, new text). If the reply ends with it, self.finish is set."""
+        opens = self.may_open and [token] == self.language.open_think
+        thinking, self.may_open, self.finish = self.thinking or opens, False, finish
+        self.thinking = thinking and [token] != self.language.close_think
+        if opens or self.thinking != thinking:
+            self.printer.finish()
+        else:
+            self.printer(token)
+        if finish:
+            self.printer.finish()
+        text = self.held + ''.join(self.pieces)
+        self.pieces.clear()
+        if thinking:
+            return 'reasoning_content', text
+        ends = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        starts = [n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        self.finish = 'stop' if ends else finish
+        end = min(ends) if ends else len(text) - (0 if finish else max(starts, default=0))
+        self.held = text[end:]
+        return 'content', text[:end]
+
+
+@dataclass
+class Job:
+    """A request in progress, with its parameters `body`. queue: of its Sequences' events, with a Reply for each, or of
+    its parts."""
+    body: dict
+    chat: bool
+    queue: asyncio.Queue = field(default_factory=asyncio.Queue)
+    loop: object = field(default_factory=asyncio.get_running_loop)
+    replies: list = field(default_factory=list)
+    prompt_tokens: int = 0
+    tokens: int = 0                 # generated
+    left: bool = False              # the client has left, or the reply has ended
+
+    def __post_init__(self):
+        options = {key: self.body[key] for key in SAMPLING if key in self.body}
+        self.options = SamplingOptions(**{'seed': random.getrandbits(31)} | options)
+        self.limit = self.body.get('max_completion_tokens', self.body.get('max_tokens'))        # or None
+
+    def put(self, part):
+        """Put an event, a part or a Refused into the queue, from any thread."""
+        with contextlib.suppress(RuntimeError):                 # the loop is closed: the server has ended
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, part)
+
+    async def parts(self):
+        """Yield (index of the choice, field, text, logprobs, finish) until all choices are finished."""
+        finished = 0
+        while finished < max(1, len(self.replies)):
+            part = await self.queue.get()
+            if isinstance(part, Refused):
+                raise part
+            if self.replies:
+                s, token, logprobs, finish = part
+                reply = self.replies[s.index]
+                if reply.finish:                                # by a stop text, which the engine does not know
+                    continue
+                if token is None:
+                    raise Refused(finish, 500)
+                name, text = reply.add(token, finish)
+                shown = logprobs and name == 'content' and finish != 'stop'     # not of the stop token
+                part = s.index, name, text, [logprobs] if shown else [], reply.finish
+                self.tokens += 1
+            finished += part[-1] is not None
+            yield part
+
+    def usage(self):
+        return {'prompt_tokens': self.prompt_tokens, 'completion_tokens': self.tokens,
+                'total_tokens': self.prompt_tokens + self.tokens}
 
 
 class Service:
-    """The API of one model. parts(job): an async generator of (index of the choice, field, text, logprobs, finish)."""
+    """The API of one model."""
 
     def __init__(self, model, language, config, settings):
         self.model, self.language, self.config, self.settings = model, language, config, settings
         bytes_per_token = sizes(model.config)['kv_bytes'] * model.dtype.itemsize // 2       # sizes: of bf16
         self.engine = Engine(model, decode.folded(model), sample_from_logits, language.stop,
-                             int(config.cache_gib * 2**30 / bytes_per_token), config.batch, config.chunk)
-        self.name, self.started, self.open = os.path.basename(os.path.abspath(config.ckpt)), int(time.time()), 0
-        self.names, self.is_loops = [self.name, f'{self.name}-rsa'], language.digest == task.DIGEST
+                             int(config.cache_gib * 2**30 / bytes_per_token))
+        self.context = min(model.config.context, self.engine.capacity)
+        name = os.path.basename(os.path.abspath(config.ckpt))
+        self.names, self.started, self.open = [name, f'{name}-rsa'], int(time.time()), 0        # open: requests
 
-    def chat_prompt(self, job, messages):
-        return self.language.prompt(messages, job.body.get('chat_template_kwargs', {}).get('enable_thinking', True))
+    # In a thread per request: from its parameters to Sequences.
 
-    def plain(self, job, options):
-        """Make the sequences of a request. Return its parts."""
-        body, n = job.body, job.body.get('n', 1)
-        if 'rsa' in body:
-            raise Refused(f'rsa has no effect on {self.name}: leave it out, or name the model {self.names[1]}', 'rsa')
-        prompt = self.chat_prompt(job, messages_of(body)) if job.chat else body['prompt']
-        prompts = [prompt] if isinstance(prompt, str) or prompt and isinstance(prompt[0], int) else prompt
-        if not 0 < len(prompts) * n <= 128:
-            raise Refused(f'{len(prompts)} prompts times n = {n}: ask for 1 to 128 choices', 'n')
-        top = body.get('logprobs') if not job.chat else body.get('top_logprobs', 0) if body.get('logprobs') else None
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                prompt = self.language.bos + self.language.encode(prompt)
-            room = max(1, self.model.config.context - len(prompt))
-            limit = job.limit or min(room, self.config.max_new_tokens if job.chat else 16)      # 16: as in the API
-            self.check_room(job, prompt, limit)
-            job.prompt_tokens += len(prompt)
-            job.sequences += [Sequence(prompt, limit, options, len(job.sequences) + i, job.queue.put_nowait, top)
-                              for i in range(n)]
-        return self.plain_parts(job)
-
-    def check_room(self, job, prompt, limit):
+    def run_job(self, job):
         try:
-            check_prompts(self.model.config, [prompt], limit, [0])
-        except ValueError as error:
-            raise Refused(str(error), 'messages' if job.chat else 'prompt', code='context_length_exceeded') from None
-        if len(prompt) + limit > self.engine.capacity:
-            raise Refused(f'{len(prompt) + limit:,} tokens do not fit into the cache of {self.engine.capacity:,}: '
-                          'lower max_tokens, or start the server with a larger --cache_gib', 'max_tokens')
+            (self.plain if job.body['model'] == self.names[0] else self.markovian)(job)
+        except Exception as error:
+            job.put(error if isinstance(error, Refused) else Refused(str(error), 400 if isinstance(
+                error, ValueError) else 500))
 
-    async def plain_parts(self, job):
-        replies = [Reply(self.language, job.body['stop'], s.prompt, job.chat) for s in job.sequences]
-        running = len(replies)
-        for s in job.sequences:
-            self.engine.inbox.put(s)
-        while running:
-            s, token, logprobs, finish = await job.queue.get()
-            reply = replies[s.index]
-            if reply.finish:                                    # by a stop string, which the engine does not know
-                continue
-            if token is None:
-                raise Refused(finish, status=500)
-            name, text, logprobs = reply.add(token, logprobs, finish)
-            if reply.finish:
-                s.cancelled, running = True, running - 1
-                job.tokens, job.reasoning = job.tokens + reply.tokens, job.reasoning + reply.reasoning
-            if text or logprobs or reply.finish or name != 'content':         # an empty reasoning is sent, too
-                yield s.index, name, text, logprobs, reply.finish
+    def prompt(self, job, *content):
+        """Return the tokens of a chat prompt. content: of its last message, if it is to be replaced."""
+        *before, last = job.body['messages']
+        last = last | {'content': content[0]} if content else last
+        return self.language.prompt([*before, last], job.body.get('chat_template_kwargs', {}).get(
+            'enable_thinking', True))
 
-    def markovian(self, job, options):
-        """Start Markovian RSA in a thread of its own. Return its parts."""
-        for key in 'n', 'stop', 'logprobs':
-            if job.body.get(key) and (key, job.body[key]) != ('n', 1):
-                raise Refused(f'{key} has no effect on {self.names[1]}: leave it out', key)
-        given = {'seed': options.seed, 'final_budget': job.limit or self.settings.final_budget}
-        settings = replace(self.settings, **given | job.body.get('rsa', {}))
-        language = self.language
-        policy = functools.partial(Policy, self.model, None, language.stop, language.encode, language.decode)
+    def check_room(self, prompt, limit):
+        if not prompt or not all(0 <= token < self.model.config.vocab_size for token in prompt):
+            raise Refused(f'prompt is empty or has a token outside the vocabulary of {self.model.config.vocab_size:,}')
+        if len(prompt) + limit > self.context:
+            raise Refused(f'max_tokens: a prompt of {len(prompt):,} tokens and {limit:,} new ones are more than the '
+                          f'context of {self.context:,}, which --cache_gib bounds, too',
+                          code='context_length_exceeded')
+
+    def plain(self, job):
+        body, top = job.body, job.body.get('logprobs')
         if job.chat:
-            *before, last = messages_of(job.body)
-            if last['role'] != 'user':
-                raise Refused('the last message has another role than user: end with a question', 'messages')
-            question, settings = last['content'], settings.resolved()
-            message = lambda *parts: last | {'content': problems.message(*parts, None, settings.compact)}
-            policy = policy(lambda *parts: self.chat_prompt(job, [*before, message(*parts)]), language.answer,
-                            language.thought)
-        elif self.is_loops:
-            question = str(job.body['prompt'])
-            steps = task.parse(question).steps
-            settings = settings.resolved(task.rounds_needed(steps, settings.budget or 41), 41, 10, 41)      # as rsa.py
-            policy = policy(task.build_prompt, task.answer_of, list)
-        else:
-            raise Refused('Markovian RSA answers conversations: use /v1/chat/completions', 'model')
-        problems.check_room(policy, [question], settings)
-        prompt = policy.build_prompt(language.encode(question), [[0] * settings.tail] * settings.candidates)
-        self.check_room(job, prompt, max(settings.budget, settings.final_budget))
-        threading.Thread(target=self.run_rsa, args=(job, question, policy, settings, options), daemon=True).start()
-        return self.rsa_parts(job)
+            top = body.get('top_logprobs', 0 if top else None)
+        prompt = self.prompt(job) if job.chat else body['prompt']
+        if isinstance(prompt, str):
+            prompt = self.language.bos + self.language.encode(prompt)
+        default = self.config.max_new_tokens if job.chat else 16                # 16: as in OpenAI's
+        limit = job.limit or min(default, max(1, self.context - len(prompt)))
+        self.check_room(prompt, limit)
+        job.prompt_tokens = len(prompt)
+        job.replies = [Reply(self.language, body['stop'], prompt, job.chat) for _ in range(body.get('n', 1))]
+        for i, reply in enumerate(job.replies):
+            self.engine.inbox.put(Sequence(prompt, limit, job.options, i, job.put,
+                                           lambda reply=reply: job.left or reply.finish, top))
 
-    async def rsa_parts(self, job):
-        finish = None
-        while not finish:
-            part = await job.queue.get()
-            if isinstance(part, Exception):                     # such as a Sequence that failed
-                raise Refused(str(part), status=500)
-            finish = part[-1]
-            yield part
+    def markovian(self, job):
+        language, seeds = self.language, itertools.count(job.options.seed * 1_000_003)          # as in Policy.sampler
+        given = {'seed': job.options.seed, 'final_budget': job.limit or self.settings.final_budget}
+        settings = replace(self.settings, **given | job.body.get('rsa', {})).resolved()
+        policy = SimpleNamespace(answer_of=language.answer, thought_of=language.thought, build_prompt=lambda *parts: (
+            self.prompt(job, problems.message(*parts, None, settings.compact))))
+        if job.body['messages'][-1]['role'] != 'user':
+            raise Refused('messages: the last one has another role than user: end with a question')
+        question = language.encode(job.body['messages'][-1]['content'])
+        self.check_room(policy.build_prompt(question, [[0] * settings.tail] * settings.candidates),
+                        max(settings.budget, settings.final_budget))
+        generate = lambda prompts, limit: self.generate(job, prompts, limit, replace(job.options, seed=next(seeds)))
+        say = lambda name, text, finish=None: job.put((0, name, text, [], finish))
+        for t, (now,) in enumerate(rsa.rounds_of([question], generate, policy, settings)):
+            answers = [c.answer and final_answer(language.decode(c.answer)) for c in now.candidates]
+            say('reasoning_content', f'round {t} of {settings.rounds}: {len([*filter(None, answers)])} of '
+                f'{len(answers)} candidates have an answer; {now.tokens:,} tokens\n')
+        best = now.candidates[answers.index(problems.majority_vote(answers))]
+        say('reasoning_content', language.decode(language.thought(best.output)))
+        say('content', language.decode(best.answer or []), 'stop' if best.answer else 'length')
 
-    def run_rsa(self, job, question, policy, settings, options):
-        """Run Markovian RSA, as Policy.sampler would, and put its parts into the job's queue."""
-        put = lambda part: self.call(job.queue.put_nowait, part)
-        seeds = itertools.count(options.seed * 1_000_003)
+    def generate(self, job, prompts, limit, options):
+        """Return the new tokens of each prompt, those of sample.generate, by the engine."""
+        events, outputs, running = queue.SimpleQueue(), [[] for _ in prompts], len(prompts)
+        for i, prompt in enumerate(prompts):
+            self.engine.inbox.put(Sequence(prompt, limit, options, i, events.put, lambda: job.left))
+        while running:
+            s, token, _, finish = events.get()
+            if token is None:
+                raise Refused(finish, 500)
+            outputs[s.index].append(token)
+            running -= finish is not None
+        job.prompt_tokens += sum(map(len, prompts))
+        job.tokens += sum(map(len, outputs))
+        return outputs
 
-        def generate(prompts, limit):
-            events, outputs, running = queue.SimpleQueue(), [[] for _ in prompts], len(prompts)
-            given = replace(options, seed=next(seeds))
-            job.sequences = [Sequence(prompt, limit, given, i, events.put) for i, prompt in enumerate(prompts)]
-            for s in job.sequences:
-                s.cancelled = job.cancelled
-                self.engine.inbox.put(s)
-            while running:
-                s, token, _, finish = events.get()
-                if token is None:
-                    raise ValueError(finish)
-                outputs[s.index].append(token)
-                running -= finish is not None
-            job.prompt_tokens += sum(map(len, prompts))
-            job.tokens += sum(map(len, outputs))
-            return outputs
+    # In the main thread: HTTP.
+
+    async def respond(self, body, chat, scope, receive, send):
+        """Answer a valid request: an ASGI application."""
+        async def watch():
+            while (await receive())['type'] != 'http.disconnect':
+                pass
+            job.left = True
+        if self.open >= MAX_REQUESTS:
+            raise Refused(f'{self.open} requests are running or waiting: try again', 429)
+        job, self.open = Job(body, chat), self.open + 1
+        watcher = asyncio.create_task(watch())
+        threading.Thread(target=self.run_job, args=[job], daemon=True).start()
         try:
-            for t, (now,) in enumerate(rsa.rounds_of([policy.encode(question)], generate, policy, settings)):
-                answers = [c.answer and final_answer(policy.decode(c.answer)) for c in now.candidates]
-                put((0, 'reasoning_content', f'round {t} of {settings.rounds}: {len([*filter(None, answers)])} of '
-                     f'{len(answers)} candidates have an answer; {now.tokens:,} tokens\n', [], None))
-            best = now.candidates[answers.index(problems.majority_vote(answers))]
-            job.reasoning = job.tokens - len(best.answer or [])
-            put((0, 'reasoning_content', policy.decode(policy.thought_of(best.output)), [], None))
-            put((0, 'content', policy.decode(best.answer or []), [], 'stop' if best.answer else 'length'))
-        except Exception as error:                              # also if the client has left
-            put(error)
-
-    async def respond(self, job, scope, receive, send):
-        """Answer a request: an ASGI application."""
-        if self.open >= self.config.queue:
-            raise Refused(f'{self.open} requests are running or waiting: try again', status=429, code='queue_full')
-        self.open += 1
-        watcher = asyncio.create_task(job.watch(receive))
-        try:
-            options = SamplingOptions(**{key: job.body[key] for key in SAMPLING if key in job.body},
-                                      seed=job.body.get('seed', random.getrandbits(31)))
-            start = self.plain if job.body['model'] == self.name else self.markovian
-            parts = await asyncio.to_thread(start, job, options)        # in a thread: tokenizing may take long
-            kind = 'chat.completion' + '.chunk' * bool(job.body.get('stream')) if job.chat else 'text_completion'
-            head = {'id': f'{random.getrandbits(64):x}', 'object': kind, 'created': int(time.time()),
-                    'model': job.body['model']}
-            if job.body.get('stream'):
-                await self.stream(job, parts, head, send)
+            if body.get('stream'):
+                await self.stream(job, send)
             else:
-                await self.JSONResponse(await self.whole(job, parts, head))(scope, receive, send)
+                await self.JSONResponse(await self.whole(job))(scope, receive, send)
         finally:
             watcher.cancel()
-            job.cancel()
-            self.open -= 1
+            job.left, self.open = True, self.open - 1
 
-    async def whole(self, job, parts, head):
+    def envelope(self, job, kind, choices, **more):
+        """Return a reply, kind 'message', or an event, 'delta'. choices: {index: ({field: text}, logprobs, finish)}."""
+        name = 'text_completion' if not job.chat else 'chat.completion' + '.chunk' * (kind == 'delta')
+        return {'id': f'{id(job):x}', 'object': name, 'created': int(time.time()), 'model': job.body['model'], **more,
+                'choices': [{'index': index, 'finish_reason': finish, 'logprobs': self.format_logprobs(job, logprobs),
+                             **({kind: texts} if job.chat else {'text': texts.get('content', '')})}
+                            for index, (texts, logprobs, finish) in sorted(choices.items())]}
+
+    def format_logprobs(self, job, logprobs):
+        """Return the logprobs of several tokens in the form of the API, or None."""
+        def entry(token, value):
+            text = self.language.decode([token])                # not text: a part of a character
+            return {'token': text, 'logprob': value, 'bytes': None if '\ufffd' in text else list(text.encode())}
+        entries = [[entry(*pair) for pair in pairs] for pairs in logprobs]
+        if job.chat or not entries:
+            return {'content': [chosen | {'top_logprobs': top} for chosen, *top in entries]} if entries else None
+        return {'tokens': [chosen['token'] for chosen, *_ in entries],
+                'token_logprobs': [chosen['logprob'] for chosen, *_ in entries],
+                'top_logprobs': [{each['token']: each['logprob'] for each in top} for _, *top in entries]}
+
+    async def whole(self, job):
         choices = {}
-        async for index, name, text, new, finish in parts:
-            texts, logprobs, _ = choices.get(index, ({'content': ''}, [], None))
+        async for index, name, text, new, finish in job.parts():
+            texts, logprobs, _ = choices.get(index, ({'role': 'assistant', 'content': ''}, [], None))
             choices[index] = texts | {name: texts.get(name, '') + text}, logprobs + new, finish
-        return head | {'usage': job.usage(), 'choices': [
-            self.choice(job, 'message', index, {'role': 'assistant'} | texts, logprobs, finish)
-            for index, (texts, logprobs, finish) in sorted(choices.items())]}
+        return self.envelope(job, 'message', choices, usage=job.usage())
 
-    def choice(self, job, kind, index, texts, logprobs, finish):
-        """Return a choice of a reply, or what is new in it. texts: {field: text}."""
-        texts = {kind: texts} if job.chat else {'text': texts.get('content', '')}
-        return {'index': index, **texts, 'finish_reason': finish,
-                'logprobs': format_logprobs(self.language, logprobs, job.chat) if logprobs else None}
-
-    async def stream(self, job, parts, head, send):
-        """Send a reply as server-sent events."""
+    async def stream(self, job, send):
+        """Send a reply as server-sent events. An error after the first is an event, too."""
         event = lambda content: send({'type': 'http.response.body', 'more_body': True,
                                       'body': b'data: %s\n\n' % json.dumps(content).encode()})
-        await send({'type': 'http.response.start', 'status': 200, 'headers': [
-            (b'content-type', b'text/event-stream'), (b'cache-control', b'no-cache')]})
-        started = set()
+        started = None                                          # choices with an event; None: no status was sent
         try:
-            async for index, name, text, logprobs, finish in parts:
-                texts = {'role': 'assistant'} if index not in started else {}
-                texts |= {name: text} if text or name != 'content' else {}
-                started.add(index)
-                await event(head | {'choices': [self.choice(job, 'delta', index, texts, logprobs, finish)]})
+            async for index, name, text, logprobs, finish in job.parts():
+                if started is None:
+                    started = set()
+                    await send({'type': 'http.response.start', 'status': 200, 'headers': [
+                        (b'content-type', b'text/event-stream'), (b'cache-control', b'no-cache')]})
+                if text or logprobs or finish or name != 'content':             # an empty reasoning is sent, too
+                    texts = ({} if index in started else {'role': 'assistant'}) | {name: text}
+                    started.add(index)
+                    await event(self.envelope(job, 'delta', {index: (texts, logprobs, finish)}))
             if job.body.get('stream_options', {}).get('include_usage'):
-                await event(head | {'choices': [], 'usage': job.usage()})
-        except Refused as error:                                # the status was sent long ago
+                await event(self.envelope(job, 'delta', {}, usage=job.usage()))
+        except Refused as error:
+            if started is None:
+                raise
             await event(error.body)
         await send({'type': 'http.response.body', 'body': b'data: [DONE]\n\n'})
 
     def authorize(self, request):
         key, given = os.environ.get('NANOZAYA_API_KEY'), request.headers.get('authorization', '')
         if key and not hmac.compare_digest(given.encode('latin-1'), f'Bearer {key}'.encode()):
-            raise Refused('the API key is missing or wrong: send the NANOZAYA_API_KEY of the server', status=401)
+            raise Refused('the API key is missing or wrong: send the NANOZAYA_API_KEY of the server', 401)
 
     async def models(self, request):
         self.authorize(request)
-        cards = [{'id': name, 'object': 'model', 'created': self.started, 'owned_by': 'nanozaya',
-                  'max_model_len': self.model.config.context} for name in self.names]
-        return self.JSONResponse({'object': 'list', 'data': cards})
+        return self.JSONResponse({'object': 'list', 'data': [
+            {'id': name, 'object': 'model', 'created': self.started, 'owned_by': 'nanozaya',
+             'max_model_len': self.context} for name in self.names]})
 
     async def complete(self, request):
         """Read and validate a request. Return the ASGI application that answers it."""
         self.authorize(request)
         if request.headers.get('content-type', '').partition(';')[0].strip().lower() != 'application/json':
-            raise Refused('the Content-Type must be application/json', status=415)
+            raise Refused('the Content-Type must be application/json', 415)         # browsers send others from anywhere
         data, chat = bytearray(), 'chat' in request.url.path
         async for part in request.stream():
             data += part
             if len(data) > MAX_BYTES:
-                raise Refused(f'the request has more than {MAX_BYTES:,} bytes: shorten it', status=413)
-        body = validated(parse_json(bytes(data), 'the request', {str: object}), RSA | (CHAT if chat else TEXT))
+                raise Refused(f'the request has more than {MAX_BYTES:,} bytes: shorten it', 413)
+        body = parse_json(bytes(data), 'the request', {'model': str})
         if body['model'] not in self.names:
-            raise Refused(f'there is no model {body["model"][:60]!r}: name {" or ".join(self.names)}', 'model', 404,
+            raise Refused(f'model: there is no {body["model"][:60]!r}: name {" or ".join(self.names)}', 404,
                           'model_not_found')
-        if chat and (self.is_loops or not self.language.conversations):
-            raise Refused('this model was trained without conversations: use /v1/completions', 'model')
-        return functools.partial(self.respond, Job(body, chat))
-
-    @contextlib.asynccontextmanager
-    async def lifespan(self, _):
-        """Run the engine's thread."""
-        self.call = asyncio.get_running_loop().call_soon_threadsafe
-        deliver = lambda events: [event[0].put(event) for event in events]
-        thread = threading.Thread(target=self.engine.run, args=[lambda events: self.call(deliver, events)], daemon=True)
-        thread.start()
-        yield
-        for _ in range(2):                                      # see Engine.run
-            self.engine.inbox.put(None)
-        await asyncio.to_thread(thread.join)
+        plain = body['model'] == self.names[0]
+        if chat and (self.language.digest == task.DIGEST or not self.language.conversations):
+            raise Refused('model: it was trained without conversations: use /v1/completions')
+        if not chat and not plain:
+            raise Refused('model: Markovian RSA answers conversations: use /v1/chat/completions')
+        return functools.partial(self.respond, validated(body, TEXT if not chat else CHAT if plain else RSA), chat)
 
     def app(self):
         """Return the ASGI application."""
+        starlette, requests = package('starlette.applications'), package('starlette.requests')
         Route, HTTPException = package('starlette.routing').Route, package('starlette.exceptions').HTTPException
         self.JSONResponse = package('starlette.responses').JSONResponse
 
         async def refuse(_, error):
             if isinstance(error, HTTPException):                # of starlette: an unknown path or method
-                error = Refused(f'{error.detail}: see the first lines of runtime/serve.py', status=error.status_code)
-            elif not isinstance(error, Refused):                # of a setting, whose name is the first word
-                error = Refused(str(error), str(error).partition(' ')[0] if str(error).startswith(SETTINGS) else None)
+                error = Refused(f'{error.detail}: see the first lines of runtime/serve.py', error.status_code)
+            error = error if isinstance(error, Refused) else Refused(str(error))
             return self.JSONResponse(error.body, error.status, {'Retry-After': '2'} if error.status == 429 else None)
         routes = [Route(f'/v1/{path}', self.complete, methods=['POST']) for path in ('chat/completions', 'completions')]
-        left = package('starlette.requests').ClientDisconnect
-        return package('starlette.applications').Starlette(
-            routes=[Route('/v1/models', self.models), *routes], lifespan=self.lifespan, exception_handlers={
-                ValueError: refuse, HTTPException: refuse, left: refuse})
+        return starlette.Starlette(
+            routes=[Route('/v1/models', self.models), *routes],
+            exception_handlers=dict.fromkeys([ValueError, HTTPException, requests.ClientDisconnect], refuse))
 
 
 def main(config, settings):
@@ -325,20 +412,20 @@ def main(config, settings):
         listener.bind((config.host, config.port))
     except OSError as error:
         raise ValueError(f'{config.host}:{config.port}: {error.strerror}: choose another --port or --host') from None
-    model, language = pretrained.load(config.ckpt, pick_device(config.device))
-    service = Service(model, language, config, settings)
+    service = Service(*pretrained.load(config.ckpt, pick_device(config.device)), config, settings)
     server = uvicorn.Server(uvicorn.Config(service.app(), log_level='warning', access_log=False, ws='none',
                                            timeout_graceful_shutdown=5))
-    stop = server.handle_exit
-
-    def handle_exit(*signal):                                   # the engine ends all replies, then uvicorn can stop
-        service.engine.inbox.put(None)                          # a SimpleQueue may be used in a signal handler
-        stop(*signal)
-    server.handle_exit = handle_exit
+    stop, engine = server.handle_exit, service.engine           # the engine ends all replies, then uvicorn can stop
+    server.handle_exit = lambda *signal: setattr(engine, 'stopping', True) or stop(*signal)
+    threading.Thread(target=engine.run).start()
     print(f'{" and ".join(service.names)} at http://{config.host}:{listener.getsockname()[1]}/v1, a cache of '
-          f'{service.engine.capacity:,} tokens; Ctrl-C stops', flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
+          f'{engine.capacity:,} tokens; Ctrl-C stops', flush=True)
+    try:
         server.run([listener])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        engine.inbox.put(None)
 
 
 if __name__ == '__main__':
