@@ -29,7 +29,7 @@ def test_quick_scaling_has_a_row_for_every_size(capsys, tmp_path):
     assert (tmp_path / 'scaling.png').stat().st_size > 1000
 
 
-@pytest.mark.parametrize('name', speedrun.BEST)
+@pytest.mark.parametrize('name', speedrun.DEFAULTS)
 def test_the_models_of_others_learn_in_the_speedrun(dataset, name):
     sizes = tiny_config(vocab_size=300, context=32, n_layer=2)
     config = TrainConfig(dataset=str(dataset), batch_size=4, max_steps=40, warmup_steps=2, lr=1e-2, eval_batches=1)
