@@ -21,7 +21,7 @@ from model import Zaya, ZayaConfig
 from runtime.pretrained import save_pretrained
 from train import TrainConfig, lr_at
 
-DEFAULTS = {'gpt': (1e-3, 400), 'transformers': (1e-3, 400)}        # learning rate and steps; not tuned: try --lr, --steps
+DEFAULTS = {'gpt': (1e-3, 400), 'transformers': (1e-3, 400)}     # learning rate, steps; not tuned yet
 
 
 @dataclass
