@@ -1,6 +1,6 @@
 """Measure what int8 and int4 weights cost: validation loss of the demo model, RSA accuracy of the loops model.
 
-    make demo && python -m evidence.quantization
+    python train.py config/demo.py && python train.py config/loops.py && python -m evidence.quantization
 
 The large matrices are quantized and dequantized (quantize.py), and the model then runs in float32. int4 is measured
 twice: with the range of each group's weights, and with the range of least squared error. bf16 is the precision of the

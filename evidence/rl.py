@@ -1,4 +1,4 @@
-"""Evaluate reinforcement learning (rl.py) on the loops task. First `make demo`, or at least runs/loops; then
+"""Evaluate reinforcement learning (rl.py) on the loops task. First train config/loops.py; then
 
     python -m evidence.rl main       before RL, after it, after longer RL: at four lengths, by three methods
     python -m evidence.rl models     before and after RL, from three models of the task

@@ -1,4 +1,5 @@
-"""Measure the cost of Markovian RSA and the effect of its settings: `python -m evidence.rsa_cost`, after `make demo`.
+"""Measure the cost of Markovian RSA and the effect of its settings: `python -m evidence.rsa_cost`, after training
+config/loops.py.
 
 Claims (ZAYA1-8B report, arXiv 2605.05365, VI). (1) No prompt is longer than the question and C tails, whatever T and
 beta are. (2) N = 8, C = 4, T = 2 took 0.4 of the wall-clock time of one long rollout, since it is batched and bounded.

@@ -6,7 +6,7 @@
 The first runs Markovian RSA on a problem of the loops task, as rsa.py does with the same seed, and shows which tails
 each candidate sampled, where outputs go wrong, and how errors are outvoted. The second continues a text, as sample.py
 does; a released folder works in the same way. Both show texts token by token (router, attention, residual stream) and,
-if the run has a log.csv, the expert load during training. docs/run.html is an example, after `make demo`:
+if the run has a log.csv, the expert load during training. docs/run.html is an example, with config/loops.py's model:
 
     python -m evidence.view --ckpt=runs/loops --question=4x:a-5b-3c+2d+2=2 --out=docs/run.html
 

@@ -344,7 +344,8 @@ def load(folder, device='cpu'):
     """Return the model of a run or a released folder, in eval mode, and its Language. Raise ValueError if the folder is
     neither."""
     if not os.path.isdir(folder):
-        raise ValueError(f'{folder}: no such folder; train a model first (make demo), or name another with --ckpt')
+        raise ValueError(f'{folder}: no such folder; train a model first (make demo: runs/demo and '
+                         'runs/demo_loops), or name another with --ckpt')
     if os.path.exists(os.path.join(folder, 'config.json')):
         language = released_language(folder)                    # first: the weights take long to read
         model = from_pretrained(folder, device)
