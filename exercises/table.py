@@ -70,7 +70,7 @@ EXERCISES = [
              'test_rope_keeps_norms_and_the_unrotated_dims test_rope_depends_on_distance_only'),
     Exercise('attention', 'cca.CCA.forward', """
         The seven steps at the top of this file; self.mix is steps 2 to 5. [CCA] II-B.
-        1  qk (B, S, C) is W_Q x and W_K x, concatenated; v1 is W_V1 x, v2 is W_V2 x, (B, S, Hk d / 2) each.
+        1  self.project(x) is qk (B, S, C), W_Q x and W_K x; then v1, W_V1 x, and v2, W_V2 x, (B, S, Hk d / 2) each.
         6  Prepend the state to v2: zeros, or cache.v_last[layer]. The values are v1 at t and v2 at t - 1
            (0 where a document starts), concatenated and split into Hk heads.
         7  With a cache, cache.update(layer, [past; qk], [state; v2], k, v) returns all keys and values; past

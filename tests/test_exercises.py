@@ -29,7 +29,7 @@ WRONG = {
              ('size[:, None, None, None] /', 'size[:, None, None, None] * x.shape[-1] ** 0.5 /')],
     'rope': [('a * cos - b * sin, b * cos + a * sin', 'a * cos + b * sin, b * cos - a * sin'),
              (', rest]', ', 0 * rest]'), ('x[..., :n], x[..., n:2 * n]', 'x[..., :2 * n:2], x[..., 1:2 * n:2]')],
-    'attention': [('v2[:, :-1]', 'v2[:, 1:]'), (', cache.v_last[self.layer].to(v2.dtype)', ', v_last'),
+    'attention': [('v2[:, :-1] if start', 'v2[:, 1:] if start'), (', cache.v_last[self.layer].to(v2.dtype)', ', v_last'),
                   ('v2_shifted = v2_shifted.masked_fill(start[..., None], 0)', 'pass')],
     'router': [('return expert, weight, r', 'return expert, weight, self.norm(r)'),
                ('self.eda_scale * r_below', 'r_below'), ('F.gelu(self.fc2(h))', 'self.fc2(h)')],
