@@ -31,9 +31,9 @@ import time
 from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 
+from configurator import check_ranges, one_line_errors, package, read            # before torch, see configurator.py
 import decode
 import rsa
-from configurator import check_ranges, one_line_errors, package, read
 from model import sizes
 from runtime import pretrained
 from runtime.chat import Printer

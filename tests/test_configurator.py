@@ -375,7 +375,8 @@ def test_products_in_bf16_leave_the_head_in_float32(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize('user', [{}, {'GOMP_SPINCOUNT': '7'}, {'OMP_WAIT_POLICY': 'PASSIVE'}])
-@pytest.mark.parametrize('program', ['train', 'sample', 'rsa', 'rl', 'evaluate', 'bench', 'tests.conftest'])
+@pytest.mark.parametrize('program', ['train', 'sample', 'rsa', 'rl', 'evaluate', 'bench', 'runtime.serve',
+                                     'tests.conftest'])
 def test_how_threads_wait_is_set_before_torch_is_imported_unless_the_user_set_it(program, user):
     code = '''
 import os, sys
