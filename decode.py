@@ -26,6 +26,7 @@ import contextlib
 import copy
 import functools
 import sys
+import threading
 from types import SimpleNamespace
 
 import torch
@@ -98,16 +99,25 @@ def qk_mean(Hq, Hk):
     return F.pad(group, (Hq, 0, 0, Hk)) + F.pad(group.T * Hk / Hq, (0, Hk, Hq, 0))
 
 
+onednn = SimpleNamespace(lock=threading.Lock(), users=0, before=None)
+
+
 @contextlib.contextmanager
 def without_onednn(wanted):
     """Disable oneDNN, if wanted. For so few elements its GELU takes four times as long as PyTorch's, a sixth of a step
-    at B = 1. In bf16 it stays enabled, since its matrix products are faster."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and not wanted
+    at B = 1. In bf16 it stays enabled, since its matrix products are faster. The setting is the process's: of threads
+    that overlap, the first disables it and the last restores it."""
+    with onednn.lock:
+        if wanted and onednn.users == 0:
+            onednn.before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+        onednn.users += wanted
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        with onednn.lock:
+            onednn.users -= wanted
+            if wanted and onednn.users == 0:
+                torch.backends.mkldnn.enabled = onednn.before
 
 
 def route(router, w, h, r, length):

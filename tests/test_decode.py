@@ -100,6 +100,11 @@ def test_onednn_is_put_back_whatever_happens():
         assert not torch.backends.mkldnn.enabled
         raise KeyError
     assert torch.backends.mkldnn.enabled
+    first, second = decode.without_onednn(True), decode.without_onednn(True)    # of two threads
+    first.__enter__(), second.__enter__(), first.__exit__(None, None, None)
+    assert not torch.backends.mkldnn.enabled
+    second.__exit__(None, None, None)
+    assert torch.backends.mkldnn.enabled
 
 
 # ---- compiled ----
