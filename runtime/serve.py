@@ -60,6 +60,7 @@ class ServeConfig:                  # more flags, the defaults of NAME-rsa: RSAS
 
 
 MAX_BYTES, MAX_REQUESTS = 4 * 2**20, 256    # of a request; running and waiting, more are refused with status 429
+KEEP_ALIVE = 10                             # seconds between events of a round of Markovian RSA
 SAMPLING = {'temperature': float, 'top_p': float, 'top_k': int, 'min_p': float, 'seed': range(-2**63, 2**63)}
 MESSAGE = {'role': ('system', 'developer', 'user', 'assistant'), 'content': (str, [{'type': 'text', 'text': str}])}
 # The parameters of requests, as schemas (validate.py). `user` and `metadata` are labels without effect.
@@ -229,8 +230,8 @@ class Service:
             raise Refused(f'prompt is empty or has a token outside the vocabulary of {self.model.config.vocab_size:,}')
         if len(prompt) + limit > self.context:
             raise Refused(f'max_tokens: a prompt of {len(prompt):,} tokens and {limit:,} new ones are more than the '
-                          f'context of {self.context:,}, which --cache_gib bounds, too',
-                          code='context_length_exceeded')
+                          f'context of {self.context:,}' + ', which --cache_gib bounds' * (
+                              self.context < self.model.config.context), code='context_length_exceeded')
 
     def plain(self, job):
         body, top = job.body, job.body.get('logprobs')
@@ -271,7 +272,7 @@ class Service:
 
     def generate(self, job, prompts, limit, options):
         """Return the new tokens of each prompt, those of sample.generate, by the engine."""
-        events, outputs, running = queue.SimpleQueue(), [[] for _ in prompts], len(prompts)
+        events, outputs, running, sent = queue.SimpleQueue(), [[] for _ in prompts], len(prompts), time.monotonic()
         for i, prompt in enumerate(prompts):
             self.engine.inbox.put(Sequence(prompt, limit, options, i, events.put, lambda: job.left))
         while running:
@@ -280,6 +281,9 @@ class Service:
                 raise Refused(finish, 500)
             outputs[s.index].append(token)
             running -= finish is not None
+            if time.monotonic() > sent + KEEP_ALIVE:            # a round may take longer than a client waits
+                sent = time.monotonic()
+                job.put((0, 'reasoning_content', '', [], None))
         job.prompt_tokens += sum(map(len, prompts))
         job.tokens += sum(map(len, outputs))
         return outputs
