@@ -38,11 +38,14 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.1):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.orthogonalize = orthogonalize                      # train.py replaces it if the parameters are sharded
+        self.found_inf = None           # 0-d tensor, as for torch's fused AdamW: if 1, step() changes nothing
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum = group['lr'], group['momentum']
+            lr, momentum, decay = group['lr'], group['momentum'], group['lr'] * group['weight_decay']
+            skip = None if self.found_inf is None else self.found_inf > 0
+            decay = decay if skip is None else decay * ~skip
             stacks = {}                                         # one batch per shape of matrices; a stack: its own
             for p in group['params']:
                 stacks.setdefault(p.shape if p.ndim == 2 else id(p), []).append(p)
@@ -52,11 +55,15 @@ class Muon(torch.optim.Optimizer):
                     state = self.state[p]
                     if not state:
                         state['momentum'] = torch.zeros_like(p)
+                    if skip is not None:
+                        p.grad = torch.where(skip, state['momentum'], p.grad)
                     average = state['momentum'].lerp_(p.grad, 1 - momentum)
                     updates.append(p.grad.lerp_(average, momentum))             # Nesterov
                 updates = torch.stack(updates) if len(updates) > 1 else updates[0][None]
+                if skip is not None:
+                    updates = updates * ~skip                   # orthogonalize(0) = 0
                 for p, update in zip(params, self.orthogonalize(updates)):
-                    p.mul_(1 - lr * group['weight_decay'])
+                    p.mul_(1 - decay)
                     p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
 
 
