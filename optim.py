@@ -35,39 +35,38 @@ def orthogonalize(G, coefficients=POLAR_EXPRESS):
 class Muon(torch.optim.Optimizer):
     """Orthogonalized Nesterov momentum. Parameters: matrices (m, n), or stacks of matrices (N, m, n)."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.1):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.1, compile=False):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.orthogonalize = orthogonalize                      # train.py replaces it if the parameters are sharded
+        # Compiled without the learning rate, which changes at every step. train.py replaces it for sharded parameters.
+        self.orthogonalize = torch.compile(orthogonalize, dynamic=True) if compile else orthogonalize
         self.found_inf = None           # 0-d tensor, as for torch's fused AdamW: if 1, step() changes nothing
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum, decay = group['lr'], group['momentum'], group['lr'] * group['weight_decay']
-            skip = None if self.found_inf is None else self.found_inf > 0
-            decay = decay if skip is None else decay * ~skip
+            lr, momentum, keep = group['lr'], group['momentum'], 1 - group['lr'] * group['weight_decay']
+            if self.found_inf is not None:
+                keep = torch.where(self.found_inf > 0, 1, keep)
             stacks = {}                                         # one batch per shape of matrices; a stack: its own
             for p in group['params']:
                 stacks.setdefault(p.shape if p.ndim == 2 else id(p), []).append(p)
-            for params in stacks.values():
-                updates = []
-                for p in params:
-                    state = self.state[p]
-                    if not state:
-                        state['momentum'] = torch.zeros_like(p)
-                    if skip is not None:
-                        p.grad = torch.where(skip, state['momentum'], p.grad)
-                    average = state['momentum'].lerp_(p.grad, 1 - momentum)
-                    updates.append(p.grad.lerp_(average, momentum))             # Nesterov
-                updates = torch.stack(updates) if len(updates) > 1 else updates[0][None]
-                if skip is not None:
-                    updates = updates * ~skip                   # orthogonalize(0) = 0
-                for p, update in zip(params, self.orthogonalize(updates)):
-                    p.mul_(1 - decay)
-                    p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
+                if not self.state[p]:
+                    self.state[p]['momentum'] = torch.zeros_like(p)
+            for params in stacks.values():                      # foreach: one kernel for all matrices of a stack
+                grads, averages = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
+                if self.found_inf is not None:                  # the average with itself is itself
+                    grads = [torch.where(self.found_inf > 0, a, g) for a, g in zip(averages, grads)]
+                torch._foreach_lerp_(averages, grads, 1 - momentum)
+                torch._foreach_lerp_(grads, averages, momentum)                 # Nesterov
+                updates = torch.stack(grads) if len(grads) > 1 else grads[0][None]
+                if self.found_inf is not None:
+                    updates = torch.where(self.found_inf > 0, 0, updates)       # orthogonalize(0) = 0
+                step = -lr * 0.2 * max(updates.shape[-2:]) ** 0.5
+                torch._foreach_mul_(params, keep)
+                torch._foreach_add_(params, self.orthogonalize(updates).unbind(), alpha=step)
 
 
-def make_optimizers(model, lr, weight_decay=0.1):
+def make_optimizers(model, lr, weight_decay=0.1, compile=False):
     """Return [Muon, AdamW] over all parameters of a Zaya. Muon gets the weight matrices and the experts; AdamW gets the
     embedding (a lookup table), the convolutions (tiny kernels) and all vectors.
 
@@ -80,7 +79,7 @@ def make_optimizers(model, lr, weight_decay=0.1):
         is_matrix = (p.ndim == 2 and 'embedding' not in name) or 'experts' in name
         group = muon if is_matrix else others if p.ndim > 1 else vectors
         group.append(p)
-    return [Muon([{'params': muon, 'lr_scale': 1.0}], lr, weight_decay=weight_decay),
+    return [Muon([{'params': muon, 'lr_scale': 1.0}], lr, weight_decay=weight_decay, compile=compile),
             torch.optim.AdamW([{'params': others, 'weight_decay': weight_decay, 'lr_scale': 1.0},
                                {'params': vectors, 'weight_decay': 0.0, 'lr_scale': 0.1}], lr, betas=(0.9, 0.95),
                               fused=model.device.type in ('cpu', 'cuda'))]      # one pass over memory

@@ -1,8 +1,10 @@
 """Invariants of the optimizers (optim.py)."""
 import functools
 
+import pytest
 import torch
 from hypothesis import given, strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from common import tiny_model
 from optim import POLAR_EXPRESS, Muon, make_optimizers, orthogonalize
@@ -80,3 +82,41 @@ def test_every_parameter_has_exactly_one_optimizer_and_matrices_have_muon():
 def test_vectors_do_not_decay():
     for group in make_optimizers(tiny_model(), 1e-3)[1].param_groups:
         assert all((p.ndim > 1) == (group['weight_decay'] > 0) for p in group['params'])
+
+
+def stepped(found_inf=None, steps=2, **settings):
+    """Return the matrices and momenta of a small model's Muon after `steps` steps, and Muon. found_inf: in the last."""
+    model = tiny_model()
+    muon = make_optimizers(model, 1e-2, **settings)[0]
+    parameters = muon.param_groups[0]['params']
+    for step in range(steps):
+        for i, p in enumerate(parameters):
+            p.grad = random(*p.shape, seed=100 * step + i)
+        if step == steps - 1 and found_inf is not None:
+            muon.found_inf = torch.tensor(found_inf)
+            parameters[0].grad[:] = float('nan') if found_inf else parameters[0].grad
+        muon.step()
+    return [*parameters, *(muon.state[p]['momentum'] for p in parameters)], muon
+
+
+@pytest.mark.parametrize('found_inf', [0.0, 1.0])
+def test_a_step_with_found_inf_changes_no_weight_and_no_momentum(found_inf):
+    """With 0 it is a plain step, bit for bit. The gradient of a skipped step is NaN somewhere."""
+    expected, _ = stepped(steps=1 if found_inf else 2)
+    assert all(a.equal(b) for a, b in zip(expected, stepped(found_inf)[0]))
+
+
+def test_compiled_muon_equals_eager_and_a_new_learning_rate_does_not_recompile(monkeypatch):
+    graphs, compile = CompileCounterWithBackend('aot_eager'), torch.compile
+    monkeypatch.setattr(torch, 'compile', functools.partial(compile, backend=graphs))
+    torch._dynamo.reset()
+    eager, (compiled, muon) = stepped()[0], stepped(compile=True)
+    for a, b in zip(eager, compiled):
+        torch.testing.assert_close(a, b)
+    n = graphs.frame_count
+    assert 1 <= n <= 8                                          # shapes are dynamic: past 8 graphs, torch gives up
+    muon.param_groups[0]['lr'] *= 0.5
+    for p in muon.param_groups[0]['params']:
+        p.grad = random(*p.shape)
+    muon.step()
+    assert graphs.frame_count == n
