@@ -83,11 +83,11 @@ class Balancer:
         self.routers, self.rule, self.lr = list(routers), rule, lr
         # Views of the experts' biases. The bias of 'skip', if there is one, does not change.
         self.biases = [router.balancing_bias[:router.n_expert] for router in self.routers]
-        self.adamw = torch.optim.AdamW(self.biases, lr=lr, weight_decay=0.0)
+        self.adamw = torch.optim.AdamW(self.biases, lr=lr, weight_decay=0.0, fused=self.biases[0].is_cuda)
 
     @torch.no_grad()
-    def step(self, update=True):
-        """Move the biases, unless `update` is False (a skipped step), and clear the loads. Return the load
+    def step(self, skip=None):
+        """Move the biases, unless skip (0-d float32, as in train_step) is 1, and clear the loads. Return the load
         fractions, tokens per expert / tokens that were not sent to 'skip', over all ranks, (layers, N) float32."""
         loads = torch.stack([router.load[:router.n_expert] for router in self.routers])
         if dist.is_initialized():
@@ -96,11 +96,12 @@ class Balancer:
             router.load.zero_()
         fractions = loads / loads.sum(-1, keepdim=True).clamp_min(1)
         error = fractions - loads.any(-1, keepdim=True) / loads.shape[-1]       # (layers, N); 0 if no token came
-        if update and self.rule == 'pid':
+        self.adamw.found_inf = skip if loads.is_cuda else None  # read by the GPU, else in the next line
+        if self.rule == 'pid' and (loads.is_cuda or not skip):
             for bias, e in zip(self.biases, error):
                 bias.grad = e
             self.adamw.step()
-        elif update and self.rule == 'sign':
+        elif self.rule == 'sign':
             for bias, e in zip(self.biases, error):
-                bias -= self.lr * e.sign()
+                bias -= self.lr * e.sign() * (1 if skip is None else 1 - skip)
         return fractions

@@ -99,7 +99,7 @@ def generate(model, prompts, max_new_tokens, options=SamplingOptions(), *, stop=
         cache, logits = prefill(model, prompts, capacity, cache)                                # logits (B, V)
         active = unfinished = list(range(len(prompts)))         # prompt of each batch entry; entries not ended
         for t in range(max_new_tokens):
-            tokens = sample_from_logits(logits, u[active, t], options.temperature, options.top_k, options.top_p,
+            tokens = sample_from_logits(logits, u[:, t], options.temperature, options.top_k, options.top_p,
                                         options.min_p)                                          # (B)
             watch(active, logits, tokens)
             sampled = tokens.tolist()
@@ -113,7 +113,7 @@ def generate(model, prompts, max_new_tokens, options=SamplingOptions(), *, stop=
                 return outputs
             if len(unfinished) < len(active) and not step.static_shapes:        # drop finished sequences
                 cache.keep(unfinished)
-                active, tokens = [active[i] for i in unfinished], tokens[unfinished]
+                active, tokens, u = [active[i] for i in unfinished], tokens[unfinished], u[unfinished]
                 unfinished = list(range(len(active)))
             if max(cache.lengths) == cache.capacity:
                 cache.grow(min(limit, 2 * cache.capacity))

@@ -12,6 +12,7 @@ micro-batches; only rank 0 logs and saves. --shard=True splits a model that does
 """
 import contextlib
 import functools
+import gc
 import math
 import os
 import sys
@@ -31,8 +32,8 @@ from data.tokenizer import digest, save_tokenizer
 from model import Zaya, ZayaConfig, initial_value, sizes
 from optim import make_optimizers, orthogonalize
 from router import Balancer, load_entropy
-from runtime.checkpoint import exclusive_lock, log_columns, resume, save_checkpoint, write_log
-from runtime.device import matmuls_in, name_and_peak, pick_dtype
+from runtime.checkpoint import exclusive_lock, log, log_columns, read_values, resume, save_checkpoint, write_log
+from runtime.device import expert_path, matmuls_in, name_and_peak, pick_dtype, to_device
 from runtime.distributed import (copy_into, is_rank0, orthogonalize_shards, print0, shard, start_processes,
                                  stop_processes)
 from sample import SamplingOptions, generate
@@ -154,7 +155,7 @@ def set_up(config, model_config, device, loader, val_loader, tokenizer):
     n, tokens = sizes(model_config), config.batch_size * model_config.context * config.grad_accum     # per step
     print0(f'{n["total"]:,} parameters, {n["active"]:,} active per token (without the embedding), on {name} in '
            f'{config.dtype}{f" x {world}" if world > 1 else ""}; data: {loader.n_tokens:,} tokens, '
-           f'{tokens:,} per step, {config.max_steps * tokens / loader.n_tokens:.2f} epochs')
+           f'{tokens:,} per step, {config.max_steps * tokens / loader.n_tokens:.2f} epochs{expert_path(device, dtype)}')
     if rank == 0 and step == 0:                                 # sample.py reads it with the weights
         save_tokenizer(os.path.join(config.out_dir, 'bpe.json'), tokenizer)
     if rank == 0:                                               # a new run starts a new log
@@ -167,15 +168,6 @@ def set_up(config, model_config, device, loader, val_loader, tokenizer):
 
 # ---- steps ----
 
-def log(run, row):
-    """Append a row, {column: value}, to log.csv."""
-    row = {'step': run.step, 'tokens': run.step * run.tokens_per_step} | row
-    if run.rank == 0:
-        write_log(run.config.out_dir, row, log_columns(run.model.config))
-    if run.rank == 0 and run.config.wandb:
-        package('wandb').log(row, step=run.step)
-
-
 def save(run):
     """Save a checkpoint. All ranks call this for a sharded model."""
     save_checkpoint(run.config.out_dir, {
@@ -185,13 +177,13 @@ def save(run):
 
 
 def train_step(run):
-    """Take one optimizer step. Return the loss, the norm of the gradient, whether both are finite (if not, the step is
-    skipped: no weight or bias changes), and the load fractions (layers, N)."""
+    """Take one optimizer step. Return [loss, norm of the gradient] (2) float32 and the load fractions (layers, N). If
+    the loss or the norm is not finite, the step is skipped: no weight, bias or momentum changes. The host reads none of
+    these values: it would wait for the GPU, instead of preparing the next step meanwhile."""
     config, device, world = run.config, run.model.device, run.world
     # The data is a function of the step: there is no loader state to save, and ranks read different batches.
     first = run.step * config.grad_accum
-    batches = [[None if t is None else t.to(device) for t in run.loader.batch(i)]
-               for i in range(first + run.rank, first + config.grad_accum, world)]
+    batches = [to_device(run.loader.batch(first + i), device) for i in range(run.rank, config.grad_accum, world)]
     scored = torch.stack([(y >= 0).sum() for _, y, _ in batches])               # targets per micro-batch
     n, loss = scored.sum(), 0
     if world > 1:
@@ -208,14 +200,16 @@ def train_step(run):
         dist.all_reduce(loss)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
     norm = norm.full_tensor() if config.shard else norm         # over the shards of all ranks
-    finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+    values = torch.stack([loss, norm])
+    skip = 1 - values.isfinite().all().float()                  # 1: the optimizers change nothing
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group['lr'] = lr_at(run.step, config) * group['lr_scale']
-        if finite:
+        optimizer.found_inf = skip if skip.is_cuda else None    # read by the GPU (torch's name), else in the next line
+        if skip.is_cuda or not skip:
             optimizer.step()
         optimizer.zero_grad()
-    return loss.item(), norm.item(), finite, run.balancer.step(update=finite)
+    return values, run.balancer.step(skip)
 
 
 @torch.no_grad()
@@ -229,7 +223,7 @@ def evaluate(run):
     model.eval()
     with torch.compiler.set_stance('force_eager') if config.compile else contextlib.nullcontext():  # no extra graphs
         for index in range(n):
-            x, y, start = (None if t is None else t.to(model.device) for t in loader.batch(index))
+            x, y, start = to_device(loader.batch(index), model.device)
             with run.autocast:
                 scored.append((y >= 0).sum())
                 losses.append(model(x, y, start)[1] * scored[-1])
@@ -249,24 +243,23 @@ def evaluate(run):
 
 def take_steps(run):
     """Train until max_steps. Return the logged losses, {step: loss}."""
-    config, columns, history, skipped, steps, seconds = run.config, log_columns(run.model.config), {}, 0, 0, 0.0
+    config, columns, history, values, skipped = run.config, log_columns(run.model.config), {}, [], 0
+    steps, seconds = 0, 0.0                                     # since the last row of the log
     if run.step == 0:                                           # before any training: val loss is near ln(vocab_size)
         log(run, evaluate(run))
     with tqdm(total=config.max_steps, initial=run.step, disable=run.rank != 0, dynamic_ncols=True, mininterval=1,
               unit='step') as bar:                              # an error closes the bar before its message is printed
         while run.step < config.max_steps:
             began = time.perf_counter()
-            loss, norm, finite, load = train_step(run)
-            run.step, steps, seconds = run.step + 1, steps + 1, seconds + time.perf_counter() - began
-            skipped = 0 if finite else skipped + 1
-            if not finite:
-                print0(f'step {run.step}: loss {loss}, gradient norm {norm}: not finite, step skipped')
-            if skipped in (10, config.max_steps):               # ten in a row, or all of a shorter run
-                raise ValueError(f'{skipped} steps in a row had no finite loss or gradient; the last good '
-                                 f'checkpoint, if any, is kept. Try a smaller lr (now {config.lr}) or dtype=float32')
-            done = run.step == config.max_steps
-            row = evaluate(run) if run.step % config.eval_every == 0 or done else {}
-            if run.step % config.log_every == 0 or row:
+            value, load = train_step(run)
+            run.step, steps, values = run.step + 1, steps + 1, [*values, value]
+            evaluates, logs, saves = (run.step % every == 0 or run.step == config.max_steps for every in (
+                config.eval_every, config.log_every, config.checkpoint_every))
+            if evaluates or logs or saves:
+                (loss, norm, skipped), values = read_values(values, run.step, skipped, config), []
+            seconds += time.perf_counter() - began
+            row = evaluate(run) if evaluates else {}
+            if logs or evaluates:
                 entropy, speed = load_entropy(load), steps * run.tokens_per_step / seconds     # evaluations excluded
                 by_expert = torch.cat([load.flatten(), *run.balancer.biases]).tolist()
                 log(run, row | {
@@ -278,7 +271,7 @@ def take_steps(run):
                 history[run.step], steps, seconds = loss, 0, 0.0
             bar.update()
             # No checkpoint after a skipped step (resuming resets their count), except at the end.
-            if (run.step % config.checkpoint_every == 0 and finite or done) and (run.rank == 0 or config.shard):
+            if saves and (not skipped or run.step == config.max_steps) and (run.rank == 0 or config.shard):
                 save(run)
     return history
 
@@ -290,7 +283,9 @@ def train(config, model_config):
     loader, val_loader, tokenizer, model_config = open_data(config, model_config)
     os.makedirs(config.out_dir, exist_ok=True)
     with exclusive_lock(os.path.join(config.out_dir, 'lock')) if is_rank0() else contextlib.nullcontext():
-        history = take_steps(set_up(config, model_config, device, loader, val_loader, tokenizer))
+        run = set_up(config, model_config, device, loader, val_loader, tokenizer)
+        gc.freeze()                                             # collections no longer visit the objects of start-up
+        history = take_steps(run)
     print0(f'python -m evidence.plot {config.out_dir}   plots its log')
     stop_processes()
     return history

@@ -7,6 +7,7 @@ Reading a file never executes code. A file that cannot be used raises a ValueErr
 """
 import contextlib
 import csv
+import math
 import os
 import pickle                                                   # only for its exception, see load_checkpoint
 import platform
@@ -17,6 +18,7 @@ from dataclasses import asdict, fields
 
 import torch
 
+from configurator import package
 from data.tokenizer import digest, load_tokenizer
 from model import Zaya, ZayaConfig
 from runtime.distributed import (broadcast_from_rank0, checksum_of, distribute_like, file_of, gather_lists, is_rank0,
@@ -114,6 +116,29 @@ def write_log(folder, row, columns, keep_until=None):
     if row:
         with open(path, 'a', newline='') as file:
             csv.DictWriter(file, columns).writerow(row)
+
+
+def log(run, row):
+    """Append a row, {column: value}, to the log of a train.Run, and to Weights & Biases if configured."""
+    row = {'step': run.step, 'tokens': run.step * run.tokens_per_step} | row
+    if run.rank == 0:
+        write_log(run.config.out_dir, row, log_columns(run.model.config))
+    if run.rank == 0 and run.config.wandb:
+        package('wandb').log(row, step=run.step)
+
+
+def read_values(values, step, skipped, config):
+    """Read the results of the training steps up to `step`, tensors [loss, norm] of train_step, in one copy from the
+    device. Report the skipped steps. Return the last loss and norm, and the number of steps skipped in a row, which was
+    `skipped` before. Raise ValueError if it reached ten, or all steps of a shorter run. config: train.TrainConfig."""
+    for i, (loss, norm) in enumerate(torch.stack(values).tolist(), step + 1 - len(values)):
+        skipped = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped + 1
+        if skipped:
+            print0(f'step {i}: loss {loss}, gradient norm {norm}: not finite, step skipped')
+        if skipped in (10, config.max_steps):
+            raise ValueError(f'{skipped} steps in a row had no finite loss or gradient; the last good checkpoint, if '
+                             f'any, is kept. Try a smaller lr (now {config.lr}) or dtype=float32')
+    return loss, norm, skipped
 
 
 # ---- reading ----

@@ -1,4 +1,4 @@
-"""Choose the device and the dtype of matrix products."""
+"""Choose the device and the dtype of matrix products; copy batches to the device."""
 import time
 
 import torch
@@ -17,12 +17,13 @@ def pick_device(name):
 
 
 def pick_dtype(name, device, width=256):
-    """Return the torch.dtype of matrix products for 'auto', 'float32' or 'bfloat16'. 'auto' is bfloat16 on cuda. On a
-    CPU it is bfloat16 if a product of the model's width runs at least 1.5 times as fast with it, measured in 20 ms."""
+    """Return the torch.dtype of matrix products for 'auto', 'float32' or 'bfloat16'. 'auto' is bfloat16 on a GPU that
+    has bf16 units (not on a T4 or a GTX 1080, where torch emulates bf16). On a CPU it is bfloat16 if a product of the
+    model's width runs at least 1.5 times as fast with it, measured in 20 ms."""
     if name != 'auto' or device.type not in ('cpu', 'cuda'):
         return torch.bfloat16 if name == 'bfloat16' else torch.float32
     if device.type == 'cuda':
-        return torch.bfloat16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     before = torch.get_float32_matmul_precision()
     width, seconds, results = max(width, 256), {torch.float32: [], torch.bfloat16: []}, {}
     x, W = torch.randn(512, width), torch.randn(width, 2 * width)
@@ -37,6 +38,26 @@ def pick_dtype(name, device, width=256):
     if torch.distributed.is_initialized():                      # the measurement of rank 0 decides for all ranks
         torch.distributed.broadcast(choice, 0)
     return torch.bfloat16 if choice else torch.float32
+
+
+def expert_path(device, dtype):
+    """Return, for the start-up line, how F.grouped_mm multiplies the experts on a GPU; '' on other devices. One launch
+    for all experts needs bf16 and compute capability 9 or 10 (torch 2.13). Otherwise the host reads the ends of the
+    experts' slices, for which it waits until the GPU has computed them, and launches a product per expert."""
+    if device.type != 'cuda':
+        return ''
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and dtype == torch.bfloat16 and major in (9, 10):
+        return f'; experts: one grouped product per layer and matrix (bf16 on SM{major}{minor})'
+    reason = f'{str(dtype)[6:]} on ' + ('ROCm' if torch.version.hip else f'SM{major}{minor}')
+    return f'; experts: one product each, with a host sync ({reason}; a grouped product needs bf16 on SM9x or SM10x)'
+
+
+def to_device(batch, device):
+    """Return a loader's batch, a tuple of tensors or None, on device. A GPU copies it from pinned memory while it works
+    on the step before: the host does not wait."""
+    on_gpu = device.type == 'cuda'
+    return [t if t is None else (t.pin_memory() if on_gpu else t).to(device, non_blocking=on_gpu) for t in batch]
 
 
 # Dense bf16 peak of some GPUs in FLOP/s (data sheets), for the model FLOPs utilization (MFU).

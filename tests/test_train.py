@@ -170,11 +170,11 @@ def test_the_loss_is_the_mean_over_scored_targets_for_any_split(scored, data):
             model.no_sync = contextlib.nullcontext                              # DDP's
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train.dist, 'all_reduce', reduce)
-                part, _, finite, _ = train.train_step(train.Run(
-                    config, model, model, [], SimpleNamespace(step=lambda update: None), Split(x, y, sizes),
+                values, _ = train.train_step(train.Run(
+                    config, model, model, [], SimpleNamespace(step=lambda skip: None), Split(x, y, sizes),
                     rank=rank, world=world))
-            assert finite
-            loss += part
+            assert values.isfinite().all()
+            loss += values[0].item()
             grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         return loss, torch.stack(grads).mean(0)                                 # DDP averages over ranks
     loss, grad = step(sizes, world)
@@ -622,6 +622,20 @@ def test_a_non_finite_step_changes_nothing(dataset, tmp_path, poison, capsys, wh
     assert load_checkpoint(tmp_path) is None            # no finite step
 
 
+def test_every_skipped_step_is_reported_when_the_next_row_is_logged(dataset, tmp_path, poison, capsys):
+    poison({1, 2, 5}, 'loss', math.nan)
+    run(dataset, tmp_path, max_steps=8, log_every=4, eval_every=100, checkpoint_every=100)
+    out = capsys.readouterr().out
+    assert [f'step {i}: loss nan' in out for i in range(1, 9)] == [i in (2, 3, 6) for i in range(1, 9)]
+
+
+def test_ten_bad_steps_between_two_rows_of_the_log_stop_the_run_too(dataset, tmp_path, poison):
+    poison(range(3, 13), 'gradient', math.nan)          # finite again before the row
+    with pytest.raises(ValueError, match='10 steps in a row'):
+        run(dataset, tmp_path, max_steps=100, log_every=20, eval_every=100, checkpoint_every=3)
+    assert load_checkpoint(tmp_path)['step'] == 3
+
+
 def test_training_continues_after_nine_skipped_steps(dataset, tmp_path, poison):
     poison(range(1, 10), 'gradient', math.nan)
     run(dataset, tmp_path, max_steps=30, lr=0.01, checkpoint_every=1, eval_every=100)
@@ -645,9 +659,9 @@ def test_non_finite_weights_are_not_saved(dataset, tmp_path, monkeypatch):
     def poisoned(model, *args):
         made, step = make(model, *args), train.Balancer.step
 
-        def spoil(balancer, update):                            # after the optimizers: the loss was finite
+        def spoil(balancer, skip):                              # after the optimizers: the loss was finite
             model.norm.weight.data[3] = math.nan
-            return step(balancer, update)
+            return step(balancer, skip)
         monkeypatch.setattr(train.Balancer, 'step', spoil)
         return made
     monkeypatch.setattr(train, 'make_optimizers', poisoned)
