@@ -43,27 +43,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        # If the step is skipped: no decay, the running average with itself, and orthogonalize(0) = 0.
+        either = lambda skipped, x: x if self.found_inf is None else torch.where(self.found_inf > 0, skipped, x)
         for group in self.param_groups:
-            lr, momentum, keep = group['lr'], group['momentum'], 1 - group['lr'] * group['weight_decay']
-            if self.found_inf is not None:
-                keep = torch.where(self.found_inf > 0, 1, keep)
+            lr, momentum, keep = group['lr'], group['momentum'], either(1, 1 - group['lr'] * group['weight_decay'])
             stacks = {}                                         # one batch per shape of matrices; a stack: its own
             for p in group['params']:
                 stacks.setdefault(p.shape if p.ndim == 2 else id(p), []).append(p)
                 if not self.state[p]:
                     self.state[p]['momentum'] = torch.zeros_like(p)
             for params in stacks.values():                      # foreach: one kernel for all matrices of a stack
-                grads, averages = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
-                if self.found_inf is not None:                  # the average with itself is itself
-                    grads = [torch.where(self.found_inf > 0, a, g) for a, g in zip(averages, grads)]
+                averages = [self.state[p]['momentum'] for p in params]
+                grads = [either(average, p.grad) for average, p in zip(averages, params)]
                 torch._foreach_lerp_(averages, grads, 1 - momentum)
                 torch._foreach_lerp_(grads, averages, momentum)                 # Nesterov
-                updates = torch.stack(grads) if len(grads) > 1 else grads[0][None]
-                if self.found_inf is not None:
-                    updates = torch.where(self.found_inf > 0, 0, updates)       # orthogonalize(0) = 0
-                step = -lr * 0.2 * max(updates.shape[-2:]) ** 0.5
+                updates = self.orthogonalize(either(0, torch.stack(grads) if len(grads) > 1 else grads[0][None]))
                 torch._foreach_mul_(params, keep)
-                torch._foreach_add_(params, self.orthogonalize(updates).unbind(), alpha=step)
+                torch._foreach_add_(params, updates.unbind(), alpha=-lr * 0.2 * max(updates.shape[-2:]) ** 0.5)
 
 
 def make_optimizers(model, lr, weight_decay=0.1, compile=False):
@@ -77,8 +73,7 @@ def make_optimizers(model, lr, weight_decay=0.1, compile=False):
     muon, others, vectors = [], [], []
     for name, p in model.named_parameters():
         is_matrix = (p.ndim == 2 and 'embedding' not in name) or 'experts' in name
-        group = muon if is_matrix else others if p.ndim > 1 else vectors
-        group.append(p)
+        (muon if is_matrix else others if p.ndim > 1 else vectors).append(p)
     return [Muon([{'params': muon, 'lr_scale': 1.0}], lr, weight_decay=weight_decay, compile=compile),
             torch.optim.AdamW([{'params': others, 'weight_decay': weight_decay, 'lr_scale': 1.0},
                                {'params': vectors, 'weight_decay': 0.0, 'lr_scale': 0.1}], lr, betas=(0.9, 0.95),

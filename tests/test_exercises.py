@@ -41,7 +41,7 @@ WRONG = {
                ('u * cdf[:, -1]', 'u')],
     'orthogonalize': [('X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)', 'X'),
                       ('dim=(-2, -1), keepdim=True', ''), ('X.mT if tall else X', 'X')],
-    'muon': [('= -lr *', '= lr *'), ('torch._foreach_lerp_(grads, averages, momentum)', 'grads = averages'),
+    'muon': [('alpha=-lr', 'alpha=lr'), ('torch._foreach_lerp_(grads, averages, momentum)', 'grads = averages'),
              ('0.2 * max', '0.2 * min')],
     'trim': [('<= budget', '< budget'), ('in sample[:-1]] + sample[-1:]', 'in sample]'),
              ('cut_last(sample, budget)', 'None')],
