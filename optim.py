@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.1, compile=False):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        # Compiled without the learning rate, which changes at every step. train.py replaces it for sharded parameters.
+        # It does not get the learning rate, which would recompile it at each step. train.py replaces it if sharded.
         self.orthogonalize = torch.compile(orthogonalize, dynamic=True) if compile else orthogonalize
         self.found_inf = None           # 0-d tensor, as for torch's fused AdamW: if 1, step() changes nothing
 

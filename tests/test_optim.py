@@ -114,7 +114,7 @@ def test_compiled_muon_equals_eager_and_a_new_learning_rate_does_not_recompile(m
     for a, b in zip(eager, compiled):
         torch.testing.assert_close(a, b)
     n = graphs.frame_count
-    assert 1 <= n <= 8                                          # shapes are dynamic: past 8 graphs, torch gives up
+    assert 1 <= n <= 5                                          # shapes are dynamic; after 8 graphs torch gives up
     muon.param_groups[0]['lr'] *= 0.5
     for p in muon.param_groups[0]['params']:
         p.grad = random(*p.shape)
