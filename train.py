@@ -30,7 +30,7 @@ import kernels
 from data.loader import open_dataset
 from data.tokenizer import digest, save_tokenizer
 from model import Zaya, ZayaConfig, initial_value, sizes
-from optim import make_optimizers, orthogonalize
+from optim import make_optimizers
 from router import Balancer, load_entropy
 from runtime.checkpoint import exclusive_lock, log, log_columns, read_values, resume, save_checkpoint, write_log
 from runtime.device import expert_path, matmuls_in, name_and_peak, pick_dtype, to_device
@@ -139,9 +139,9 @@ def set_up(config, model_config, device, loader, val_loader, tokenizer):
     model = build(config, model_config, device)
     for layer in model.layers if config.recompute else ():      # routers count tokens twice: same fractions
         layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-    optimizers = make_optimizers(model, config.lr, config.weight_decay)
+    optimizers = make_optimizers(model, config.lr, config.weight_decay, config.compile and device.type == 'cuda')
     if config.shard:
-        optimizers[0].orthogonalize = functools.partial(orthogonalize_shards, orthogonalize)
+        optimizers[0].orthogonalize = functools.partial(orthogonalize_shards, optimizers[0].orthogonalize)
     balancer = Balancer(model.routers, config.balancer, config.balancer_lr)
     step = resume(config, model, optimizers, balancer, tokenizer)
     dtype = pick_dtype(config.dtype, device, model_config.n_embd)
