@@ -12,7 +12,6 @@ micro-batches; only rank 0 logs and saves. --shard=True splits a model that does
 """
 import contextlib
 import functools
-import gc
 import math
 import os
 import sys
@@ -283,9 +282,7 @@ def train(config, model_config):
     loader, val_loader, tokenizer, model_config = open_data(config, model_config)
     os.makedirs(config.out_dir, exist_ok=True)
     with exclusive_lock(os.path.join(config.out_dir, 'lock')) if is_rank0() else contextlib.nullcontext():
-        run = set_up(config, model_config, device, loader, val_loader, tokenizer)
-        gc.freeze()                                             # collections no longer visit the objects of start-up
-        history = take_steps(run)
+        history = take_steps(set_up(config, model_config, device, loader, val_loader, tokenizer))
     print0(f'python -m evidence.plot {config.out_dir}   plots its log')
     stop_processes()
     return history
