@@ -185,30 +185,30 @@ def here():
 
 
 class ZeroBatches:
-    """A loader whose batches hold token 0."""
+    """A loader whose batches hold token 0; packed: with document starts."""
 
-    def __init__(self, batch_size, context):
-        self.shape, self.packed, self.n_windows = (batch_size, context), False, batch_size
-        self.batch_size, self.context = batch_size, context
+    def __init__(self, batch_size, context, packed):
+        self.shape, self.packed = (batch_size, context), packed
 
     def batch(self, index):
-        return torch.zeros(self.shape, dtype=torch.int64), torch.zeros(self.shape, dtype=torch.int64), None
+        x = torch.zeros(self.shape, dtype=torch.int64)
+        return x, x.clone(), torch.ones(self.shape, dtype=torch.bool) if self.packed else None
 
 
-def make_run(gpu, model_config, **settings):
+def make_run(gpu, model_config, packed=False, **settings):
     """Return a Run of train.py on a FakeGPU, in bf16."""
     config = TrainConfig(**settings)
     model = gpu.model(model_config)
     balancer = Balancer(model.routers, config.balancer, config.balancer_lr)
-    loader = ZeroBatches(config.batch_size, model_config.context)
+    loader = ZeroBatches(config.batch_size, model_config.context, packed)
     return Run(config, model, model, make_optimizers(model, config.lr), balancer, loader, loader,
                autocast=torch.autocast('cuda', torch.bfloat16), tokens_per_step=1)
 
 
-def count_training(model_config, **settings):
+def count_training(model_config, packed=False, **settings):
     """Return the FakeGPU after one training step, which was not the first."""
     with FakeGPU() as gpu:
-        run = make_run(gpu, model_config, **settings)
+        run = make_run(gpu, model_config, packed, **settings)
         train_step(run)                                         # the optimizers' state is allocated
         for counter in gpu.operators, gpu.reads, gpu.copies:
             counter.clear()

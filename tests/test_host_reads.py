@@ -30,7 +30,8 @@ def unnamed(places, *names):
     return [place for place in places if not any(place.startswith(name) for group in names for name in group)]
 
 
-@pytest.mark.parametrize('settings', [{}, dict(grad_accum=2, balancer='sign'), dict(balancer='none', grad_clip=0)])
+@pytest.mark.parametrize('settings', [
+    dict(packed=True), dict(grad_accum=2, balancer='sign'), dict(balancer='none', grad_clip=0)])
 @pytest.mark.parametrize('skip_expert', [False, True])
 def test_a_training_step_reads_no_value(settings, skip_expert):
     gpu = count_training(tiny_config(skip_expert=skip_expert), batch_size=2, **settings)
