@@ -9,13 +9,13 @@ PY := .venv/bin/python
 endif
 
 demo: tasks/loops/votes/meta.json data/stdlib/meta.json
-	@echo '== 1 of 4, 100 seconds: train a reasoning model. Watch the solution of a held-out problem every 200 steps.'
+	@echo '== 1 of 4, 2 minutes: train a reasoning model. Watch the solution of a held-out problem every 200 steps.'
 	$(PY) train.py config/demo_loops.py
 	@echo '== 2 of 4, 5 seconds: it solves a problem that is longer than its budget of 41 tokens, with Markovian RSA.'
 	$(PY) rsa.py --ckpt=runs/demo_loops --question='3x:a-2b*7c+3d+4=5' --show=True
-	@echo '== 3 of 4, 40 seconds: its accuracy on 64 held-out problems of 25 to 32 steps.'
+	@echo '== 3 of 4, 30 seconds: its accuracy on 64 held-out problems of 25 to 32 steps.'
 	$(PY) evaluate.py --ckpt=runs/demo_loops --split=hard --problems=64
-	@echo '== 4 of 4, 120 seconds: train a small language model on the source of the standard library, and sample from it.'
+	@echo '== 4 of 4, 75 seconds: train a small language model on the source of the standard library, and sample from it.'
 	$(PY) train.py config/demo.py
 	$(PY) sample.py --ckpt=runs/demo --prompt='    def __init__(self' --max_new_tokens=45 --temperature=0.5 --seed=2
 

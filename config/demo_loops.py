@@ -10,7 +10,7 @@ n_expert = 4
 expert_dim = 128
 router_dim = 32
 batch_size = 8          # 8 * 256 = 2,048 tokens per step
-max_steps = 800         # 1.6M tokens; the last 500 steps teach aggregation
+max_steps = 1200        # 2.5M tokens; the last 900 steps teach aggregation
 warmup_steps = 20
 lr = 2e-2
 min_lr = 0.0
