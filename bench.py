@@ -286,7 +286,7 @@ def side_by_side(device, dtype, settings):
 
 # ---- the speedrun ----
 
-RUNS = {'ours, config/demo.py': 'train.py config/demo.py --sample_tokens=0',
+RUNS = {'ours, config/demo.py': 'train.py config/demo.py --sample_tokens=0 --max_steps=205',       # to 5.06
         'a plain GPT, AdamW': '-m evidence.speedrun --model=gpt',
         "transformers' ZAYA, AdamW": '-m evidence.speedrun --model=transformers',
         'ours, config/demo_loops.py': 'train.py config/demo_loops.py --sample_tokens=0'}

@@ -1,7 +1,7 @@
 # `make demo`: the loops task with two layers. First `python -m tasks.loops.prepare`. config/loops.py has four layers.
 out_dir = 'runs/demo_loops'
 dataset = 'tasks/loops/traces:0.5 tasks/loops/votes:0.5'
-n_layer = 2             # half the time per step, and arithmetic is learned in 240 steps instead of 300
+n_layer = 2             # half the time per step of four, and arithmetic is learned in 240 steps instead of 300
 n_embd = 128
 n_head = 4
 n_kv_head = 2
