@@ -1,5 +1,5 @@
-# `make demo` trains a small reasoning model and a small language model, and shows both. `make test` checks the style and runs
-# all tests. Both install what they need at the first call: into .venv, or, if an environment with a CUDA or ROCm build of
+# `make demo` trains a small reasoning model and a small language model, and shows both. `make test` checks the style and
+# runs all tests. Both install what they need at the first call: into .venv, or, if an environment with a CUDA or ROCm build of
 # torch is active, into that environment, without replacing its torch or any package it already has.
 PYTHON ?= python3
 ifeq ($(shell $(PYTHON) -c "import torch; print(bool(torch.version.cuda or torch.version.hip))" 2>/dev/null),True)
@@ -11,7 +11,7 @@ endif
 demo: tasks/loops/votes/meta.json data/stdlib/meta.json
 	@echo '== 1 of 4, 2 minutes: train a reasoning model. Watch the solution of a held-out problem every 200 steps.'
 	$(PY) train.py config/demo_loops.py
-	@echo '== 2 of 4, 5 seconds: it solves a problem that is longer than its budget of 41 tokens, with Markovian RSA.'
+	@echo '== 2 of 4, 5 seconds: it solves a problem with Markovian RSA; the solution is longer than its budget of 41 tokens.'
 	$(PY) rsa.py --ckpt=runs/demo_loops --question='3x:a-2b*7c+3d+4=5' --show=True
 	@echo '== 3 of 4, 30 seconds: its accuracy on 64 held-out problems of 25 to 32 steps.'
 	$(PY) evaluate.py --ckpt=runs/demo_loops --split=hard --problems=64
@@ -24,7 +24,7 @@ test: environment
 	$(PY) -m ruff check -q
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=loadfile
 
-# The benchmark on a tiny model, to see that it runs; its figures mean nothing.
+# A smoke test of the benchmark on a tiny model; its timings are not meaningful.
 bench-quick: environment
 	$(PY) bench.py --quick=True
 

@@ -1,5 +1,5 @@
 """Compare speed and memory with the ZAYA of transformers: `python bench.py` (how both scale: evidence/scaling.py).
-`python bench.py --speedrun=True` measures instead the seconds of whole training runs, from the start of the process.
+`python bench.py --speedrun=True` measures the time of whole training runs instead, from the start of the process.
 
 Both models have the SAME random weights, and nothing is timed unless their logits agree. Each workload alternates
 between the two, A B A B ..., in one process, so that other load on the machine slows both. The table reports medians:
@@ -286,31 +286,31 @@ def side_by_side(device, dtype, settings):
 
 # ---- the speedrun ----
 
-RUNS = {'ours, config/demo.py': 'train.py config/demo.py --sample_tokens=0 --max_steps=205',       # to 5.06
+RUNS = {'ours, config/demo.py': 'train.py config/demo.py --sample_tokens=0 --dtype=float32 --max_steps=205',   # to 5.06
         'a plain GPT, AdamW': '-m evidence.speedrun --model=gpt',
         "transformers' ZAYA, AdamW": '-m evidence.speedrun --model=transformers',
         'ours, config/demo_loops.py': 'train.py config/demo_loops.py --sample_tokens=0'}
 
 
-def run_program(words):
-    """Run `python words`. Return its seconds, from the start of the process, and its output. Raise ValueError with the
-    last line on stderr if it fails."""
+def run_program(command):
+    """Run `python command`. Return its seconds, start-up included, and its output. Raise ValueError with the last line
+    on stderr if it fails."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *words.split()], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command.split()], cwd=Path(__file__).parent, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f'{words}: {done.stderr.strip().splitlines()[-1]}')
+        raise ValueError(f'{command}: {done.stderr.strip().splitlines()[-1]}')
     return time.perf_counter() - began, done.stdout
 
 
 def speedrun(repeats=3):
-    """Print the seconds of each of RUNS, measured in alternation, with its last validation loss; at the end, the scores
-    of the last run of config/demo_loops.py."""
+    """Print the seconds of each of RUNS, measured in alternation, with its last validation loss; at the end, the
+    table of evaluate.py for the last run of config/demo_loops.py. The loss of that run is of other data."""
     seconds, losses = {name: [] for name in RUNS}, {}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats):
-            for i, (name, words) in enumerate(RUNS.items()):
+            for i, (name, command) in enumerate(RUNS.items()):
                 out = f'{folder}/{i}-{repeat}'
-                took, text = run_program(words + f' --out_dir={out}' * words.startswith('train.py'))
+                took, text = run_program(command + f' --out_dir={out}' * command.startswith('train.py'))
                 seconds[name].append(took)
                 losses[name] = re.findall(r'val loss ([0-9.]+)', text)[-1]
         print('\n| run | seconds, median | all | val loss |\n| --- | --- | --- | --- |')

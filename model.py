@@ -23,7 +23,7 @@ from torch import nn
 from cache import Cache
 from cca import CCA, rope_table
 from configurator import check_ranges
-from kernels import head
+from kernels.head import linear, products
 from layers import ResidualScaling, RMSNorm, bf16_matmuls, float32_matmuls, upcast
 from router import Router
 
@@ -73,7 +73,7 @@ class ZayaConfig:
 def logits(x, W):
     """Return x W^T in float32 (report, IV-D). x (..., E) float32, W (V, E) of any dtype -> (..., V)."""
     with float32_matmuls():
-        return F.linear(x, W) if W.dtype == x.dtype else head.linear(x, W)
+        return F.linear(x, W) if W.dtype == x.dtype else linear(x, W)
 
 
 def swiglu(gate_up):
@@ -83,7 +83,7 @@ def swiglu(gate_up):
 
 
 # x (T, in), W (N, in, out), offs (N) int32 -> (T, out): tokens offs[e - 1] : offs[e] are multiplied by W[e].
-eager_grouped_mm = torch.compiler.disable(F.grouped_mm)         # torch.compile supports it in bf16 only
+eager_grouped_mm = torch.compiler.disable(F.grouped_mm)         # torch.compile (2.13) supports bf16 only
 grouped_mm = lambda x, W, offs: (F.grouped_mm if x.dtype == torch.bfloat16 else eager_grouped_mm)(x, W, offs=offs)
 
 
@@ -265,22 +265,22 @@ class CrossEntropy(torch.autograd.Function):
 
     The logits of all tokens could be the largest tensor of a training step (8B: 1 MB per token). So forward computes
     them for one piece of the tokens at a time, and dx, dW along with them; backward only scales these:
-    dlogits = (softmax - one-hot) / n,  dx = dlogits W,  dW = dlogits^T x, n the number of targets that count.
-    On GPUs, if matmuls are in bf16, these three are sums of three bf16 products each (kernels/head.py)."""
+    dlogits = (softmax - one-hot) / n,  dx = dlogits W,  dW = dlogits^T x, n the number of targets that count. On GPUs
+    in bf16 runs, x W^T, dlogits W and dlogits^T x are sums of three bf16 products each (kernels/head.py)."""
 
     @staticmethod
     def forward(ctx, x, W, targets):
-        n, (parts, mm, addmm_, size) = (targets >= 0).sum().clamp_min(1), head.products(x, len(W), bf16_matmuls())
-        loss, dx, dW, W = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(W), parts(W)
+        n, (split, mm, addmm_, size) = (targets >= 0).sum().clamp_min(1), products(x, len(W), bf16_matmuls())
+        loss, dx, dW, W = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(W), split(W)
         for x_piece, target, dx_piece in zip(x.split(size), targets.split(size), dx.split(size)):
             scored, target = (target >= 0)[:, None], target.clamp_min(0)[:, None]               # (size, 1) each
             with float32_matmuls():
-                logp = mm(parts(x_piece), W.mT).log_softmax(-1)                 # (size, V)
+                logp = mm(split(x_piece), W.mT).log_softmax(-1)                 # (size, V)
             loss -= logp.gather(1, target).mul_(scored).sum()
             if ctx.needs_input_grad[0]:                                         # not in evaluation
-                dlogits = parts(logp.exp_().scatter_add_(1, target, -torch.ones_like(x_piece[:, :1])))      # * n
+                dlogits = split(logp.exp_().scatter_add_(1, target, -torch.ones_like(x_piece[:, :1])))      # * n
                 mm(dlogits, W, out=dx_piece).mul_(scored / n)
-                addmm_(dW, dlogits.mT, parts(x_piece * (scored / n)))
+                addmm_(dW, dlogits.mT, split(x_piece * (scored / n)))
         ctx.save_for_backward(dx, dW)
         return loss / n
 

@@ -2,13 +2,13 @@
 
 The idea. A gradient matrix G = U S V^T usually has a few large singular values and many small ones, so that a gradient
 step changes the weights in few directions. Muon steps along U V^T, the nearest semi-orthogonal matrix, which gives all
-directions the same weight (K. Jordan, kellerjordan.github.io/posts/muon). No SVD: a Newton-Schulz step
+directions the same weight (K. Jordan, kellerjordan.github.io/posts/muon). No SVD: a Newton-Schulz iteration
 
     X <- a X + b (X X^T) X + c (X X^T)^2 X
 
-maps each singular value s to a s + b s^3 + c s^5. Three steps suffice with Polar Express's a, b, c (2505.16932). The
-elements of an orthogonal m x n matrix have RMS 1 / sqrt(max(m, n)), those of an AdamW update about 0.2. Muon's update
-is scaled by 0.2 sqrt(max(m, n)) (arXiv 2502.16982), and both optimizers share one learning rate and weight decay.
+maps each singular value s to a s + b s^3 + c s^5. Three steps suffice with Polar Express's a, b, c (arXiv 2505.16932).
+The elements of an orthogonal m x n matrix have RMS 1 / sqrt(max(m, n)), those of an AdamW update about 0.2. Muon's
+update is scaled by 0.2 sqrt(max(m, n)) (arXiv 2502.16982); both optimizers share one learning rate and weight decay.
 
 Legend:  m, n matrix rows and columns   N experts (orthogonalized separately; gate and up as one matrix)
 """
@@ -18,8 +18,8 @@ POLAR_EXPRESS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613,
 
 
 def orthogonalize(G, coefficients=POLAR_EXPRESS):
-    """Return the matrices of G (..., m, n), in its dtype, with its singular vectors and singular values near 1: all
-    above 0.01 |G| end within 0.27 of 1. Computed in bf16 on GPUs, which is precise enough, in float32 on CPUs."""
+    """Return the matrices of G (..., m, n), in its dtype, with its singular vectors; singular values above 0.01 |G|
+    become 0.73 to 1.27. Computed in bf16 on GPUs, which is precise enough, in float32 tensors on CPUs."""
     X = G.reshape(-1, *G.shape[-2:]).to(torch.bfloat16 if G.is_cuda else torch.float32)
     tall = X.shape[-2] > X.shape[-1]
     if tall:                                                    # the smaller of X X^T and X^T X
@@ -37,13 +37,13 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.1, compile=False):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        # It does not get the learning rate, which would recompile it at each step. train.py replaces it if sharded.
+        # The learning rate is not an argument: a new value would recompile. train.py wraps this if sharded.
         self.orthogonalize = torch.compile(orthogonalize, dynamic=True) if compile else orthogonalize
         self.found_inf = None           # 0-d tensor, as for torch's fused AdamW: if 1, step() changes nothing
 
     @torch.no_grad()
     def step(self):
-        # If the step is skipped: no decay, the running average with itself, and orthogonalize(0) = 0.
+        # Skipped: the decay factor is 1, the momentum averaged with itself, and the update orthogonalize(0) = 0.
         either = lambda skipped, x: x if self.found_inf is None else torch.where(self.found_inf > 0, skipped, x)
         for group in self.param_groups:
             lr, momentum, keep = group['lr'], group['momentum'], either(1, 1 - group['lr'] * group['weight_decay'])
@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
                 stacks.setdefault(p.shape if p.ndim == 2 else id(p), []).append(p)
                 if not self.state[p]:
                     self.state[p]['momentum'] = torch.zeros_like(p)
-            for params in stacks.values():                      # foreach: one kernel for all matrices of a stack
+            for params in stacks.values():                      # foreach: few kernels for all matrices
                 averages = [self.state[p]['momentum'] for p in params]
                 grads = [either(average, p.grad) for average, p in zip(averages, params)]
                 torch._foreach_lerp_(averages, grads, 1 - momentum)

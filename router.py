@@ -86,22 +86,22 @@ class Balancer:
         self.adamw = torch.optim.AdamW(self.biases, lr=lr, weight_decay=0.0, fused=self.biases[0].is_cuda)
 
     @torch.no_grad()
-    def step(self, skip=None):
-        """Move the biases, unless skip (0-d float32, as in train_step) is 1, and clear the loads. Return the load
-        fractions, tokens per expert / tokens that were not sent to 'skip', over all ranks, (layers, N) float32."""
+    def step(self, found_inf=None):
+        """Update the biases unless found_inf (0-d float32, as in train_step) is 1; always reset the load counters.
+        Return the load fractions, tokens per expert / tokens of all experts, over all ranks, (layers, N) float32."""
         loads = torch.stack([router.load[:router.n_expert] for router in self.routers])
         if dist.is_initialized():
             dist.all_reduce(loads)
         for router in self.routers:
             router.load.zero_()
         fractions = loads / loads.sum(-1, keepdim=True).clamp_min(1)
-        error = fractions - loads.any(-1, keepdim=True) / loads.shape[-1]       # (layers, N); 0 if no token came
-        self.adamw.found_inf = skip if loads.is_cuda else None  # read by the GPU, else in the next line
-        if self.rule == 'pid' and (loads.is_cuda or not skip):
+        error = fractions - loads.any(-1, keepdim=True) / loads.shape[-1]       # (layers, N); 0 if no token was routed
+        self.adamw.found_inf = found_inf if loads.is_cuda else None     # read by the kernel, else in the next line
+        if self.rule == 'pid' and (loads.is_cuda or not found_inf):
             for bias, e in zip(self.biases, error):
                 bias.grad = e
             self.adamw.step()
         elif self.rule == 'sign':
             for bias, e in zip(self.biases, error):
-                bias -= self.lr * e.sign() * (1 if skip is None else 1 - skip)
+                bias -= self.lr * e.sign() * (1 if found_inf is None else 1 - found_inf)
         return fractions

@@ -63,7 +63,7 @@ class TrainConfig:
     seed: int = 0                   # of the initial weights and of the order of the data
     device: str = 'auto'            # 'auto': cuda (also AMD's ROCm), else mps, else cpu
     dtype: str = 'auto'             # of matrix products; 'auto': bfloat16 where it is faster, else float32
-    compile: bool = False           # torch.compile: adds half a minute at the start, faster steps
+    compile: bool = False           # the layers, on GPUs also Muon: half a minute at the start, faster steps
     kernel: str = 'torch'           # 'hip' or 'auto': the compiled CCA kernel, see kernels/README.md
     shard: bool = False             # under torchrun: split every tensor over the processes
     recompute: bool = False         # activation checkpointing: keep each layer's input, recompute the rest in backward
@@ -176,9 +176,9 @@ def save(run):
 
 
 def train_step(run):
-    """Take one optimizer step. Return [loss, norm of the gradient] (2) float32 and the load fractions (layers, N). If
-    the loss or the norm is not finite, the step is skipped: no weight, bias or momentum changes. The host reads none of
-    these values: it would wait for the GPU, instead of preparing the next step meanwhile."""
+    """Take one optimizer step. Return [loss, gradient norm before clipping], (2) float32, and the load fractions, (layers,
+    N). If the loss or the norm is not finite, the step is skipped: no weight, bias or optimizer state changes. On CUDA
+    the host reads none of these values, which would synchronize, and queues the next step."""
     config, device, world = run.config, run.model.device, run.world
     # The data is a function of the step: there is no loader state to save, and ranks read different batches.
     first = run.step * config.grad_accum
@@ -200,15 +200,15 @@ def train_step(run):
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
     norm = norm.full_tensor() if config.shard else norm         # over the shards of all ranks
     values = torch.stack([loss, norm])
-    skip = 1 - values.isfinite().all().float()                  # 1: the optimizers change nothing
+    found_inf = 1 - values.isfinite().all().float()             # 1: the optimizers change nothing
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group['lr'] = lr_at(run.step, config) * group['lr_scale']
-        optimizer.found_inf = skip if skip.is_cuda else None    # read by the GPU (torch's name), else in the next line
-        if skip.is_cuda or not skip:
+        optimizer.found_inf = found_inf if found_inf.is_cuda else None      # read by the kernels, else in the next line
+        if found_inf.is_cuda or not found_inf:
             optimizer.step()
         optimizer.zero_grad()
-    return values, run.balancer.step(skip)
+    return values, run.balancer.step(found_inf)
 
 
 @torch.no_grad()
@@ -269,7 +269,7 @@ def take_steps(run):
                 bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tok/s, load entropy {entropy.mean():.3f}')
                 history[run.step], steps, seconds = loss, 0, 0.0
             bar.update()
-            # No checkpoint after a skipped step (resuming resets their count), except at the end.
+            # No checkpoint after a skipped step (resuming resets the count of skipped steps), except at the end.
             if saves and (not skipped or run.step == config.max_steps) and (run.rank == 0 or config.shard):
                 save(run)
     return history

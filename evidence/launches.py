@@ -1,11 +1,12 @@
-"""Count what a training step and a decode step launch on a GPU, without one: `python -m evidence.launches`.
+"""Count the operators that a training and a decode step launch on a GPU, without one: `python -m evidence.launches`.
 
-Every PyTorch operator that is not a view costs a launch, a few microseconds of the host. Where the host reads a value
-(`item`, `tolist`), it waits until the GPU is done, and the GPU then waits for the next launch. Both are visible without
-a GPU: on fake tensors (shapes and dtypes, no values) the code runs as on 'cuda', and each operator can be counted.
+Every PyTorch operator that is not a view costs a launch, a few microseconds of the host. Reading a value on the host
+(`item`, `tolist`) synchronizes: the host waits for the GPU, which then waits for the next launch. Both are visible
+without a GPU: on fake tensors (shapes and dtypes, no values) the code runs as on 'cuda', and operators are counted.
 
-Not seen: the kernels of one operator (the optimizers' foreach and fused operators launch several for many tensors, a
-grouped product on old GPUs one per expert), what torch.compile fuses, CUDA graphs.
+Not counted: the head's three bf16 products (kernels/head.py; a plain one is counted), writes by copy_,
+the kernels of one operator (the optimizers' foreach and fused operators launch several for many tensors, a grouped
+product on old GPUs one per expert), what torch.compile fuses, CUDA graphs.
 """
 import contextlib
 import sys
@@ -33,7 +34,6 @@ from train import Run, TrainConfig, train_step
 CUDA, ROOT = torch.device('cuda', 0), Path(__file__).parent.parent
 READS = {torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__,
          torch.Tensor.__index__, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.__format__}
-aten = torch.ops.aten
 
 
 def is_cuda(device):
@@ -41,14 +41,14 @@ def is_cuda(device):
 
 
 def launches(function):
-    """Return whether an operator launches a kernel: not if it is a view, allocates only, or returns no tensor."""
+    """Return whether an operator launches a kernel: not if it returns a view or (by name) only allocates."""
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
     name = function.overloadpacket.__name__
     return not (views or name.startswith(('device', 'empty', 'new_empty', '_unsafe_view', 'sym_', 'detach', 'lift')))
 
 
 class Operators(TorchDispatchMode):
-    """Counts, by name, the operators on fake tensors that launch something. inside: torch is computing one."""
+    """Counts, by name, the operators on fake tensors that launch a kernel. inside: torch executes one."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ class FakeGPU(TorchFunctionMode):
 
     operators: Counter of the operators on fake tensors. reads, copies: Counters of the places, 'FILE: LINE OF CODE' of
     this project, where the host reads a value of a fake tensor (ones are returned), and where it waits for a copy to
-    the device (from memory that is not pinned). Other reads raise torch's errors of fake tensors: indexing with a mask,
+    the device (from memory that is not pinned). Other data-dependent operators raise errors: indexing with a mask,
     nonzero, a tensor where an operator needs a number."""
 
     def __init__(self):
@@ -85,7 +85,7 @@ class FakeGPU(TorchFunctionMode):
     def __enter__(self):
         real = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
         self.stack = contextlib.ExitStack()
-        # Fake tensors are CPU tensors to torch, on 'cuda' to the project. Autocast and foreach treat the CPU as a GPU.
+        # torch sees fake tensors on 'cpu', the project on 'cuda'. Autocast and foreach treat the CPU as a GPU.
         real_device = FakeTensor.device
         device = property(lambda tensor: real_device.fget(tensor) if self.counting.inside else CUDA)
         for target, name, value in (
@@ -164,13 +164,13 @@ class FakeGPU(TorchFunctionMode):
 
 
 def host_index(index):
-    """Return whether an index holds a list or a tensor of the host, which is copied to the device."""
+    """Return whether an index holds a list or a CPU tensor, which is copied to the device."""
     parts = index if isinstance(index, tuple) else (index,)
     return any(isinstance(x, list) or isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) for x in parts)
 
 
 def in_torch(frame):
-    """Return whether a frame runs torch's own code, which takes a fake tensor for one on the CPU."""
+    """Return whether a frame runs torch's own code, to which a fake tensor is on the CPU."""
     return Path(frame.f_code.co_filename).is_relative_to(Path(torch.__file__).parent)
 
 
@@ -206,7 +206,7 @@ def make_run(gpu, model_config, packed=False, **settings):
 
 
 def count_training(model_config, packed=False, **settings):
-    """Return the FakeGPU after one training step, which was not the first."""
+    """Return the FakeGPU after the second training step (the first allocates the optimizers' state)."""
     with FakeGPU() as gpu:
         run = make_run(gpu, model_config, packed, **settings)
         train_step(run)                                         # the optimizers' state is allocated
@@ -230,13 +230,13 @@ def count_decoding(model_config, B=8):
 
 def main():
     print(f'{"model":<8}{"layers":>8}{"training step":>16}{"decode step":>14}   operators that launch something')
-    for name, config, batch_size in ('small', ZayaConfig(), 16), ('medium', MEDIUM, 32):        # as in config/
+    for name, config, batch_size in ('small', ZayaConfig(), 16), ('medium', MEDIUM, 32):       # batch sizes of config/
         training, decoding = count_training(config, batch_size=batch_size), count_decoding(config)
         print(f'{name:<8}{config.n_layer:>8}{training.operators.total():>16,}{decoding.operators.total():>14,}')
         for kind, gpu in ('training', training), ('decoding', decoding):
             print(f'    {kind}: ' + ', '.join(f'{name[5:] if name.startswith("aten.") else name} {n}'
                                               for name, n in gpu.operators.most_common(8)))
-            print(f'    the host reads or copies: {dict(gpu.reads + gpu.copies) or "nothing"}')
+            print(f'    host syncs and copies: {dict(gpu.reads + gpu.copies) or "nothing"}')
 
 
 if __name__ == '__main__':

@@ -123,14 +123,14 @@ def log(run, row):
     row = {'step': run.step, 'tokens': run.step * run.tokens_per_step} | row
     if run.rank == 0:
         write_log(run.config.out_dir, row, log_columns(run.model.config))
-    if run.rank == 0 and run.config.wandb:
-        package('wandb').log(row, step=run.step)
+        if run.config.wandb:
+            package('wandb').log(row, step=run.step)
 
 
 def read_values(values, step, skipped, config):
-    """Read the results of the training steps up to `step`, tensors [loss, norm] of train_step, in one copy from the
-    device. Report the skipped steps. Return the last loss and norm, and the number of steps skipped in a row, which was
-    `skipped` before. Raise ValueError if it reached ten, or all steps of a shorter run. config: train.TrainConfig."""
+    """Copy the tensors [loss, norm] of the training steps up to `step` to the host in one transfer. Print the skipped
+    steps. Return the last loss and norm, and the number of consecutive skipped steps (`skipped`: the number before).
+    Raise ValueError if it reaches ten, or all steps of a shorter run. config: train.TrainConfig."""
     for i, (loss, norm) in enumerate(torch.stack(values).tolist(), step + 1 - len(values)):
         skipped = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped + 1
         if skipped:

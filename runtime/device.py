@@ -41,21 +41,21 @@ def pick_dtype(name, device, width=256):
 
 
 def expert_path(device, dtype):
-    """Return, for the start-up line, how F.grouped_mm multiplies the experts on a GPU; '' on other devices. One launch
-    for all experts needs bf16 and compute capability 9 or 10 (torch 2.13). Otherwise the host reads the ends of the
-    experts' slices, for which it waits until the GPU has computed them, and launches a product per expert."""
+    """Return a note for the start-up line: whether F.grouped_mm is one launch on a GPU; '' on other devices. This needs
+    bf16 and compute capability 9 or 10 (torch 2.13). Otherwise the host synchronizes to read the ends of the experts'
+    slices, and launches one matmul per expert."""
     if device.type != 'cuda':
         return ''
     major, minor = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and dtype == torch.bfloat16 and major in (9, 10):
-        return f'; experts: one grouped product per layer and matrix (bf16 on SM{major}{minor})'
+        return f'; experts: one grouped matmul for all (bf16 on SM{major}{minor})'
     reason = f'{str(dtype)[6:]} on ' + ('ROCm' if torch.version.hip else f'SM{major}{minor}')
-    return f'; experts: one product each, with a host sync ({reason}; a grouped product needs bf16 on SM9x or SM10x)'
+    return f'; experts: one matmul each, with a host sync ({reason}; a grouped matmul needs bf16 on SM9x or SM10x)'
 
 
 def to_device(batch, device):
-    """Return a loader's batch, a tuple of tensors or None, on device. A GPU copies it from pinned memory while it works
-    on the step before: the host does not wait."""
+    """Return a list: each tensor of a loader's batch on `device`; None stays None. On a GPU, a copy from pinned memory
+    is queued after the step before, and the host does not wait for it."""
     on_gpu = device.type == 'cuda'
     return [t if t is None else (t.pin_memory() if on_gpu else t).to(device, non_blocking=on_gpu) for t in batch]
 
