@@ -176,9 +176,9 @@ def save(run):
 
 
 def train_step(run):
-    """Take one optimizer step. Return [loss, gradient norm before clipping], (2) float32, and the load fractions, (layers,
-    N). If the loss or the norm is not finite, the step is skipped: no weight, bias or optimizer state changes. On CUDA
-    the host reads none of these values, which would synchronize, and queues the next step."""
+    """Take one optimizer step. Return [loss, gradient norm before clipping], (2) float32, and the load fractions,
+    (layers, N). If the loss or the norm is not finite, the step is skipped: no weight, bias or optimizer state changes.
+    On CUDA the host reads none of these values, which would synchronize, and queues the next step."""
     config, device, world = run.config, run.model.device, run.world
     # The data is a function of the step: there is no loader state to save, and ranks read different batches.
     first = run.step * config.grad_accum
