@@ -27,9 +27,9 @@ def test_a_gpu_without_bf16_units_gets_float32_and_only_sm90_and_sm100_a_grouped
     assert dtype == (torch.bfloat16 if bf16 else torch.float32)
     path, sm = expert_path(CUDA, dtype), f'SM{capability[0]}{capability[1]}'
     if capability[0] in (9, 10):
-        assert path == f'; experts: one grouped product per layer and matrix (bf16 on {sm})'
+        assert path == f'; experts: one grouped matmul for all (bf16 on {sm})'
     else:
-        assert path.startswith(f'; experts: one product each, with a host sync ({str(dtype)[6:]} on {sm};')
+        assert path.startswith(f'; experts: one matmul each, with a host sync ({str(dtype)[6:]} on {sm};')
 
 
 def test_the_dtype_that_was_asked_for_is_used_on_any_gpu(gpu):
@@ -37,7 +37,7 @@ def test_the_dtype_that_was_asked_for_is_used_on_any_gpu(gpu):
     assert pick_dtype('bfloat16', CUDA) == torch.bfloat16 and pick_dtype('float32', CUDA) == torch.float32
     gpu((9, 0), True)
     assert pick_dtype('float32', CUDA) == torch.float32
-    assert 'one product each, with a host sync (float32 on SM90;' in expert_path(CUDA, torch.float32)
+    assert 'one matmul each, with a host sync (float32 on SM90;' in expert_path(CUDA, torch.float32)
 
 
 def test_rocm_multiplies_expert_by_expert(gpu):
