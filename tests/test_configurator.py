@@ -389,5 +389,5 @@ sys.meta_path.insert(0, Finder)
 '''
     env = {key: value for key, value in ENV.items() if key not in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')} | user
     out = subprocess.run([sys.executable, '-c', f'{code}import {program}'], cwd=ROOT, env=env, capture_output=True)
-    expected = user.get('GOMP_SPINCOUNT', 'None' if user else '2000')
+    expected = user.get('GOMP_SPINCOUNT', 'None' if user else '5000')
     assert out.stdout.decode().split() == [expected], out.stderr.decode()[-300:]
