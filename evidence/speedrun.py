@@ -22,7 +22,7 @@ from runtime.pretrained import save_pretrained
 from train import TrainConfig, lr_at
 
 # Learning rate and steps. The rate is the best of four. Val loss after
-#   400 steps of gpt             5e-4: 5.63   1e-3: 5.50   2e-3: 6.04   4e-3: over 6.5
+#   400 steps of gpt             5e-4: 5.63   1e-3: 5.50   2e-3: 6.04   4e-3: over 6.5 after 300
 #   300 steps of transformers    1e-3: 5.48   2e-3: 5.34   4e-3: 5.48   8e-3: 5.59
 # transformers has the steps that it needs for a val loss of about 5.06; gpt, which is far from it, has twice our time.
 DEFAULTS = {'gpt': (1e-3, 400), 'transformers': (2e-3, 420)}
