@@ -171,7 +171,7 @@ def test_the_loss_is_the_mean_over_scored_targets_for_any_split(scored, data):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train.dist, 'all_reduce', reduce)
                 values, _ = train.train_step(train.Run(
-                    config, model, model, [], SimpleNamespace(step=lambda skip: None), Split(x, y, sizes),
+                    config, model, model, [], SimpleNamespace(step=lambda found_inf: None), Split(x, y, sizes),
                     rank=rank, world=world))
             assert values.isfinite().all()
             loss += values[0].item()
@@ -659,9 +659,9 @@ def test_non_finite_weights_are_not_saved(dataset, tmp_path, monkeypatch):
     def poisoned(model, *args):
         made, step = make(model, *args), train.Balancer.step
 
-        def spoil(balancer, skip):                              # after the optimizers: the loss was finite
+        def spoil(balancer, found_inf):                         # after the optimizers: the loss was finite
             model.norm.weight.data[3] = math.nan
-            return step(balancer, skip)
+            return step(balancer, found_inf)
         monkeypatch.setattr(train.Balancer, 'step', spoil)
         return made
     monkeypatch.setattr(train, 'make_optimizers', poisoned)
